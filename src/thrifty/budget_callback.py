@@ -1,0 +1,336 @@
+"""``BudgetCallback``: holds anybody's ``Trainer`` to a budget, with one line.
+
+    Trainer(..., callbacks=[BudgetCallback(flops="3e15", hours=2)])
+
+No step starts that would pass a limit. Spending is journalled in a ledger (``ledger.sqlite`` in the
+output folder, unless one is given), leased some steps at a time, so that it survives a crash and a
+resumed run goes on from what was really spent. Gradients that are not finite raise before the
+optimizer sees them.
+
+FLOPs are counted on the shapes that went through the model (``signals/metering.py``). The next
+step's are bounded by its longest possible batch where the trainer says what that is (``max_length``
+as in TRL), otherwise by the longest so far. A step's seconds are bounded by the slowest of the last
+few with a margin, since no clock tells the future.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from thrifty.core import quantities
+from thrifty.core.budget import Budget, Cost
+from thrifty.core.ledger import BudgetExceeded, Lease, Ledger, Rates, Stage
+from thrifty.signals.metering import PassMeter
+from thrifty.signals.models import local_device
+from thrifty.signals.peak_memory import peak_memory_bytes, reset_peak
+
+SECONDS_MARGIN = 1.25
+"""How much slower than the slowest of the recent steps the next may be."""
+_RECENT_STEPS = 16
+_LEASE_STEPS = 50
+_FIRST_LEASE_STEPS = 4
+"""The first lease is short: until a step was timed, its seconds are unknown."""
+
+
+class NonFiniteGradient(RuntimeError):
+    """A loss or gradient became infinite or not a number; raised before the optimizer step."""
+
+
+class Governor(Protocol):
+    """Who is asked how a run ends (``governor.py``); without one it simply stops."""
+
+    def tail(self, step: int) -> tuple[int, Cost]:
+        """How many steps the cool-down has left (all of them where it has not begun), and the cost
+        of what follows the last step."""
+        ...
+
+    def is_cooling(self, step: int) -> bool: ...
+
+    def is_over(self, step: int) -> bool: ...
+
+    def end_run(self, step: int, reason: str) -> None:
+        """Begin the cool-down at ``step``."""
+        ...
+
+    def cut_short(self, step: int, reason: str) -> None:
+        """The cool-down itself no longer fits; the run stops at ``step``."""
+        ...
+
+
+class BudgetCallback(TrainerCallback):
+    """Stops a ``Trainer`` before the step that would pass the budget.
+
+    Parameters
+    ----------
+    flops, tokens, hours, dollars, memory
+        The limits, as people write them; ``budget`` gives them as one object.
+    dollars_per_hour, watts
+        What the devices cost; needed where dollars or joules are limited.
+    ledger
+        The journal's file. Default: ``ledger.sqlite`` in the trainer's output folder.
+    """
+
+    def __init__(
+        self,
+        budget: Budget | None = None,
+        *,
+        flops: str | float | None = None,
+        tokens: str | float | None = None,
+        hours: str | float | None = None,
+        dollars: str | float | None = None,
+        memory: str | float | None = None,
+        dollars_per_hour: float | None = None,
+        watts: float | None = None,
+        ledger: str | Path | None = None,
+        stage: Stage | None = None,
+        governor: Governor | None = None,
+        predicted_step: Cost | None = None,
+    ) -> None:
+        self.budget = budget or Budget(
+            flops=None if flops is None else quantities.parse_flops(flops),
+            tokens=None if tokens is None else quantities.parse_tokens(tokens),
+            seconds=None if hours is None else quantities.parse_hours(hours),
+            dollars=None if dollars is None else quantities.parse_dollars(dollars),
+            memory_bytes=None if memory is None else quantities.parse_bytes(memory),
+        )
+        self._rates = Rates(
+            dollars_per_second=None if dollars_per_hour is None else dollars_per_hour / 3600,
+            watts=watts,
+        )
+        self._ledger_path = ledger
+        self._stage = stage
+        self._governor = governor
+        self._owned = ExitStack()
+        self._meter: PassMeter | None = None
+        self._lease: Lease | None = None
+        self._lease_steps = 0
+        self._spent_before = Cost()
+        self._step_upper = predicted_step or Cost()
+        self._seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._predicted_seconds = self._step_upper.seconds
+        self._last_seconds = 0.0
+        self._device = "cpu"
+
+    # -- the trainer's events -----------------------------------------------------------------------
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self._device = local_device() if args.device.type != "cpu" else "cpu"
+        if self._stage is None:
+            self._stage = self._open_stage(Path(args.output_dir), state.global_step)
+        self._meter = PassMeter(model)
+        self._meter.attach()
+        if not self._step_upper.flops:
+            self._step_upper = self._bound(args)
+        reset_peak(self._device)
+        if state.global_step < state.max_steps:
+            self._refuse_if_nothing_fits(state.global_step)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._lease is None:
+            self._begin_lease(args, state)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        import torch
+
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if gradients and not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
+            raise NonFiniteGradient(
+                f"the gradient at step {state.global_step + 1} is not finite; nothing was updated\n"
+                "hint: the last checkpoint is good; lower the learning rate or look at the batch"
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        lease, meter = self._lease, self._meter
+        assert lease is not None and meter is not None
+        used = meter.take()
+        lease.tick(used)
+        self._step_upper = replace(
+            self._step_upper,
+            flops=max(self._step_upper.flops, used.flops),
+            tokens=max(self._step_upper.tokens, used.tokens),
+        )
+        self._seconds.append(lease.used.seconds - self._last_seconds)
+        self._last_seconds = lease.used.seconds
+        self._lease_steps -= 1
+        step = state.global_step
+        if step >= state.max_steps:
+            self._finish(control)
+            return
+        self._look_ahead(step, control)
+        if self._lease_steps <= 0:
+            self._end_lease()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        # A charge must not straddle a checkpoint: what is before it is kept, what is after is not.
+        self._end_lease()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.close()
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Settle what is open. Called at the end of training; harmless to call again."""
+        self._end_lease()
+        if self._meter is not None:
+            self._meter.detach()
+        self._owned.close()
+
+    # -- activities other than training --------------------------------------------------------------
+
+    @contextmanager
+    def activity(self, name: str, upper: Cost, *, step: int) -> Iterator[Lease]:
+        """Spend on ``name`` (an evaluation, a checkpoint) on a lease of its own, between steps."""
+        assert self._stage is not None
+        self._end_lease()
+        with self._stage.spending(name, upper, step=step) as lease:
+            yield lease
+            self._note_peak(lease)
+        if self._meter is not None:
+            self._meter.take()  # counted by the activity itself
+
+    # -- leases and looking ahead --------------------------------------------------------------------
+
+    def _open_stage(self, output_dir: Path, step: int) -> Stage:
+        path = Path(self._ledger_path or output_dir / "ledger.sqlite")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ledger = Ledger(path) if path.exists() else Ledger.create(path, self.budget, self._rates)
+        self._owned.callback(ledger.close)
+        ledger.set_budget(self.budget)
+        ledger.recover()
+        stage = self._owned.enter_context(ledger.stage("train", "callback"))
+        stage.roll_back(step, f"training goes on from step {step}")
+        return stage
+
+    def _bound(self, args: TrainingArguments) -> Cost:
+        """FLOPs and tokens of the largest step that can come; zero where the trainer tells no
+        maximum length."""
+        assert self._meter is not None
+        length = getattr(args, "max_length", None)
+        if not length:
+            return Cost()
+        rows = args.per_device_train_batch_size
+        times = args.gradient_accumulation_steps * max(args.world_size, 1)
+        return Cost(
+            flops=self._meter.step_flops(rows, length) * times, tokens=float(rows * length * times)
+        )
+
+    def _next_step(self) -> Cost:
+        """Upper bound of one step."""
+        seconds = max(self._seconds, default=self._predicted_seconds) * SECONDS_MARGIN
+        assert self._stage is not None
+        return self._stage.ledger.rates.of(replace(self._step_upper, seconds=seconds))
+
+    def step_cost(self, predicted: Cost) -> Cost:
+        """A step as measured so far (its seconds a mean), as ``predicted`` before the first."""
+        seconds = sum(self._seconds) / len(self._seconds) if self._seconds else predicted.seconds
+        upper = self._step_upper if self._step_upper.flops else predicted
+        assert self._stage is not None
+        return self._stage.ledger.rates.of(replace(upper, seconds=seconds))
+
+    def _spent(self) -> Cost:
+        used = self._lease.used if self._lease is not None else Cost()
+        assert self._stage is not None
+        return self._spent_before + self._stage.ledger.rates.of(used)
+
+    def _fits(self, steps: int, tail: Cost) -> str | None:
+        """The resource that ``steps`` more and ``tail`` would exhaust, or None."""
+        assert self._stage is not None
+        return self._stage.budget.exceeded_by(self._spent() + self._next_step() * steps + tail)
+
+    def _look_ahead(self, step: int, control: TrainerControl) -> None:
+        """After a step: may the next one start? Ends the run the governor's way where it may not."""
+        governor = self._governor
+        if governor is None:
+            if self._fits(1, Cost()) is not None:
+                control.should_training_stop = True
+            return
+        if governor.is_over(step):
+            self._finish(control)
+            return
+        cooldown, after = governor.tail(step)
+        if not governor.is_cooling(step):
+            over = self._fits(1 + cooldown, after)
+            if over is None:
+                return
+            governor.end_run(step, f"the {over} left suffice for the cool-down and no further step")
+            if governor.is_over(step):
+                self._finish(control)
+                return
+        # Inside the cool-down step by step: a slow machine shortens it rather than skips it.
+        over = self._fits(1, after)
+        if over is not None:
+            governor.cut_short(step, f"the {over} left no longer cover the cool-down")
+            self._finish(control)
+
+    def _finish(self, control: TrainerControl) -> None:
+        control.should_training_stop = True
+        if self._governor is not None:
+            control.should_evaluate = True
+            control.should_save = True
+
+    def _refuse_if_nothing_fits(self, step: int) -> None:
+        assert self._stage is not None
+        self._spent_before = self._stage.spent()
+        after = self._governor.tail(step)[1] if self._governor else Cost()
+        over = self._fits(1, after)
+        if over is not None:
+            least = (self._spent_before + self._next_step() + after).of(over) or 0.0
+            raise BudgetExceeded(
+                f"not one training step fits the {over} that is left\n"
+                f"hint: the least that would do is {quantities.FORMATS[over](least)}",
+                over,
+            )
+
+    def _begin_lease(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Lease steps up to the next evaluation or checkpoint, as many as surely fit."""
+        assert self._stage is not None
+        self._spent_before = self._stage.spent()
+        step = state.global_step
+        upper = self._next_step()
+        after = self._governor.tail(step)[1] if self._governor else Cost()
+        wanted = _LEASE_STEPS if self._seconds else _FIRST_LEASE_STEPS
+        wanted = min(wanted, max(state.max_steps - step, 1))
+        for every in (args.eval_steps, args.save_steps):
+            if every and every >= 1:
+                wanted = min(wanted, int(every) - step % int(every))
+        _, possible = self._stage.budget.binding(self._spent_before + after, upper)
+        self._lease_steps = max(1, int(min(wanted, possible)))
+        self._lease = self._stage.lease("train", upper * self._lease_steps, step=step)
+        self._last_seconds = 0.0
+
+    def _end_lease(self) -> None:
+        if self._lease is not None:
+            self._note_peak(self._lease)
+            self._lease.settle()
+            self._lease = None
+
+    def _note_peak(self, lease: Lease) -> None:
+        lease.tick(Cost(peak_memory_bytes=peak_memory_bytes(self._device)), steps=0)

@@ -1,0 +1,150 @@
+"""Checkpoints that are whole or not there: committed by a manifest, resumed from the newest that
+verifies, retained by step.
+
+A checkpoint counts once its ``manifest.json`` (every file's size and SHA-256, the base model's
+hash) is in place; it is written last, by rename, after every file and the folder were synced. A
+folder without it, or whose files differ, is set aside under ``torn-...`` and never resumed from.
+Retention goes by step number over committed checkpoints, so that a clock that jumps deletes
+nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+_PREFIX = "checkpoint-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint folder."""
+
+    path: Path
+    step: int
+    manifest: Mapping[str, Any]
+
+    @property
+    def dev_loss(self) -> float | None:
+        return self.manifest.get("dev_loss")
+
+
+def commit(folder: Path, details: Mapping[str, Any]) -> None:
+    """Make ``folder`` a checkpoint: sync its files, then write the manifest. ``details`` go in."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+        files[path.relative_to(folder).as_posix()] = [path.stat().st_size, sha256(path)]
+    write_atomically(folder / MANIFEST, json.dumps({**details, "files": files}, indent=1))
+    sync_folder(folder.parent)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """All of ``text`` or the file as it was: written aside, synced, renamed, folder synced."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return  # a folder cannot be opened there; NTFS journals its entries
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def committed(folder: Path) -> list[Checkpoint]:
+    """Committed checkpoints in ``folder``, oldest first, files not yet verified."""
+    found = []
+    for path in folder.glob(f"{_PREFIX}*"):
+        number = path.name.removeprefix(_PREFIX)
+        if number.isdigit() and (path / MANIFEST).is_file():
+            try:
+                manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            except (ValueError, OSError):
+                continue
+            found.append(Checkpoint(path, int(number), manifest))
+    return sorted(found, key=lambda c: c.step)
+
+
+def damage(checkpoint: Checkpoint) -> str | None:
+    """The first file that is not as the manifest says, or None."""
+    for name, (size, digest) in checkpoint.manifest["files"].items():
+        path = checkpoint.path / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+        if sha256(path) != digest:
+            return f"{name} has changed"
+    return None
+
+
+def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and a line for each that had to be set aside."""
+    if not folder.is_dir():
+        return None, []
+    notes = []
+    known = {c.path: c for c in committed(folder)}
+    newest: Checkpoint | None = None
+    for path in folder.glob(f"{_PREFIX}*"):
+        if path not in known:
+            notes.append(f"{path.name} was never committed")
+            _set_aside(path)
+    for checkpoint in sorted(known.values(), key=lambda c: -c.step):
+        what = damage(checkpoint)
+        if what is None:
+            newest = checkpoint
+            break
+        notes.append(f"{checkpoint.path.name}: {what}")
+        _set_aside(checkpoint.path)
+    return newest, notes
+
+
+def _set_aside(path: Path) -> None:
+    for attempt in range(1000):
+        aside = path.with_name(f"torn-{path.name}" + (f"-{attempt}" if attempt else ""))
+        if not aside.exists():
+            path.rename(aside)
+            return
+    raise AssertionError("a thousand torn checkpoints of one step")
+
+
+def retain(folder: Path, *, newest: int) -> None:
+    """Delete committed checkpoints but the ``newest`` few and the one with the best dev loss."""
+    found = committed(folder)
+    keep = {c.path for c in found[-newest:]}
+    scored = [c for c in found if c.dev_loss is not None]
+    if scored:
+        keep.add(min(scored, key=lambda c: (c.dev_loss, -c.step)).path)
+    for checkpoint in found:
+        if checkpoint.path not in keep:
+            # Without its manifest first: a kill half-way leaves a torn folder, not a damaged one.
+            (checkpoint.path / MANIFEST).unlink()
+            shutil.rmtree(checkpoint.path)
+
+
+def best(folder: Path) -> Checkpoint | None:
+    """The committed checkpoint with the lowest dev loss."""
+    scored = [c for c in committed(folder) if c.dev_loss is not None]
+    return min(scored, key=lambda c: (c.dev_loss, -c.step)) if scored else None

@@ -1,0 +1,259 @@
+"""Every extension point, on one page.
+
+A method is one file with one final class: a frozen, keyword-only dataclass whose fields all have
+defaults and whose docstring's first line is its help text. It is found by its file's name
+(``core/resolve.py``) and tested by the contract tests of its kind. Method files load no torch at
+import time, so that the planner can price all of them in milliseconds.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import numpy as np
+
+from thrifty.core.budget import Cost, PoolStats
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from thrifty.costs.hardware import Device
+    from thrifty.costs.shape import ModelShape
+
+
+# -- what methods are given ---------------------------------------------------------------------
+
+
+class Tokens(Protocol):
+    """One tokenised example."""
+
+    @property
+    def input_ids(self) -> NDArray[np.int32]: ...  # [num_tokens]
+    @property
+    def loss_mask(self) -> NDArray[np.bool_]: ...  # [num_tokens], true where loss falls
+
+
+class Rows(Protocol):
+    """Some examples, column by column: a shard of the pool, or a target's rows."""
+
+    @property
+    def ids(self) -> NDArray[np.int64]: ...
+    @property
+    def prompts(self) -> Sequence[str]: ...
+    @property
+    def completions(self) -> Sequence[str]: ...
+    @property
+    def texts(self) -> Sequence[str]: ...
+    @property
+    def tokens(self) -> Sequence[Tokens]: ...
+    @property
+    def num_tokens(self) -> NDArray[np.int64]: ...
+    @property
+    def fingerprints(self) -> Sequence[bytes]: ...
+    def __len__(self) -> int: ...
+
+
+class Pool(Protocol):
+    """All valid rows, a shard at a time: nobody holds the whole pool."""
+
+    @property
+    def num_shards(self) -> int: ...
+    def shards(self) -> Iterator[Rows]: ...
+
+
+class Models(Protocol):
+    """The weights a method may look at. Loading is lazy and happens once."""
+
+    def base(self) -> Any:
+        """The ``transformers`` model before training, in eval mode, on the run's device."""
+        ...
+
+    @property
+    def shape(self) -> ModelShape: ...
+
+
+class Meter(Protocol):
+    """Where a method that computes reports what it did."""
+
+    def tick(self, cost: Cost, *, steps: int = 1) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a scorer is asked to do, in numbers, for pricing it."""
+
+    pool: PoolStats
+    targets: Mapping[str, PoolStats]
+    shape: ModelShape
+    device: Device
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_length: int = 1024
+
+
+# -- scorers ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Worth:
+    """A prior on a scorer: a token that it picks is worth ``mean`` tokens picked at random.
+
+    An editable number with its source, used by the planner until a pilot or a history replaces it.
+    """
+
+    mean: float
+    stderr: float
+    source: str
+
+
+class Scorer(ABC):
+    """Rows -> scores, higher = keep.
+
+    Must be deterministic under its seed and independent of batch size and shard order; prices its
+    FLOPs and its peak bytes; charges what it computes to the meter.
+    """
+
+    needs_target: ClassVar[bool]
+    needs_model: ClassVar[bool]
+    tasks: ClassVar[tuple[str, ...]]
+    """The training tasks for which the score makes sense."""
+    cost_class: ClassVar[Literal["free", "text", "forward", "gradient"]]
+    source: ClassVar[str]
+    worth: ClassVar[Worth]
+
+    @abstractmethod
+    def cost(self, work: Work) -> Cost:
+        """FLOPs, seconds and peak bytes of scoring ``work.pool``, preparation included."""
+
+    @abstractmethod
+    def prepare(
+        self, pool: Pool, targets: Mapping[str, Rows], models: Models, meter: Meter
+    ) -> Any:
+        """What scoring a shard needs to know of the whole: pool statistics, target gradients."""
+
+    @abstractmethod
+    def score(self, shard: Rows, state: Any, meter: Meter) -> NDArray[np.float32]:
+        """``[num_examples, num_targets]`` (one column where there is no target); NaN = not
+        reached."""
+
+
+# -- filters and pickers ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """Scored rows, column by column; what filters and pickers work on."""
+
+    ids: NDArray[np.int64]  # [n]
+    scores: NDArray[np.float32]  # [n, num_targets]
+    num_tokens: NDArray[np.int64]  # [n]
+    fingerprints: NDArray[np.void]  # [n], 16 bytes of the normalised text each
+    targets: tuple[str, ...]
+    weights: tuple[float, ...]
+    """The targets' weights in the objective, same order."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def where(self, keep: NDArray[Any]) -> Candidates:
+        """Those at a mask or at indices."""
+        return Candidates(
+            ids=self.ids[keep],
+            scores=self.scores[keep],
+            num_tokens=self.num_tokens[keep],
+            fingerprints=self.fingerprints[keep],
+            targets=self.targets,
+            weights=self.weights,
+        )
+
+
+@dataclass(frozen=True)
+class Held:
+    """Fingerprints of rows that must not be trained on, by set (dev, test), for overlap."""
+
+    fingerprints: Mapping[str, frozenset[bytes]]
+
+
+class Filter(ABC):
+    """Candidates -> which remain, and for each dropped row the reason."""
+
+    source: ClassVar[str]
+
+    @abstractmethod
+    def drop(self, candidates: Candidates, held: Held) -> dict[int, str]:
+        """id -> reason, of every candidate to drop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picked:
+    """Rows to train on, in order of preference, with their weight."""
+
+    ids: NDArray[np.int64]
+    weights: NDArray[np.float32]
+
+
+class Picker(ABC):
+    """Candidates -> rows within a token budget, never over it; ties broken by (seed, id)."""
+
+    source: ClassVar[str]
+
+    @abstractmethod
+    def pick(self, candidates: Candidates, max_tokens: float, seed: int) -> Picked: ...
+
+
+# -- stopping -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One dev evaluation of a run."""
+
+    step: int
+    flops: float
+    loss: float
+    stderr: float
+    """Standard error of the change since the evaluation before (paired by example); of the loss
+    itself for the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """What a stopping rule may weigh besides the history."""
+
+    resource: str
+    """The binding resource, a field of ``Cost``."""
+    next_interval: Cost
+    remaining: Cost
+    """From here to the end of the budget, cool-down left out."""
+    price: float
+    """Objective units per unit of ``resource`` that the best alternative would bring."""
+
+
+class StoppingRule(ABC):
+    """History of a run -> go on or stop, and why. Pure: the same history, the same answer."""
+
+    source: ClassVar[str]
+
+    @abstractmethod
+    def decide(self, history: Sequence[Evaluation], outlook: Outlook) -> Verdict: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    stop: bool
+    reason: str
+    choice: Any = None
+    """The ``Choice`` that decided, where the rule weighed options."""
+    forecast: Any = None
+    """The ``Forecast`` of the loss that it rests on, where it made one."""
+
+
+KINDS: Mapping[str, tuple[str, type]] = {
+    "scorer": ("thrifty.scorers", Scorer),
+    "filter": ("thrifty.filters", Filter),
+    "picker": ("thrifty.pickers", Picker),
+    "stopping": ("thrifty.stopping", StoppingRule),
+}
+"""kind -> (package whose files are its methods, the contract)."""

@@ -1,0 +1,356 @@
+"""Plan <-> plan.yaml: what was decided, in one file that can be read, edited and run again.
+
+plan.yaml is the only configuration of a run. It is validated whole, with every mistake reported at
+once; an unknown key is an error that names the nearest known one. Amounts may be written as people
+write them (``memory_bytes: 24GiB``, ``flops: 3e17``). ``why`` gives the rule behind each derived
+value; it is prose and decides nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from thrifty.core import quantities
+from thrifty.core.budget import Budget
+from thrifty.core.resolve import Spec, nearest, resolve
+
+PLAN_VERSION = 1
+
+_AMOUNTS = {
+    "budget.flops": quantities.parse_flops,
+    "budget.tokens": quantities.parse_tokens,
+    "budget.seconds": quantities.parse_seconds,
+    "budget.dollars": quantities.parse_dollars,
+    "budget.memory_bytes": quantities.parse_bytes,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """The base model: a folder, or a hub name with the revision that was planned for."""
+
+    path: str
+    revision: str | None = None
+    sha256: str | None = None
+    """Of the weights; training on others is refused. None until the weights were seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSource:
+    """The rows to choose from."""
+
+    sources: tuple[str, ...]
+    fingerprint: str | None = None
+    """Of the content; a pool that changed since is refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What the model should become good at: rows that resemble it.
+
+    ``signal`` rows are shown to scorers, ``dev`` rows steer training, ``test`` rows are looked at
+    once, at the end. Where only ``signal`` is given, its rows are split between signal and dev.
+    """
+
+    signal: tuple[str, ...]
+    dev: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    weight: float = 1.0
+    floor: float | None = None
+    """The most nats a token by which this target may end worse than the base; None = no floor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The one currency of gains in this run."""
+
+    metric: Literal["dev_loss"] = "dev_loss"
+    unit: str = "nats/token"
+    dollars_per_unit: float | None = None
+    """What a unit of gain is worth to the user: the price of what remains. None: zero."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which rows to train on."""
+
+    scorer: Spec = "uniform"
+    filters: tuple[Spec, ...] = ("duplicates", "overlap")
+    picker: Spec = "top_k"
+    max_tokens: float | None = None
+    """Tokens of the pool to keep; None keeps all of it."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Rank, alpha and the names of the linear layers that get an adapter (none: all of them)."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One ``Trainer`` run. Fields that reach Hugging Face are spelt as there."""
+
+    method: Literal["full", "lora"] = "full"
+    lora: LoRA = field(default_factory=LoRA)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    activation_checkpointing: bool = False
+    per_device_train_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    max_length: int = 1024
+    """Tokens of a packed sequence; a longer example is cut."""
+    max_steps: int = 1
+    epochs: float = 1.0
+    """Times that the kept tokens are gone through in ``max_steps``."""
+    learning_rate: float = 2e-4
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    warmup_steps: int = 0
+    cooldown_steps: int = 0
+    """Steps of the learning rate's decay, reserved in the budget so that any stop ends well."""
+    eval_steps: int = 1
+    save_steps: int = 1
+    replay_share: float = 0.0
+    """Continued pretraining: the share of every epoch's tokens drawn from ``replay``."""
+    replay: tuple[str, ...] = ()
+    seed: int = 0
+    report_to: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that was decided before a FLOP was spent."""
+
+    version: int = PLAN_VERSION
+    task: Literal["sft", "continued", "preference"] = "sft"
+    model: ModelSource
+    pool: PoolSource
+    targets: Mapping[str, Target] = field(default_factory=dict)
+    budget: Budget
+    objective: Objective = field(default_factory=Objective)
+    selection: Selection = field(default_factory=Selection)
+    training: Training = field(default_factory=Training)
+    stopping: Spec = "marginal_gain"
+    control: bool = False
+    """Also train on a uniform choice at equal total cost, on an account of its own."""
+    device: str = "local"
+    predicted: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    """stage -> ``Cost`` as predicted when the plan was made."""
+    why: Mapping[str, str] = field(default_factory=dict)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
+    """Read and check a plan.yaml, with ``key.path=value`` overrides applied on top."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(
+            f"there is no plan at {path}\nhint: `thrifty plan ... -o {path.parent}` makes one"
+        ) from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file\nhint: is it a plan.yaml?") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{path} is not valid YAML: {error}\nhint: mend that line, or plan again"
+        ) from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no plan\nhint: it must be a mapping with model, pool, ...")
+    for override in overrides:
+        _override(values, override)
+    return from_dict(values)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise ValueError(f"cannot read --set {override!r}\nhint: --set training.seed=1")
+    *parents, last = key.split(".")
+    for name in parents:
+        child = values.setdefault(name, {})
+        if child is None:
+            child = values[name] = {}
+        if not isinstance(child, dict):
+            raise ValueError(f"--set {override}: {name} holds a value, no keys\nhint: set {name}")
+        values = child
+    values[last] = yaml.safe_load(text)
+
+
+def from_dict(values: Mapping[str, Any]) -> Plan:
+    """A checked plan. Raises ValueError that lists every mistake, one a line."""
+    from pydantic import TypeAdapter, ValidationError
+
+    if values.get("version", PLAN_VERSION) != PLAN_VERSION:
+        raise ValueError(
+            f"the plan has version {values.get('version')!r}, this thrifty reads {PLAN_VERSION}\n"
+            "hint: use the thrifty version that made it, or plan again"
+        )
+    problems = _unknown_keys(Plan, values, "")
+    amounts = dict(values)
+    if isinstance(values.get("budget"), Mapping):
+        amounts["budget"] = dict(values["budget"])
+        for key, parse in _AMOUNTS.items():
+            name = key.partition(".")[2]
+            if amounts["budget"].get(name) is not None:
+                try:
+                    amounts["budget"][name] = parse(amounts["budget"][name])
+                except ValueError as error:
+                    problems.append(f"{key}: {str(error).partition(chr(10))[0]}")
+    if problems:
+        raise ValueError("\n".join(["the plan cannot be used:", *problems]))
+    try:
+        plan = TypeAdapter(Plan).validate_python(amounts)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, e['loc'])) or 'plan'}: {e['msg']}, not {e['input']!r:.80}"
+            for e in error.errors()
+        ]
+        raise ValueError("\n".join(["the plan cannot be used:", *lines])) from None
+    problems = list(_contradictions(plan))
+    if problems:
+        raise ValueError("\n".join(["the plan cannot be used:", *problems]))
+    return plan
+
+
+def _unknown_keys(cls: Any, values: Any, where: str) -> list[str]:
+    """Every key of ``values`` that no field of the (nested) dataclass ``cls`` has."""
+    if not dataclasses.is_dataclass(cls) or not isinstance(values, Mapping):
+        return []
+    hints = typing.get_type_hints(cls)
+    problems = []
+    for key, value in values.items():
+        if key not in hints:
+            problems.append(f"unknown key {where}{key}: {nearest(str(key), hints)}")
+            continue
+        hint = hints[key]
+        if typing.get_origin(hint) in (typing.Union, types.UnionType):
+            continue
+        problems += _unknown_keys(hint, value, f"{where}{key}.")
+        if key == "targets" and isinstance(value, Mapping):
+            for name, target in value.items():
+                problems += _unknown_keys(Target, target, f"{where}targets.{name}.")
+    return problems
+
+
+def _contradictions(plan: Plan) -> typing.Iterator[str]:
+    """What types cannot say."""
+    training = plan.training
+    positive = (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "max_length",
+        "max_steps",
+        "epochs",
+        "learning_rate",
+        "eval_steps",
+        "save_steps",
+    )
+    for name in positive:
+        if not getattr(training, name) > 0:
+            yield f"training.{name} must be more than zero, not {getattr(training, name)}"
+    for name in ("warmup_steps", "cooldown_steps", "weight_decay", "max_grad_norm"):
+        if getattr(training, name) < 0:
+            yield f"training.{name} cannot be negative"
+    if training.warmup_steps + training.cooldown_steps > training.max_steps:
+        yield (
+            f"training.warmup_steps {training.warmup_steps} + cooldown_steps "
+            f"{training.cooldown_steps} do not fit in max_steps {training.max_steps}"
+        )
+    if training.save_steps % training.eval_steps:
+        yield (
+            f"training.save_steps {training.save_steps} is not a multiple of eval_steps "
+            f"{training.eval_steps}: a checkpoint carries its evaluation"
+        )
+    if not 0 <= training.replay_share < 1:
+        yield f"training.replay_share must be in [0, 1), not {training.replay_share}"
+    if training.replay_share and (plan.task != "continued" or not training.replay):
+        yield "training.replay_share needs task: continued and training.replay with its sources"
+    if training.method == "lora" and training.lora.rank < 1:
+        yield f"training.lora.rank must be at least 1, not {training.lora.rank}"
+    if not plan.pool.sources:
+        yield "pool.sources is empty"
+    for name, target in plan.targets.items():
+        if not target.weight > 0:
+            yield f"targets.{name}.weight must be more than zero, not {target.weight}"
+        if not target.signal:
+            yield f"targets.{name}.signal is empty"
+    selection = plan.selection
+    if selection.max_tokens is not None and not selection.max_tokens > 0:
+        yield f"selection.max_tokens must be more than zero, not {selection.max_tokens}"
+    specs = [
+        ("scorer", selection.scorer),
+        ("picker", selection.picker),
+        ("stopping", plan.stopping),
+        *(("filter", spec) for spec in selection.filters),
+    ]
+    for kind, spec in specs:
+        try:
+            method = resolve(kind, spec)
+        except ValueError as error:
+            yield str(error).replace("\nhint: ", "; ")
+            continue
+        if kind == "scorer":
+            yield from _scorer_contradictions(plan, method)
+
+
+def _scorer_contradictions(plan: Plan, scorer: Any) -> typing.Iterator[str]:
+    name = plan.selection.scorer
+    if scorer.needs_target and not plan.targets:
+        yield f"selection.scorer {name} needs a target: add one, or use uniform"
+    if plan.task not in scorer.tasks:
+        yield f"selection.scorer {name} makes no sense for task {plan.task}: try uniform or length"
+
+
+def to_dict(plan: Plan) -> dict[str, Any]:
+    """Plain values, in the order of the fields; what is at its default is kept, to be seen."""
+    return _plain(dataclasses.asdict(plan))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+class _Dumper(yaml.SafeDumper):
+    """Numbers that YAML 1.1 reads back as numbers: 3.0e+17, never 3e17 (which it takes for text)."""
+
+
+def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
+    text = repr(value)
+    if "e" in text:
+        mantissa, _, exponent = text.partition("e")
+        mantissa = mantissa if "." in mantissa else mantissa + ".0"
+        sign = "" if exponent.startswith(("+", "-")) else "+"
+        text = f"{mantissa}e{sign}{exponent}"
+    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_Dumper.add_representer(float, _represent_float)
+
+
+def dump(plan: Plan) -> str:
+    """The text of plan.yaml; ``from_dict(yaml.safe_load(dump(plan))) == plan``."""
+    head = (
+        "# A thrifty plan. Edit it and `thrifty run` this folder; `why` says where values came from"
+    )
+    body = yaml.dump(
+        to_dict(plan), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=96
+    )
+    return f"{head}\n{body}"

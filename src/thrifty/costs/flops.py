@@ -1,0 +1,161 @@
+"""FLOPs of training, scoring, evaluating and decoding, counted product by product.
+
+Only matrix products count, 2 FLOPs a multiply-add. A linear of ``in x out`` over T tokens takes
+
+    forward 2 T in out,   its input's gradient the same again,   its weight's gradient the same again
+
+so that a trained layer costs 3 times its forward, a frozen one 2, and one below the lowest trained
+weight 1: its backward never runs. Attention is dense, T x S, as eager attention executes it and as
+``torch.utils.flop_counter.FlopCounterMode`` counts it; ``causal=True`` counts half of it, what an
+ideal causal kernel needs. Lengths are those executed, padding included.
+
+Recomputation (``torch.utils.checkpoint``, not reentrant, a decoder layer at a time, as transformers
+sets it up) runs a layer's forward again up to its last saved tensor: the product after that, usually
+the last linear of the layer, is skipped, and the head is never recomputed. Under it transformers makes
+the embedding's output require a gradient, so the backward reaches the first layer whatever is frozen.
+
+Exact for the products counted; norms, activations, softmax and the optimizer are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+from thrifty.costs.layer import Setup, embedding, head, layers
+from thrifty.costs.operations import Adapter, Operation, Product
+from thrifty.costs.shape import ModelShape
+
+__all__ = [
+    "Adapter",
+    "decode_flops",
+    "forward_flops",
+    "gradient_score_flops",
+    "score_flops",
+    "train_flops",
+]
+
+
+def forward_flops(shape: ModelShape, batch: int, sequence: int, *, causal: bool = False) -> float:
+    """A forward pass over ``[batch, sequence]`` tokens with logits at every position."""
+    return score_flops(shape, batch, sequence, causal=causal)
+
+
+def score_flops(
+    shape: ModelShape, batch: int, sequence: int, *, logits: bool = True, causal: bool = False
+) -> float:
+    """A forward pass, with or without the head: losses need it, hidden states do not."""
+    linear, attention, head_linear = _forward(shape)
+    linear += head_linear if logits else 0.0
+    return _count(linear, attention, batch, sequence, causal)
+
+
+def train_flops(
+    shape: ModelShape,
+    batch: int,
+    sequence: int,
+    *,
+    adapter: Adapter | None = None,
+    recompute: bool = False,
+    causal: bool = False,
+) -> float:
+    """Forward and backward of one micro-batch; all weights, or an adapter on frozen ones."""
+    linear, attention = _step(shape, adapter, None, recompute)
+    return _count(linear, attention, batch, sequence, causal)
+
+
+def gradient_score_flops(
+    shape: ModelShape,
+    batch: int,
+    sequence: int,
+    *,
+    adapter: Adapter | None = None,
+    last_layers: int | None = None,
+    causal: bool = False,
+) -> float:
+    """Forward and backward for the gradient of an adapter, of the last layers, or of everything."""
+    if last_layers is not None and not 0 < last_layers <= shape.num_layers:
+        raise ValueError(
+            f"last_layers must be from 1 to {shape.num_layers}, not {last_layers}\n"
+            "hint: leave it out for the gradient of all weights"
+        )
+    linear, attention = _step(shape, adapter, last_layers, False)
+    return _count(linear, attention, batch, sequence, causal)
+
+
+def decode_flops(
+    shape: ModelShape, batch: int, prompt: int, generated: int, *, causal: bool = False
+) -> float:
+    """``generated`` tokens after ``prompt`` with a KV cache: the prompt in one pass, whose last
+    position gives the first token, then a pass a token over what the cache holds."""
+    if generated < 1:
+        return 0.0
+    linear, attention, head_linear = _forward(shape)
+    prefill = _count(linear, attention, batch, prompt, causal) + batch * head_linear
+    steps = generated - 1
+    # Keys seen by step i, the token itself included: prompt + i, or the window.
+    keys = _sum_keys(prompt, steps, 0) * (shape.num_layers - shape.num_sliding_layers)
+    keys += _sum_keys(prompt, steps, shape.sliding_window) * shape.num_sliding_layers
+    per_layer = attention / shape.num_layers
+    return prefill + batch * (steps * (linear + head_linear) + per_layer * keys)
+
+
+def _sum_keys(prompt: int, steps: int, window: int) -> int:
+    growing = steps if not window else max(0, min(steps, window - prompt))
+    return growing * prompt + growing * (growing + 1) // 2 + (steps - growing) * window
+
+
+def _count(linear: float, attention: float, batch: int, sequence: int, causal: bool) -> float:
+    keys = (sequence + 1) / 2 if causal else sequence
+    return batch * sequence * (linear + attention * keys)
+
+
+@lru_cache(maxsize=512)
+def _forward(shape: ModelShape) -> tuple[float, float, float]:
+    """FLOPs of the layers per token, of attention per token and key, of the head per token."""
+    setup = Setup(eager=True, backward=False)
+    # The last product is the head's own; what comes before it belongs to the hidden states.
+    *body, logits = _products(embedding(shape, setup), *layers(shape, setup), head(shape, setup))
+    return *_sum(body), _sum([logits])[0]
+
+
+@lru_cache(maxsize=4096)
+def _step(
+    shape: ModelShape, adapter: Adapter | None, last_layers: int | None, recompute: bool
+) -> tuple[float, float]:
+    """FLOPs of a forward and backward: per token, and per token and key."""
+    setup = Setup(eager=True, adapter=adapter, last_layers=last_layers, recompute=recompute)
+    body = list(layers(shape, setup))
+    products = _products(embedding(shape, setup), *body, head(shape, setup), backward=True)
+    if recompute:
+        products += _products(*(recomputed(operations) for operations in body))
+    return _sum(products)
+
+
+def recomputed(operations: tuple[Operation, ...]) -> tuple[Operation, ...]:
+    """What a checkpointed layer runs again: everything up to the last tensor that is packed."""
+    packing = [index for index, each in enumerate(operations) if each.packs]
+    if not packing:
+        return ()
+    last = packing[-1]
+    return operations[: last + (operations[last].packs == "after")]
+
+
+def _products(*pieces: Sequence[Operation], backward: bool = False) -> list[Product]:
+    return [
+        product
+        for operations in pieces
+        for each in operations
+        for product in (*each.forward, *(each.backward if backward else ()))
+    ]
+
+
+def _sum(products: Iterable[Product]) -> tuple[float, float]:
+    """FLOPs per token, and per token and key."""
+    linear = attention = 0.0
+    for product in products:
+        if product.heads:
+            attention += 2.0 * product.heads * product.inner
+        else:
+            linear += 2.0 * product.inner * product.columns
+    return linear, attention

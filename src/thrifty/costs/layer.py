@@ -1,0 +1,336 @@
+"""What a decoder executes: embedding, one layer, and the head with its loss, in transformers 5.x.
+
+One program for all ten families; the differences are switches of ``ModelShape``. Read from the
+models' own ``forward`` and checked against what autograd saves. Attention is the default of
+transformers: fused (sdpa) wherever the family supports it, otherwise eager (gemma2). With a mask
+(packed documents, padding, a window shorter than the sequence) sdpa gets a 4-D mask, which it
+converts to the model's dtype in every layer and keeps, and grouped keys and values are repeated to
+all heads; without, it is causal by flag and keeps neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from thrifty.costs.operations import Adapter, Operation, Product, Program, Size, Tensor
+from thrifty.costs.shape import ModelShape
+
+ACTIVATIONS = {
+    # Kernels that keep their output; every other activation is taken to keep its input.
+    "relu": "output",
+    "tanh": "output",
+    "sigmoid": "output",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """How a step runs the model: what is trained, in which dtype, under which attention."""
+
+    itemsize: int = 4
+    adapter_itemsize: int = 4
+    on_cpu: bool = True
+    adapter: Adapter | None = None
+    last_layers: int | None = None
+    """Only the weights of this many last layers are trained; None: all, or the adapter."""
+    recompute: bool = False
+    backward: bool = True
+    training: bool = True
+    masked: bool = False
+    eager: bool = False
+    """Force eager attention."""
+    window_masked: bool = False
+    """Sliding-window layers get a mask, as their window is shorter than the sequence."""
+
+    @property
+    def trains_all(self) -> bool:
+        return self.backward and self.adapter is None and self.last_layers is None
+
+    def embedding_grad(self) -> bool:
+        # transformers makes the embedding's output require a gradient under checkpointing, so that
+        # the backward then runs through every layer whatever is frozen.
+        return self.backward and (self.trains_all or self.recompute)
+
+
+@lru_cache(maxsize=512)
+def embedding(shape: ModelShape, setup: Setup) -> tuple[Operation, ...]:
+    """Token ids -> the first layer's input."""
+    p = _program(shape, setup, trained=setup.trains_all)
+    ids = Tensor("ids", Size(8.0))
+    grad = setup.embedding_grad()
+    width = Size(shape.embedding_size * p.itemsize)
+    kept = (ids,) if p.trained else ()
+    x = p.emit(
+        "embedding",
+        (ids,),
+        width,
+        grad=grad,
+        saves=kept,
+        weight_elements=shape.head_parameters,
+        trained=p.trained,
+    )
+    if shape.norm == "gemma":
+        x = p.apply("scale", x)
+    if shape.projection_parameters:
+        x = p.product(x, shape.embedding_size, shape.hidden_size, trained=p.trained)
+    if shape.num_positions:
+        positions = p.emit(
+            "embedding",
+            (Tensor("positions", Size(8.0)),),
+            Size(shape.hidden_size * p.itemsize),
+            grad=p.trained,
+            saves=(Tensor("positions", Size(8.0)),) if p.trained else (),
+            weight_elements=shape.num_positions * shape.hidden_size,
+            trained=p.trained,
+        )
+        x = p.add(x, positions)
+    p.dropout(x, shape.embedding_dropout)
+    return tuple(p.operations)
+
+
+@lru_cache(maxsize=512)
+def head(shape: ModelShape, setup: Setup, loss: bool = True) -> tuple[Operation, ...]:
+    """The last layer's output -> logits, and the loss that ``ForCausalLMLoss`` takes in float32."""
+    p = _program(shape, setup, trained=setup.trains_all)
+    x = _input(shape, setup, grad=setup.backward)
+    if shape.final_norm:
+        x = p.norm(x, shape.hidden_size)
+    if shape.projection_parameters:
+        x = p.product(x, shape.hidden_size, shape.embedding_size, trained=p.trained)
+    logits = p.product(x, shape.embedding_size, shape.vocab_size, trained=p.trained)
+    if shape.logit_softcap:
+        logits = p.apply("scale", logits)
+        logits = p.apply("tanh", logits, keeps="output")
+        logits = p.apply("scale", logits)
+    if loss:
+        wide = p.cast(logits, p.itemsize, 4)
+        log_probabilities = p.apply("log_softmax", wide, keeps="output", passes=(2.0, 2.0))
+        # The model's output holds the logits until the loss is returned.
+        p.emit("nll", (log_probabilities, logits), Size(4.0), passes=(1.0, 1.0))
+    return tuple(p.operations)
+
+
+def layers(shape: ModelShape, setup: Setup) -> Iterator[tuple[Operation, ...]]:
+    """The operations of each layer, first to last. Equal layers are the same object."""
+    if setup.adapter is not None:
+        setup.adapter.check(shape)
+    adapted = _adapted(shape, setup)
+    first_trained = shape.num_layers - (setup.last_layers or 0)
+    grad = setup.embedding_grad()
+    sliding = _sliding(shape)
+    for index in range(shape.num_layers):
+        trained = setup.trains_all or (setup.last_layers is not None and index >= first_trained)
+        trained = trained and setup.backward
+        adapter = setup.adapter if index in adapted else None
+        masked = setup.masked or (setup.window_masked and sliding[index])
+        yield layer(shape, setup, trained, adapter, grad, masked)
+        grad = grad or trained or adapter is not None
+
+
+def _adapted(shape: ModelShape, setup: Setup) -> frozenset[int]:
+    if setup.adapter is None or not setup.backward:
+        return frozenset()
+    chosen = setup.adapter.layers
+    return frozenset(range(shape.num_layers) if chosen is None else chosen)
+
+
+def _sliding(shape: ModelShape) -> list[bool]:
+    """Which layers slide. Only their number is known, and only it matters: spread evenly."""
+    num, layers = shape.num_sliding_layers, shape.num_layers
+    return [(index + 1) * num // layers > index * num // layers for index in range(layers)]
+
+
+@lru_cache(maxsize=2048)
+def layer(
+    shape: ModelShape,
+    setup: Setup,
+    trained: bool,
+    adapter: Adapter | None,
+    grad: bool,
+    masked: bool,
+) -> tuple[Operation, ...]:
+    """One decoder layer; ``grad``: its input needs a gradient."""
+    p = _program(shape, setup, trained=trained, adapter=adapter, masked=masked)
+    x, hidden = _input(shape, setup, grad=grad), shape.hidden_size
+    if shape.block == "parallel":
+        attended = p.dropout(_attention(p, p.norm(x, hidden), setup.eager), shape.dropout)
+        mlp = p.dropout(_mlp(p, p.norm(x, hidden)), shape.dropout)
+        p.add(x, p.add(attended, mlp))
+    elif shape.block == "sandwich":
+        x = p.add(x, p.norm(_attention(p, p.norm(x, hidden), setup.eager), hidden))
+        p.add(x, p.norm(_mlp(p, p.norm(x, hidden)), hidden))
+    elif shape.block == "post":
+        attended = p.dropout(_attention(p, x, setup.eager), shape.dropout)
+        x = p.norm(p.add(x, attended), hidden)
+        p.norm(p.add(x, p.dropout(_mlp(p, x), shape.dropout)), hidden)
+    else:
+        attended = _attention(p, p.norm(x, hidden), setup.eager)
+        x = p.add(x, p.dropout(attended, shape.dropout))
+        p.add(x, p.dropout(_mlp(p, p.norm(x, hidden)), shape.dropout))
+    return tuple(p.operations)
+
+
+def _program(
+    shape: ModelShape,
+    setup: Setup,
+    *,
+    trained: bool,
+    adapter: Adapter | None = None,
+    masked: bool = False,
+) -> Program:
+    return Program(
+        shape=shape,
+        itemsize=setup.itemsize,
+        adapter_itemsize=setup.adapter_itemsize,
+        on_cpu=setup.on_cpu,
+        trained=trained,
+        adapter=adapter,
+        masked=masked,
+        training=setup.training,
+        operations=[],
+    )
+
+
+def _input(shape: ModelShape, setup: Setup, *, grad: bool) -> Tensor:
+    return Tensor("input", Size(shape.hidden_size * setup.itemsize), grad)
+
+
+def _mlp(p: Program, x: Tensor) -> Tensor:
+    linears = [linear for linear in p.shape.linears if linear.part == "mlp"]
+    keeps = ACTIVATIONS.get(p.shape.activation, "input")
+    if not p.shape.gated:
+        into, out = linears
+        return p.linear(out, _activation(p, p.linear(into, x), keeps))
+    if len(linears) == 2:  # gate and up are views of one product
+        both = p.linear(linears[0], x)
+        active = p.apply(p.shape.activation, both, keeps=keeps, share=0.5)
+        kept = (both, active) if both.grad else ()
+        packs = "before" if kept else ""
+        passes = (1.0, 2.0)
+        product = p.emit("multiply", (both, active), active.size, saves=kept, packs=packs, passes=passes)
+        return p.linear(linears[1], product)
+    gate, up, down = linears
+    active = _activation(p, p.linear(gate, x), keeps)
+    return p.linear(down, p.multiply(active, p.linear(up, x)))
+
+
+def _activation(p: Program, x: Tensor, keeps: str) -> Tensor:
+    if p.shape.activation not in ("gelu_new", "gelu_fast"):
+        return p.apply(p.shape.activation, x, keeps=keeps)
+    # Written out in Python: x, 0.5 x, tanh(...) and 1 + tanh(...) are kept.
+    parts = tuple(Tensor(f"{p.name()} {part}", x.size) for part in ("half", "tanh", "plus"))
+    kept = (x, *parts) if x.grad else ()
+    packs = "before" if kept else ""
+    return p.emit("gelu_new", (x,), x.size, saves=kept, packs=packs, passes=(8.0, 12.0))
+
+
+def _attention(p: Program, x: Tensor, force_eager: bool) -> Tensor:
+    shape = p.shape
+    *projections, out = (linear for linear in shape.linears if linear.part == "attention")
+    query_bytes = Size(shape.query_size * p.itemsize)
+    key_bytes = Size(shape.key_value_size * p.itemsize)
+    fused = len(projections) == 1
+    # With one product for q, k and v the three are views of the same buffer.
+    q, k, v = [p.linear(projections[0], x)] * 3 if fused else [p.linear(y, x) for y in projections]
+    if shape.model_type == "opt":
+        q = p.apply("scale", q)
+    if shape.qk_norm:
+        q, k = p.norm(q, shape.head_dim), p.norm(k, shape.head_dim)
+    if shape.rotary_dim:
+        q, k = _rotate(p, q, query_bytes), _rotate(p, k, key_bytes)
+    eager = force_eager or shape.attention == "eager"
+    drops = shape.attention_dropout > 0 and p.training
+    if eager or (drops and p.on_cpu):
+        attended = _plain_attention(p, q, k, v, query_bytes, eager)
+    else:
+        attended = _fused_attention(p, q, k, v, query_bytes)
+        # Concatenated rotary halves leave heads first; then the output is copied to tokens first.
+        if fused and shape.rotary_dim:
+            attended = p.apply("copy", attended)
+    result = p.linear(out, attended)
+    return result
+
+
+def _rotate(p: Program, x: Tensor, size: Size) -> Tensor:
+    """Rotary embedding, x cos + rotate_half(x) sin; cos and sin are shared by all layers."""
+    packs = "before" if x.grad else ""
+    return p.emit("rotate", (x,), size, packs=packs, passes=(5.0, 9.0))
+
+
+def _products(p: Program, q: Tensor, k: Tensor, v: Tensor) -> dict[str, tuple[Product, ...]]:
+    """Attention's two products in each head, and those of its backward that are needed."""
+    one = Product(p.shape.head_dim, 1, p.shape.num_attention_heads)
+    needed = q.grad + k.grad + v.grad + (q.grad or k.grad)
+    return {"forward": (one, one), "backward": (one,) * needed}
+
+
+def _fused_attention(p: Program, q: Tensor, k: Tensor, v: Tensor, out: Size) -> Tensor:
+    shape = p.shape
+    extra: tuple[Tensor, ...] = ()
+    if p.masked and shape.model_type != "opt":
+        mask = p.emit("mask", (), Size(0.0, p.itemsize), grad=False)
+        extra = (mask,)
+        if shape.num_attention_heads > shape.num_key_value_heads:
+            groups = shape.num_attention_heads / shape.num_key_value_heads
+            k, v = p.apply("copy", k, share=groups), p.apply("copy", v, share=groups)
+    grad = q.grad or k.grad or v.grad
+    result = Tensor(p.name(), out, grad)
+    logsumexp = Tensor(f"{p.name()} logsumexp", Size(4.0 * shape.num_attention_heads))
+    kept = (q, k, v, result, logsumexp, *extra) if grad else ()
+    products = _products(p, q, k, v)
+    if grad:  # one kernel computes dq, dk and dv whichever is needed, from the scores again
+        products["backward"] = (products["forward"][0],) * 5
+    p.operations.append(
+        Operation(
+            "sdpa",
+            (q, k, v, *extra),
+            result,
+            kept,
+            "after" if grad else "",
+            **products,
+        )
+    )
+    return result
+
+
+def _plain_attention(
+    p: Program, q: Tensor, k: Tensor, v: Tensor, out: Size, eager: bool
+) -> Tensor:
+    """Attention maps in memory: eager, or sdpa's reference kernel, which a CPU takes for dropout.
+
+    The products run on contiguous copies of q, k and v with all heads.
+    """
+    shape, heads = p.shape, p.shape.num_attention_heads
+    # The reference kernel computes in float32 throughout, eager only its softmax.
+    itemsize = p.itemsize if eager else 4
+    whole = out.times(itemsize / p.itemsize)
+    q2, k2, v2 = (p.emit("copy", (x,), whole) for x in (q, k, v))
+    products = _products(p, q, k, v)
+    one = products["forward"][:1]
+    kept = ((k2,) if q.grad else ()) + ((q2,) if k.grad else ())
+    scores = p.emit(
+        "scores", (q2, k2), Size(0.0, heads * itemsize), saves=kept,
+        packs="before" if kept else "", forward=one, backward=one * (q.grad + k.grad),
+        passes=(0.0, 0.0),
+    )  # fmt: skip
+    if eager:
+        scores = p.apply("scale", scores)
+        if shape.attention_softcap:
+            scores = p.apply("scale", scores)
+            scores = p.apply("tanh", scores, keeps="output")
+            scores = p.apply("scale", scores)
+    scores = p.apply("mask", scores)
+    scores = p.cast(scores, itemsize, 4)
+    weights = p.apply("softmax", scores, keeps="output", passes=(2.0, 2.0))
+    weights = p.cast(weights, 4, itemsize)
+    if shape.attention_dropout and p.training:
+        weights = p.dropout(weights, shape.attention_dropout)
+    kept = ((v2,) if weights.grad else ()) + ((weights,) if v.grad else ())
+    attended = p.emit(
+        "attend", (weights, v2), whole, saves=kept, packs="before" if kept else "",
+        forward=one, backward=one * (weights.grad + v.grad), passes=(0.0, 0.0),
+    )  # fmt: skip
+    attended = p.apply("copy", attended)
+    return p.cast(attended, itemsize, p.itemsize)

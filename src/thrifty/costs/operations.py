@@ -1,0 +1,273 @@
+"""The kernels of a step, and what each costs: the one list behind FLOPs, memory and time.
+
+A piece of a model is a list of ``Operation``s on named ``Tensor``s, about one per ATen kernel. Each
+knows its matrix products, what autograd keeps of it until the backward pass, and what it reads and
+writes, so that FLOPs, bytes and seconds are three readings of the same list and cannot disagree.
+Sizes grow with the tokens T = batch x sequence, those of attention maps also with the keys S:
+
+    bytes = T (token + map S)
+
+Where a gradient is needed, autograd's rules apply (PyTorch's derivatives.yaml): a matrix product
+keeps its input only if its weight is trained; ``a * b`` keeps b if a needs a gradient; SiLU and GELU
+keep their input; ReLU, tanh and softmax their output. What needs no gradient keeps nothing.
+
+Limits: eager PyTorch, without torch.compile, fused kernels from the hub, or autocast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from thrifty.costs.shape import LinearShape, ModelShape
+
+
+class Size(NamedTuple):
+    """Bytes per token, and bytes per token and key."""
+
+    token: float = 0.0
+    map: float = 0.0
+
+    def at(self, tokens: float, keys: float) -> float:
+        return tokens * (self.token + self.map * keys)
+
+    def times(self, factor: float) -> Size:
+        return Size(self.token * factor, self.map * factor)
+
+
+def total(sizes: Iterable[Size]) -> Size:
+    token = keyed = 0.0
+    for size in sizes:
+        token += size.token
+        keyed += size.map
+    return Size(token, keyed)
+
+
+class Tensor(NamedTuple):
+    """A buffer; views of it are the same tensor."""
+
+    name: str
+    size: Size
+    grad: bool = False
+    """Whether a gradient flows into it."""
+
+
+class Product(NamedTuple):
+    """Matrix products of ``2 inner columns`` FLOPs a token; the rows are the tokens.
+
+    With ``heads``, one of attention's two products in every head, where ``columns`` is per key:
+    ``2 heads inner`` FLOPs a token and key.
+    """
+
+    inner: int
+    columns: int
+    heads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    kind: str
+    reads: tuple[Tensor, ...]
+    writes: Tensor
+    saves: tuple[Tensor, ...] = ()
+    """What stays until this operation's backward."""
+    packs: str = ""
+    """When autograd packs a tensor for it, a weight included: ``before`` it computes or ``after``."""
+    forward: tuple[Product, ...] = ()
+    backward: tuple[Product, ...] = ()
+    weight_elements: int = 0
+    trained: bool = False
+    passes: tuple[float, float] = (1.0, 1.0)
+    """Elementwise kernels of the forward and of the backward, each over about its output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """LoRA as PEFT runs it: ``y = W x + B(A(x)) alpha / rank`` on the linears named by ``targets``.
+
+    ``targets`` None means every linear of a layer, ``layers`` None every layer. The dropout inside
+    the adapter is taken to be 0.
+    """
+
+    rank: int = 16
+    targets: tuple[str, ...] | None = None
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"LoRA rank must be at least 1, not {self.rank}\nhint: try rank 16")
+
+    def adapts(self, linear: LinearShape) -> bool:
+        return self.targets is None or linear.name in self.targets
+
+    def check(self, shape: ModelShape) -> None:
+        """Its targets and layers must exist in the model."""
+        unknown = [name for name in self.targets or () if name not in shape.lora_targets]
+        if unknown:
+            raise ValueError(
+                f"{shape.model_type} has no linear named {', '.join(unknown)}\n"
+                f"hint: its linears are {', '.join(shape.lora_targets)}"
+            )
+        if any(not 0 <= index < shape.num_layers for index in self.layers or ()):
+            raise ValueError(
+                f"LoRA layers {self.layers} are not all among the model's {shape.num_layers}\n"
+                f"hint: layers count from 0 to {shape.num_layers - 1}"
+            )
+
+    def layer_parameters(self, shape: ModelShape) -> int:
+        """Parameters that one adapted layer gets."""
+        return sum(
+            self.rank * (linear.in_features + linear.out_features)
+            for linear in shape.linears
+            if self.adapts(linear)
+        )
+
+    def num_parameters(self, shape: ModelShape) -> int:
+        self.check(shape)
+        layers = shape.num_layers if self.layers is None else len(set(self.layers))
+        return layers * self.layer_parameters(shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A growing list of operations, following which tensors need a gradient."""
+
+    shape: ModelShape
+    itemsize: int = 4
+    """Bytes of an element of the model."""
+    adapter_itemsize: int = 4
+    on_cpu: bool = True
+    trained: bool = False
+    """Whether the model's own weights here are trained."""
+    adapter: Adapter | None = None
+    masked: bool = False
+    training: bool = True
+    operations: list[Operation]
+
+    def name(self) -> str:
+        return str(len(self.operations))
+
+    def emit(
+        self,
+        kind: str,
+        reads: tuple[Tensor, ...],
+        size: Size,
+        *,
+        grad: bool | None = None,
+        **fields: Any,
+    ) -> Tensor:
+        """Appends an operation and returns what it writes."""
+        grad = any(tensor.grad for tensor in reads) if grad is None else grad
+        writes = Tensor(self.name(), size, grad)
+        self.operations.append(Operation(kind, reads, writes, **fields))
+        return writes
+
+    def apply(
+        self,
+        kind: str,
+        x: Tensor,
+        *,
+        keeps: str = "",
+        share: float = 1.0,
+        passes: tuple[float, float] = (1.0, 1.0),
+    ) -> Tensor:
+        """A kernel of one input, which keeps nothing, its input or its output; ``share``: the size
+        of its output in inputs."""
+        writes = Tensor(self.name(), x.size.times(share), x.grad)
+        kept = {"": (), "input": (x,), "output": (writes,)}[keeps] if x.grad else ()
+        packs = {"input": "before", "output": "after"}.get(keeps, "") if x.grad else ""
+        self.operations.append(Operation(kind, (x,), writes, kept, packs, passes=passes))
+        return writes
+
+    def cast(self, x: Tensor, source: int, target: int) -> Tensor:
+        return x if source == target else self.apply("cast", x, share=target / source)
+
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        """Elementwise, the size of ``a``."""
+        kept = ((b,) if a.grad else ()) + ((a,) if b.grad else ())
+        passes = (1.0, float(a.grad + b.grad))
+        packs = "before" if kept else ""
+        return self.emit("multiply", (a, b), a.size, saves=kept, packs=packs, passes=passes)
+
+    def add(self, residual: Tensor, branch: Tensor) -> Tensor:
+        """The sum; its backward hands the same gradient to both."""
+        size = max(residual.size, branch.size)
+        return self.emit("add", (residual, branch), size, passes=(1.0, 1.0))
+
+    def dropout(self, x: Tensor, rate: float) -> Tensor:
+        if not (rate and self.training):
+            return x
+        # On a CPU autograd keeps the scaled noise in the model's dtype; CUDA keeps a byte.
+        share = 1.0 if self.on_cpu else 1.0 / self.itemsize
+        noise = self.emit("noise", (), x.size.times(share), grad=False)
+        kept = (noise,) if x.grad else ()
+        packs = "after" if x.grad else ""
+        return self.emit("dropout", (x, noise), x.size, saves=kept, packs=packs)
+
+    def product(
+        self, x: Tensor, inputs: int, outputs: int, *, trained: bool, itemsize: int = 0
+    ) -> Tensor:
+        """``[tokens, inputs] @ [inputs, outputs]``. Its backward needs the weight only to reach x,
+        and x only for the weight's own gradient."""
+        grad = x.grad or trained
+        return self.emit(
+            "linear",
+            (x,),
+            Size(outputs * (itemsize or self.itemsize)),
+            grad=grad,
+            saves=(x,) if trained else (),
+            packs="before" if grad else "",
+            forward=(Product(inputs, outputs),),
+            backward=(Product(inputs, outputs),) * (x.grad + trained),
+            weight_elements=inputs * outputs,
+            trained=trained,
+            passes=(0.0, 0.0),
+        )
+
+    def linear(self, linear: LinearShape, x: Tensor) -> Tensor:
+        inputs, outputs = linear.in_features, linear.out_features
+        out = self.product(x, inputs, outputs, trained=self.trained)
+        if self.adapter is None or not self.adapter.adapts(linear):
+            return out
+        itemsize = self.adapter_itemsize
+        # PEFT casts the input of each adapted linear on its own, and autograd keeps every copy.
+        x = self.cast(x, self.itemsize, itemsize)
+        low = self.product(x, inputs, self.adapter.rank, trained=True, itemsize=itemsize)
+        high = self.product(low, self.adapter.rank, outputs, trained=True, itemsize=itemsize)
+        both = self.add(self.apply("scale", high), out)
+        return self.cast(both, max(itemsize, self.itemsize), self.itemsize)
+
+    def norm(self, x: Tensor, width: int) -> Tensor:
+        """A norm over groups of ``width`` elements: one for the hidden size, one a head for the
+        queries and keys."""
+        if self.shape.norm == "layer":
+            grad = x.grad or self.trained
+            statistics = Tensor(f"{self.name()} statistics", Size(2 * self.itemsize))
+            kept = (x, statistics) if grad else ()
+            packs = "after" if grad else ""
+            passes = (1.0, 3.0)
+            return self.emit(
+                "layer_norm", (x,), x.size, grad=grad, saves=kept, packs=packs, passes=passes
+            )
+        wide = self.cast(x, self.itemsize, 4)
+        square = self.apply("square", wide, keeps="input", passes=(1.0, 3.0))
+        mean = self.apply("mean", square, share=1.0 / width, passes=(width, width))
+        inverse = self.apply("rsqrt", mean, keeps="output", passes=(2.0, 3.0))
+        normal = self.multiply(wide, inverse)
+        if self.shape.norm == "gemma":
+            return self.cast(self.weigh(normal), 4, self.itemsize)
+        return self.weigh(self.cast(normal, 4, self.itemsize))
+
+    def weigh(self, x: Tensor) -> Tensor:
+        """Times the weight vector of a norm."""
+        grad = x.grad or self.trained
+        kept = (x,) if self.trained else ()
+        passes = (1.0, x.grad + 2.0 * self.trained)
+        packs = "before" if grad else ""
+        return self.emit("weigh", (x,), x.size, grad=grad, saves=kept, packs=packs, passes=passes)
+
+
+def saved(operations: Iterable[Operation]) -> dict[str, Tensor]:
+    """The distinct tensors that autograd keeps of these operations."""
+    return {tensor.name: tensor for operation in operations for tensor in operation.saves}

@@ -1,0 +1,170 @@
+"""The shape of a decoder: what its ``config.json`` says, enough to price it without its weights.
+
+``ModelShape`` holds the sizes of one Hugging Face causal language model (transformers 5.x): every
+linear of a layer under its real module name, the norms, the embeddings, and the few switches that
+change what is executed. With hidden size h, vocabulary V and L layers,
+
+    parameters = V h [+ positions] + L (attention + mlp + norms) + final norm [+ V h, head not tied]
+
+Parameter counts are exact for the families in ``families.py``. Limits: dense decoders whose layers
+are all equal; no mixture of experts, no vision tower, no quantised storage, no cross attention.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of one element."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearShape:
+    """One matrix product of a layer, ``[tokens, in_features] @ [in_features, out_features]``."""
+
+    name: str
+    """The module's attribute name in transformers, which LoRA targets match."""
+    in_features: int
+    out_features: int
+    bias: bool
+    part: str
+    """``attention`` or ``mlp``."""
+
+    @property
+    def num_parameters(self) -> int:
+        return (self.in_features + self.bias) * self.out_features
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Sizes of a decoder with ``num_layers`` equal layers."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    dtype: str
+    """What the checkpoint is stored in."""
+    linears: tuple[LinearShape, ...]
+    """The linears of one layer, in the order in which they run."""
+
+    norm: str = "rms"
+    """``rms``; ``gemma``: RMS with its weight applied in float32; ``layer``: LayerNorm."""
+    norm_parameters: int
+    """Of one norm over the hidden size: h, 2h with a bias, or 0."""
+    block: str = "pre"
+    """Where a layer has its norms: ``pre``, ``post``, ``sandwich`` (both), or ``parallel``
+    (attention and mlp read the same input)."""
+    final_norm: bool = True
+    qk_norm: bool = False
+    """RMS norms over ``head_dim`` on the queries and the keys."""
+    gated: bool = True
+    activation: str = "silu"
+    rotary_dim: int = 0
+    """Rotated channels of a head; 0: positions are learned."""
+    num_positions: int = 0
+    """Rows of a learned position embedding."""
+    embedding_size: int
+    """Width of the token embedding; other than ``hidden_size`` only in opt-350m."""
+    attention: str = "sdpa"
+    """What transformers runs by default: ``sdpa``, or ``eager`` where sdpa cannot (gemma2)."""
+    attention_softcap: bool = False
+    logit_softcap: bool = False
+    sliding_window: int = 0
+    num_sliding_layers: int = 0
+    dropout: float = 0.0
+    """In training, after attention and after the mlp."""
+    embedding_dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
+        """``config.json`` as a dict -> shape. Missing keys take transformers' defaults."""
+        from thrifty.costs import families
+
+        return families.read(config)
+
+    @property
+    def query_size(self) -> int:
+        """Width of a token's queries: heads x head_dim."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        """Width of a token's keys, and of its values."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def head_parameters(self) -> int:
+        """Elements of the output matrix, tied or not."""
+        return self.vocab_size * self.embedding_size
+
+    @property
+    def projection_parameters(self) -> int:
+        """Elements of the matrix between hidden and embedding size (opt-350m has two), or 0."""
+        projected = self.embedding_size != self.hidden_size
+        return self.hidden_size * self.embedding_size if projected else 0
+
+    @property
+    def layer_norm_parameters(self) -> int:
+        """Parameters of all the norms of one layer."""
+        norms = 4 if self.block == "sandwich" else 2
+        return norms * self.norm_parameters + (2 * self.head_dim if self.qk_norm else 0)
+
+    @property
+    def layer_parameters(self) -> int:
+        return sum(linear.num_parameters for linear in self.linears) + self.layer_norm_parameters
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """The default LoRA targets: every linear of the layers, not the head."""
+        return tuple(dict.fromkeys(linear.name for linear in self.linears))
+
+    @cached_property
+    def parameters_by_part(self) -> dict[str, int]:
+        """Parameters of embedding, attention, mlp, norms and head; a tied head counts 0."""
+        parts = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
+        positions = self.num_positions * self.hidden_size
+        parts["embedding"] = self.head_parameters + positions + self.projection_parameters
+        for linear in self.linears:
+            parts[linear.part] += self.num_layers * linear.num_parameters
+        parts["norms"] = self.num_layers * self.layer_norm_parameters
+        parts["norms"] += self.norm_parameters if self.final_norm else 0
+        parts["head"] = self.projection_parameters
+        parts["head"] += 0 if self.tie_word_embeddings else self.head_parameters
+        return parts
+
+    @cached_property
+    def num_parameters(self) -> int:
+        return sum(self.parameters_by_part.values())
+
+
+def read_shape(path: str | Path) -> ModelShape:
+    """Shape of a model folder, or of its ``config.json``."""
+    file = Path(path)
+    if file.is_dir():
+        file = file / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(
+            f"no config.json at {file}\nhint: give the folder of a Hugging Face model"
+        ) from None
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is not JSON: {error}\nhint: save the model again with save_pretrained"
+        ) from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds no object\nhint: it must be a Hugging Face config.json")
+    return ModelShape.from_config(config)

@@ -1,0 +1,141 @@
+"""Where the answers stand in a conversation that a chat template has rendered.
+
+A template gives one string; the loss must fall on what the assistant would have to write: content
+and end-of-turn token, never a header. Three ways, in this order:
+
+1. The template marks its answers (``{% generation %}``): those marks.
+2. Prefixes: ``render(turns[:i], add_generation_prompt=True)`` is what the model sees before it
+   answers, ``render(turns[:i+1])`` is what stands after it; both must begin the whole rendering.
+   Where only the second does not, since the template renders a last turn differently (Qwen 3 drops
+   the empty ``<think>`` block of earlier turns), content and end of turn must follow literally.
+   Where even that fails, the row is set aside with the reason: a guessed mask trains on the wrong
+   tokens without a sound.
+3. No template: the plain one below, ``role: content``, a turn a line, the end-of-sequence token
+   after each answer.
+
+Limits: a template that writes today's date gives other tokens tomorrow. Tools are not rendered.
+Marks and prefixes cost 1 and 1 + 2 per answer renderings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from os.path import commonprefix
+from typing import Any
+
+from thrifty.data.faults import Fault
+from thrifty.data.formats import Message
+
+Span = tuple[int, int]
+
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MAX_TRIES = 100
+
+
+def render(
+    turns: Sequence[Message], first_answer: int, tokenizer: Any
+) -> tuple[str, list[Span], bool]:
+    """Text, character spans of the answers from turn ``first_answer`` on, and whether the
+    tokenizer must add its special tokens (a template writes its own)."""
+    if tokenizer.chat_template is None:
+        return *_plain(turns, first_answer, tokenizer.eos_token or ""), True
+    try:
+        if _MARKED.search(tokenizer.get_chat_template()):
+            return *_marked(turns, first_answer, tokenizer), False
+        return *_by_prefixes(turns, first_answer, tokenizer), False
+    except Fault:
+        raise
+    except Exception as error:  # a template is a foreign program: it may raise anything
+        detail = f"the chat template refused the row: {type(error).__name__}: {error}"
+        raise Fault("chat_template", detail[:300], turns[0]["content"]) from error
+
+
+def _plain(turns: Sequence[Message], first_answer: int, eos: str) -> tuple[str, list[Span]]:
+    text, spans = "", []
+    for i, turn in enumerate(turns):
+        text += f"{turn['role']}: "
+        start = len(text)
+        if turn["role"] == "assistant":
+            text += turn["content"] + eos
+            if i >= first_answer:
+                spans.append((start, len(text) if eos else len(text) + 1))
+        else:
+            text += turn["content"]
+        text += "\n"
+    return text, spans
+
+
+def _marked(turns: Sequence[Message], first_answer: int, tokenizer: Any) -> tuple[str, list[Span]]:
+    # ``apply_chat_template`` turns these spans into a token mask itself, but from a span whose
+    # first or last character has no token it masks nothing or all of the rest.
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, spans = render_jinja_template(
+        conversations=[list(turns)],
+        chat_template=tokenizer.get_chat_template(),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if len(spans[0]) != len(answers):
+        detail = f"the template marks {len(spans[0])} answers of {len(answers)}"
+        raise Fault("chat_template", detail, turns[0]["content"])
+    kept = [(a, b) for i, (a, b) in zip(answers, spans[0], strict=True) if i >= first_answer]
+    return texts[0], kept
+
+
+def _by_prefixes(
+    turns: Sequence[Message], first_answer: int, tokenizer: Any
+) -> tuple[str, list[Span]]:
+    def rendered(count: int, prompt: bool = False) -> str:
+        return tokenizer.apply_chat_template(
+            list(turns[:count]), tokenize=False, add_generation_prompt=prompt
+        )
+
+    full, spans = rendered(len(turns)), []
+    ends = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""})
+    for i, turn in enumerate(turns):
+        if turn["role"] != "assistant" or i < first_answer:
+            continue
+        after = full if i + 1 == len(turns) else rendered(i + 1)
+        if i == 0:
+            start = after.find(turn["content"])
+            if not turn["content"] or after.count(turn["content"]) != 1:
+                raise _unclear(turns, i)
+            before = after[:start]
+        else:
+            before = rendered(i, prompt=True)
+        start = len(commonprefix([before, full]))
+        if start < len(before):
+            # Allowed for what the generation prompt adds (a "<think>"), not for the turns.
+            past = rendered(i)
+            if not full.startswith(past) or start < len(past):
+                raise _unclear(turns, i)
+        end = _end(full, start, before, after, turn["content"].strip())
+        if end is None or (spans and start < spans[-1][1]):
+            raise _unclear(turns, i)
+        answer = full[start:end].rstrip()
+        # The line break that a template writes behind its end-of-turn token is no answer.
+        spans.append((start, start + len(answer) if answer.endswith(ends) else end))
+    return full, spans
+
+
+def _end(full: str, start: int, before: str, after: str, content: str) -> int | None:
+    """Where the answer that begins at ``start`` of ``full`` ends."""
+    if full.startswith(after) and len(after) > start:
+        return len(after)
+    answer = after[len(commonprefix([before, after])) :]
+    at = answer.find(content) if content else -1
+    for _ in range(_MAX_TRIES):
+        if at < 0:
+            break
+        if full.startswith(answer[at:], start):
+            return start + len(answer) - at
+        at = answer.find(content, at + 1)
+    return None
+
+
+def _unclear(turns: Sequence[Message], i: int) -> Fault:
+    detail = f"the template renders turn {i + 1} differently once others follow"
+    return Fault("chat_template", detail, turns[i]["content"])

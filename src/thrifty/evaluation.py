@@ -1,0 +1,88 @@
+"""The run's objective, measured: dev or test loss over the targets, with paired error bars.
+
+    L = sum_t w_t L_t / sum_t w_t,   L_t = nats a token over the target's rows
+
+The standard error of the change between two evaluations pairs the same rows, which is many times
+smaller than that of the loss itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from thrifty.core.budget import Cost
+from thrifty.core.contracts import Meter, Rows
+from thrifty.costs.shape import ModelShape
+from thrifty.signals.forward import Losses, example_losses
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One evaluation over all targets."""
+
+    by_target: Mapping[str, Losses]
+    weights: Mapping[str, float]
+
+    @property
+    def objective(self) -> float:
+        total = sum(self.weights.values())
+        return sum(self.weights[t] * m.objective for t, m in self.by_target.items()) / total
+
+    def stderr(self, before: Measured | None = None) -> float:
+        """Of the objective, or of its change since ``before``."""
+        total = sum(self.weights.values())
+        squares = [
+            (self.weights[t] / total * m.stderr(before.by_target[t] if before else None)) ** 2
+            for t, m in self.by_target.items()
+        ]
+        return float(np.sqrt(np.sum(squares)))
+
+    def losses(self) -> dict[str, float]:
+        return {name: m.objective for name, m in self.by_target.items()}
+
+    def save(self, path: Path) -> None:
+        arrays: dict[str, Any] = {}
+        for i, (_, m) in enumerate(sorted(self.by_target.items())):
+            arrays[f"nll_{i}"], arrays[f"tokens_{i}"] = m.nll, m.num_tokens
+        np.savez(path, **arrays)
+
+    @classmethod
+    def load(cls, path: Path, weights: Mapping[str, float]) -> Measured:
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(
+                {
+                    name: Losses(arrays[f"nll_{i}"], arrays[f"tokens_{i}"])
+                    for i, name in enumerate(sorted(weights))
+                },
+                weights,
+            )
+
+
+def measure(
+    model: Any,
+    shape: ModelShape,
+    rows: Mapping[str, Rows],
+    weights: Mapping[str, float],
+    meter: Meter,
+) -> Measured:
+    """Evaluate ``model`` on every target's rows. Raises ValueError where a loss is not finite."""
+    found = {name: example_losses(model, shape, r.tokens, meter) for name, r in rows.items()}
+    for name, losses in found.items():
+        if not np.isfinite(losses.objective):
+            raise ValueError(
+                f"the loss on {name} is not finite\n"
+                "hint: the model diverged; resume from the last checkpoint at a lower learning rate"
+            )
+    return Measured(found, weights)
+
+
+class NoMeter:
+    """Counts nothing: for passes that are charged elsewhere."""
+
+    def tick(self, cost: Cost, *, steps: int = 0) -> None:
+        return None

@@ -1,0 +1,1 @@
+"""Floor 4: pickers. A file is a method: candidates -> rows within a budget (``contracts.Picker``)."""

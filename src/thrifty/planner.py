@@ -1,0 +1,483 @@
+"""From model, pool, targets and budget to a plan: price every combination, drop what does not fit,
+rank the rest, and say why.
+
+A combination is (all weights or LoRA) x precision x recompute or not x micro-batch x scorer. Each
+is priced whole: scoring, training, evaluations, checkpoints. What the budget leaves after scoring
+buys D training tokens, worth
+
+    D_eff = q * w(s) * D'(D, U),       w(s) = w_5%^(ln(1/s) / ln 20),
+    D'(D, U) = U + U R* (1 - exp(-(D/U - 1) / R*)),  R* = 15.4         (arXiv:2305.16264)
+
+with U the tokens kept, s = U / pool, w_5% the scorer's prior worth and q the technique's prior
+quality. U is D over the number of epochs, at most four, that makes D_eff largest. Gains enter the
+one rule as ``prior`` estimates, a fixed concave function of D_eff: only their order matters here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from thrifty.core import quantities
+from thrifty.core.budget import Budget, Cost, PoolStats
+from thrifty.core.contracts import Scorer, Work, Worth
+from thrifty.core.ledger import Rates
+from thrifty.core.marginal import Choice, Estimate, Option, choose
+from thrifty.core.resolve import Spec, all_names, method_class, name_of, resolve
+from thrifty.costs.flops import Adapter, train_flops
+from thrifty.costs.hardware import Device
+from thrifty.costs.memory import MemorySetting, account, checkpoint_bytes, runtime_bytes
+from thrifty.costs.shape import ModelShape
+from thrifty.costs.time import step_seconds
+from thrifty.signals.forward import forward_cost
+
+REPEAT_HALF_LIFE = 15.4
+"""R* of arXiv:2305.16264."""
+MAX_EPOCHS = 4
+STEPS_WANTED = 300
+MAX_BATCH = 128
+"""Sequences of an optimizer step."""
+EVALUATION_SHARE = 0.1
+"""The most of the budget that evaluations during training may take."""
+COOLDOWN_SHARE = 0.2
+WARMUP_SHARE = 0.05
+PACKING_FILL = 0.96
+"""Share of a packed batch that is tokens, not padding (best-fit decreasing, this pool or another)."""
+MEMORY_MARGIN = 1.05
+SETUP_SECONDS = 4.0
+"""Loading the libraries and building the trainer, per stage that needs a model."""
+DISK_BYTES_PER_SECOND = 4e8
+
+QUALITY = {
+    ("full", "float32"): (1.0, "reference"),
+    ("full", "bfloat16"): (0.9, "weights in plain bf16 lose small updates: 1.051 for 1.014 nats"),
+    ("lora", "float32"): (0.95, "LoRA learns less and forgets less, arXiv:2405.09673"),
+    ("lora", "bfloat16"): (0.95, "LoRA learns less and forgets less, arXiv:2405.09673"),
+}
+"""Prior quality of a technique per token trained on; edit to taste."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to plan for: everything that the planner may not choose itself."""
+
+    shape: ModelShape
+    budget: Budget
+    device: Device
+    rates: Rates
+    pool: PoolStats | None = None
+    targets: Mapping[str, PoolStats] = field(default_factory=dict)
+    dev: PoolStats | None = None
+    """All dev rows together."""
+    test: PoolStats | None = None
+    task: Literal["sft", "continued", "preference"] = "sft"
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """plan.yaml keys that the user set: ``training.method``, ``selection.scorer``, ..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One combination, priced."""
+
+    method: Literal["full", "lora"]
+    dtype: Literal["float32", "bfloat16"]
+    activation_checkpointing: bool
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    max_length: int
+    scorer: str
+    scorer_spec: Spec
+    memory: Mapping[str, float]
+    """Bytes by term at the peak."""
+    peak_memory_bytes: float
+    step: Cost
+    max_steps: int
+    num_evaluations: int
+    epochs: float
+    keep_tokens: float
+    by_stage: Mapping[str, Cost]
+    binding: str
+    gain: Estimate
+
+    @property
+    def name(self) -> str:
+        recompute = " recompute" if self.activation_checkpointing else ""
+        batch = f"{self.per_device_train_batch_size}x{self.gradient_accumulation_steps}"
+        return f"{self.scorer}, {self.method} {self.dtype} {batch}{recompute}"
+
+    @property
+    def total(self) -> Cost:
+        return sum(self.by_stage.values(), Cost())
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The outcome of a search: the chosen combination, and what it was chosen over."""
+
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+    """Those that fit, best first."""
+    num_combinations: int
+    choice: Choice
+    why: Mapping[str, str]
+
+
+class NoPlanFits(ValueError):
+    """No combination fits the budget; the message says the least that would do."""
+
+
+def search(request: Request) -> Planned:
+    """Price all combinations and choose. Raises NoPlanFits, ValueError for impossible requests."""
+    sequence = _sequence(request)
+    tried, fitting = 0, []
+    nearest: dict[str, float] = {}
+    scorers = list(_scorers(request))
+    for combination in _combinations(request):
+        for spec, scorer in scorers:
+            tried += 1
+            found = _price(request, sequence, scorer, spec, *combination)
+            if isinstance(found, Candidate):
+                fitting.append(found)
+            else:
+                resource, least = found
+                nearest[resource] = min(least, nearest.get(resource, math.inf))
+    if not fitting:
+        raise NoPlanFits(_least(request, nearest))
+    fitting.sort(key=lambda c: (-c.gain.mean, c.peak_memory_bytes))
+    finalists = _finalists(fitting)
+    options = [Option(c.name, c.gain, c.total, c.binding) for c in finalists]
+    resource = finalists[0].binding if finalists[0].binding in ("flops", "seconds") else "flops"
+    choice = choose(options, resource=resource, z=1.0)
+    by_name = {c.name: c for c in finalists}
+    # No option with a certain gain: the one that costs nothing but training itself.
+    chosen = by_name[choice.chosen] if choice.chosen else finalists[0]
+    return Planned(chosen, tuple(fitting), tried, choice, _reasons(request, chosen, choice))
+
+
+def _finalists(ranked: Sequence[Candidate]) -> list[Candidate]:
+    """The best combination of each scorer, `uniform` first: it wins ties."""
+    best: dict[str, Candidate] = {}
+    for candidate in ranked:
+        best.setdefault(candidate.scorer, candidate)
+    return sorted(best.values(), key=lambda c: (c.scorer != "uniform", -c.gain.mean))
+
+
+# -- what there is to combine -----------------------------------------------------------------------
+
+
+def _combinations(
+    request: Request,
+) -> Iterator[tuple[Literal["full", "lora"], Literal["float32", "bfloat16"], bool, int]]:
+    fixed = request.fixed
+    methods = _wanted(fixed, "training.method", ("full", "lora"))
+    dtypes = _wanted(fixed, "training.dtype", _dtypes(request.device))
+    recomputes = _wanted(fixed, "training.activation_checkpointing", (False, True))
+    sizes = _wanted(
+        fixed, "training.per_device_train_batch_size", (1, 2, 4, 8, 16, 32, 64, MAX_BATCH)
+    )
+    for method in methods:
+        for dtype in dtypes:
+            for recompute in recomputes:
+                for size in sizes:
+                    yield method, dtype, recompute, size
+
+
+def _dtypes(device: Device) -> tuple[str, ...]:
+    """bf16 where the device is no slower in it."""
+    rate = device.flops_per_second
+    fast = rate.get("bfloat16", 0.0) >= 0.9 * rate.get("float32", 0.0)
+    return ("float32", "bfloat16") if fast else ("float32",)
+
+
+def _wanted(fixed: Mapping[str, Any], key: str, choices: Sequence[Any]) -> Sequence[Any]:
+    return (fixed[key],) if fixed.get(key) is not None else choices
+
+
+def _scorers(request: Request) -> Iterator[tuple[Spec, Scorer]]:
+    """Those that make sense here; a scorer that the user named must."""
+    spec = request.fixed.get("selection.scorer")
+    if spec is not None and spec != "auto":
+        scorer = resolve("scorer", spec)
+        if scorer.needs_target and not request.targets:
+            raise ValueError(
+                f"scorer {name_of(scorer)} needs a target\n"
+                "hint: --target ROWS like those the model should become good at, or scorer uniform"
+            )
+        if request.task not in scorer.tasks:
+            raise ValueError(
+                f"scorer {name_of(scorer)} makes no sense for task {request.task}\n"
+                "hint: uniform and length work for every task"
+            )
+        yield spec, scorer
+        return
+    for name in all_names("scorer"):
+        cls = method_class("scorer", name)
+        if request.task in cls.tasks and not (cls.needs_target and not request.targets):
+            yield name, cls()
+
+
+def _sequence(request: Request) -> int:
+    """Tokens of a packed sequence: the power of two that holds the longest example, at most 2048
+    and the model's context."""
+    fixed = request.fixed.get("training.max_length")
+    context = request.shape.max_position_embeddings
+    if fixed is not None:
+        if fixed > context:
+            raise ValueError(
+                f"training.max_length {fixed} is longer than the model's context of {context}\n"
+                f"hint: at most {context}"
+            )
+        return int(fixed)
+    longest = request.pool.max_tokens if request.pool else 1024
+    return min(max(64, 2 ** math.ceil(math.log2(max(longest, 1)))), 2048, context)
+
+
+# -- the price of one combination -------------------------------------------------------------------
+
+
+def _price(
+    request: Request,
+    sequence: int,
+    scorer: Scorer,
+    spec: Spec,
+    method: Literal["full", "lora"],
+    dtype: Literal["float32", "bfloat16"],
+    recompute: bool,
+    micro_batch: int,
+) -> Candidate | tuple[str, float]:
+    """The candidate, or the resource it fails on and the least of it that would do."""
+    shape, device, budget = request.shape, request.device, request.budget
+    adapter = _adapter(request) if method == "lora" else None
+    setting = MemorySetting(
+        micro_batch=micro_batch,
+        sequence=sequence,
+        dtype=dtype,
+        adapter=adapter,
+        recompute=recompute,
+        masked=True,
+    )
+    memory = account(shape, setting)
+    by_term = {**memory.by_term, "runtime": float(runtime_bytes(device.kind))}
+    peak = sum(by_term.values())
+    limit = budget.memory_bytes or device.memory_bytes
+    if peak * MEMORY_MARGIN > limit:
+        return "peak_memory_bytes", peak * MEMORY_MARGIN
+    scoring = _scoring(request, scorer, dtype, sequence)
+    if scoring.peak_memory_bytes * MEMORY_MARGIN > limit:
+        return "peak_memory_bytes", scoring.peak_memory_bytes * MEMORY_MARGIN
+    micro = Cost(
+        flops=train_flops(shape, micro_batch, sequence, adapter=adapter, recompute=recompute),
+        seconds=step_seconds(shape, setting, device),
+        tokens=micro_batch * sequence * PACKING_FILL,
+        peak_memory_bytes=peak,
+    )
+    evaluation = _rows_cost(request, request.dev, dtype, sequence)
+    save = Cost(seconds=checkpoint_bytes(shape, setting) / DISK_BYTES_PER_SECOND + 0.1)
+    test = _rows_cost(request, request.test, dtype, sequence) * 2  # the base and the final model
+    setup = Cost(seconds=SETUP_SECONDS)
+    # With several evaluations' worth left for training it is worth watching; fewer is the least.
+    once = scoring + test + setup * (2 if scorer.needs_model else 1) + (evaluation + save) * 2
+    left = _minus(budget, request.rates.of(once))
+    pool_tokens = float(request.pool.num_tokens) if request.pool else math.inf
+    wanted, binding = _affordable(request, micro, left, pool_tokens)
+    accumulation = _accumulation(request, wanted * micro_batch, micro_batch)
+    step = request.rates.of(micro * accumulation)
+    watch = evaluation + save
+    num_evaluations = _num_evaluations(step, watch, wanted / accumulation)
+    left = _minus(budget, request.rates.of(once + watch * max(num_evaluations - 2, 0)))
+    possible, binding = _affordable(request, step, left, pool_tokens)
+    steps = int(possible)
+    if request.fixed.get("training.max_steps"):
+        steps = min(steps, int(request.fixed["training.max_steps"]))
+    if steps < 1:
+        needed = request.rates.of(once + step)
+        return binding, needed.of(binding) or math.inf
+    tokens = steps * step.tokens
+    epochs, keep, effective = _keep(scorer.worth, tokens, pool_tokens, request)
+    quality, _ = QUALITY[(method, dtype)]
+    training = step * steps + watch * num_evaluations + setup
+    return Candidate(
+        method=method,
+        dtype=dtype,
+        activation_checkpointing=recompute,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=accumulation,
+        max_length=sequence,
+        scorer=name_of(scorer),
+        scorer_spec=spec,
+        memory=by_term,
+        peak_memory_bytes=peak,
+        step=step,
+        max_steps=steps,
+        num_evaluations=num_evaluations,
+        epochs=epochs,
+        keep_tokens=keep,
+        by_stage={
+            "select": request.rates.of(scoring + (setup if scorer.needs_model else Cost())),
+            "train": request.rates.of(training),
+            "test": request.rates.of(test),
+        },
+        binding=binding,
+        gain=_gain(effective * quality, scorer.worth),
+    )
+
+
+def _adapter(request: Request) -> Adapter:
+    rank = int(request.fixed.get("training.lora.rank") or 16)
+    targets = request.fixed.get("training.lora.targets") or request.shape.lora_targets()
+    return Adapter(rank=rank, targets=tuple(targets))
+
+
+def _scoring(request: Request, scorer: Scorer, dtype: str, sequence: int) -> Cost:
+    if request.pool is None:
+        return Cost()
+    work = Work(
+        pool=request.pool,
+        targets=request.targets,
+        shape=request.shape,
+        device=request.device,
+        dtype="bfloat16" if dtype == "bfloat16" else "float32",
+        max_length=sequence,
+    )
+    cost = scorer.cost(work)
+    runtime = float(runtime_bytes(request.device.kind))
+    return replace(cost, peak_memory_bytes=cost.peak_memory_bytes + runtime)
+
+
+def _rows_cost(request: Request, stats: PoolStats | None, dtype: str, sequence: int) -> Cost:
+    if stats is None:
+        return Cost()
+    cost = forward_cost(request.shape, stats, request.device, dtype, sequence)
+    return replace(cost, peak_memory_bytes=0.0)  # inside the training step's peak
+
+
+def _minus(budget: Budget, spent: Cost) -> Budget:
+    """What is left, as a budget; a limit that is used up keeps a sliver, so that it binds."""
+    left = budget.left(spent)
+    return replace(budget, **{name: max(amount, 1e-30) for name, amount in left.items()})
+
+
+def _affordable(
+    request: Request, step: Cost, left: Budget, pool_tokens: float
+) -> tuple[float, str]:
+    """Steps that the budget buys, and what ends them: a resource, or the pool's epochs."""
+    resource, steps = left.binding(Cost(), request.rates.of(step))
+    cap = MAX_EPOCHS * pool_tokens / max(step.tokens, 1.0)
+    wish = float(request.fixed.get("training.epochs") or 0.0)
+    if wish:
+        cap = wish * pool_tokens / max(step.tokens, 1.0)
+    if resource is None:  # nothing is limited: one pass, as people do by default
+        cap = min(cap, (wish or 1.0) * pool_tokens / max(step.tokens, 1.0))
+    if math.isinf(cap) and math.isinf(steps):
+        return 1.0, "nothing"
+    return (cap, "epochs") if cap < steps else (steps, resource or "epochs")
+
+
+def _accumulation(request: Request, sequences: float, micro_batch: int) -> int:
+    """Micro-batches of an optimizer step: about 300 steps in all, at most 128 sequences each."""
+    fixed = request.fixed.get("training.gradient_accumulation_steps")
+    if fixed is not None:
+        return int(fixed)
+    batch = 2 ** round(math.log2(max(1.0, min(sequences / STEPS_WANTED, MAX_BATCH))))
+    return max(1, batch // micro_batch)
+
+
+def _num_evaluations(step: Cost, watch: Cost, steps: float) -> int:
+    """Evaluations during training, the first and the last included: as many as 10% pays for."""
+    for resource in ("flops", "seconds"):
+        per_step, each = step.of(resource) or 0.0, watch.of(resource) or 0.0
+        if each > 0:
+            paid = EVALUATION_SHARE * per_step * steps / each
+            steps = min(steps, max(paid, 1.0) * 1.0) if paid < 16 else steps
+    return int(max(3, min(16, steps)))
+
+
+def _keep(
+    worth: Worth, tokens: float, pool_tokens: float, request: Request
+) -> tuple[float, float, float]:
+    """Epochs, tokens to keep, and the effective tokens, at their best."""
+    fixed_keep = request.fixed.get("selection.max_tokens")
+    if fixed_keep:
+        unique = min(float(fixed_keep), pool_tokens)
+        return tokens / unique, unique, _effective(worth, tokens, unique, pool_tokens)
+    best = (1.0, min(tokens, pool_tokens), -math.inf)
+    for epochs in range(1, MAX_EPOCHS + 1):
+        unique = min(tokens / epochs, pool_tokens)
+        effective = _effective(worth, tokens, unique, pool_tokens)
+        if effective > best[2] * (1 + 1e-9):
+            best = (tokens / unique, unique, effective)
+    return best
+
+
+def _effective(worth: Worth, tokens: float, unique: float, pool_tokens: float) -> float:
+    share = unique / pool_tokens if math.isfinite(pool_tokens) else 1.0
+    multiple = worth.mean ** (math.log(1 / max(share, 1e-6)) / math.log(20))
+    repeats = max(tokens / unique - 1.0, 0.0)
+    fresh = unique + unique * REPEAT_HALF_LIFE * -math.expm1(-repeats / REPEAT_HALF_LIFE)
+    return multiple * fresh
+
+
+def _gain(effective: float, worth: Worth) -> Estimate:
+    """A concave prior: 0.1 nats a token for every e-fold of effective tokens past a thousand."""
+    relative = worth.stderr / worth.mean
+    return Estimate(0.1 * math.log1p(effective / 1e3), 0.1 * relative, "nats/token", "prior")
+
+
+# -- words ------------------------------------------------------------------------------------------
+
+
+def _least(request: Request, nearest: Mapping[str, float]) -> str:
+    budget, lines = request.budget, []
+    for resource, least in nearest.items():
+        show = quantities.FORMATS.get(resource, str)
+        limit = budget.limit(resource) or (
+            request.device.memory_bytes if resource == "peak_memory_bytes" else None
+        )
+        allowed = f" but {show(limit)} is allowed" if limit else ""
+        needs = show(least) if math.isfinite(least) else "a known price"
+        lines.append(f"the smallest plan needs {needs} of {resource}{allowed}")
+    return (
+        "; ".join(lines) + "\n"
+        "hint: raise that limit to what the smallest plan needs, or take a smaller model or pool"
+    )
+
+
+def _reasons(request: Request, chosen: Candidate, choice: Choice) -> dict[str, str]:
+    """One line a choice."""
+    c, device = chosen, request.device
+    limit = request.budget.memory_bytes or device.memory_bytes
+    sequences = c.per_device_train_batch_size * c.gradient_accumulation_steps
+    quality, why_quality = QUALITY[(c.method, c.dtype)]
+    epochs_rule = "at most 4 passes: repeated tokens are worth 93% of fresh ones by then"
+    return {
+        "selection.scorer": f"{c.scorer}: {choice.reason}",
+        "selection.max_tokens": (
+            f"{quantities.format_tokens(c.keep_tokens)}: {c.epochs:.2g} passes over what is kept "
+            f"({epochs_rule}, arXiv:2305.16264)"
+        ),
+        "training.method": f"{c.method} in {c.dtype}: quality prior {quality} ({why_quality})",
+        "training.per_device_train_batch_size": (
+            f"{c.per_device_train_batch_size}: the fastest per token whose peak of "
+            f"{quantities.format_bytes(c.peak_memory_bytes)} fits {quantities.format_bytes(limit)}"
+        ),
+        "training.activation_checkpointing": (
+            "recompute: activations would not fit otherwise, or only in slower micro-batches"
+            if c.activation_checkpointing
+            else "no recompute: activations fit"
+        ),
+        "training.gradient_accumulation_steps": (
+            f"{c.gradient_accumulation_steps}: {sequences} sequences a step, for about "
+            f"{STEPS_WANTED} steps"
+        ),
+        "training.max_steps": f"{c.max_steps}: what {c.binding} allow after scoring and evaluations",
+        "training.max_length": f"{c.max_length}: holds the longest example, at most 2048",
+        "training.cooldown_steps": "a fifth of the run (arXiv:2405.18392), reserved in the budget",
+        "training.learning_rate": (
+            "2e-5 at width 4096, inversely to width; ten times that for LoRA, at most 2e-3"
+        ),
+        "training.eval_steps": (
+            f"{c.num_evaluations} evaluations: at most {EVALUATION_SHARE:.0%} of the budget"
+        ),
+    }

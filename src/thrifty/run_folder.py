@@ -1,0 +1,105 @@
+"""A run is a folder: where its parts lie, and who may work on it.
+
+    plan.yaml  ledger.sqlite  pool/  targets/NAME/{signal,dev,test}/  scores/  selected/
+    checkpoints/  model/  control/  report.html
+
+One process at a time works on a run; another is refused with the holder's name. Reading (a report)
+needs no lock.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from thrifty.core import plan as plans
+from thrifty.core.ledger import Ledger
+from thrifty.core.plan import Plan
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of a run."""
+
+    path: Path
+
+    @property
+    def plan_file(self) -> Path:
+        return self.path / "plan.yaml"
+
+    @property
+    def ledger_file(self) -> Path:
+        return self.path / "ledger.sqlite"
+
+    @property
+    def pool(self) -> Path:
+        return self.path / "pool"
+
+    @property
+    def replay(self) -> Path:
+        return self.path / "replay"
+
+    def target(self, name: str, part: str) -> Path:
+        """``part`` is signal, dev or test."""
+        return self.path / "targets" / name / part
+
+    def scores(self, branch: str) -> Path:
+        return self._branch(branch) / "scores"
+
+    def selected(self, branch: str) -> Path:
+        return self._branch(branch) / "selected"
+
+    def checkpoints(self, branch: str) -> Path:
+        return self._branch(branch) / "checkpoints"
+
+    def model(self, branch: str) -> Path:
+        return self._branch(branch) / "model"
+
+    def _branch(self, branch: str) -> Path:
+        """The run's own parts lie in the folder itself, a control run's under its name."""
+        return self.path if branch == "budget" else self.path / branch
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def plan(self, overrides: tuple[str, ...] = ()) -> Plan:
+        """Raises ValueError where the folder holds no plan or one that cannot be used."""
+        if not self.path.is_dir():
+            raise ValueError(
+                f"there is no run folder {self.path}\nhint: `thrifty plan ... -o {self.path}`"
+            )
+        return plans.load(self.plan_file, overrides)
+
+    @contextmanager
+    def working(self) -> Iterator[Ledger]:
+        """Hold the run's lock and its ledger; what a process that died had leased is booked as
+        lost. Raises ValueError where another process holds the run."""
+        lock = FileLock(self.path / ".lock")
+        holder = self.path / ".holder"
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
+            raise ValueError(
+                f"{self.path} is being worked on by {who}\n"
+                "hint: wait for it, or stop it; then run the same command again"
+            ) from None
+        try:
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+            with Ledger(self.ledger_file) as ledger:
+                ledger.recover()
+                yield ledger
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
+    def reading(self) -> Ledger:
+        """The ledger, to look at."""
+        return Ledger(self.ledger_file, read_only=True)

@@ -1,0 +1,1 @@
+"""Floor 2: what a run will reach: learning-curve forecasts. No torch."""

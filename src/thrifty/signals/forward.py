@@ -1,0 +1,134 @@
+"""Losses of examples from one forward pass: the loop behind every evaluation and loss scorer.
+
+    nll(z) = - sum_t m_t log p(z_t | z_<t),    m_1 = 0: the first token has no prediction
+
+Examples are batched by length and padded on the right; attention is causal, so that padding
+changes nothing for the tokens before it and no mask is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thrifty.core.budget import Cost, PoolStats
+from thrifty.core.contracts import Meter, Tokens, Work
+from thrifty.costs.flops import forward_flops
+from thrifty.costs.memory import forward_account
+from thrifty.costs.time import forward_seconds
+from thrifty.data.packing import padded_batches
+
+if TYPE_CHECKING:
+    from thrifty.costs.shape import ModelShape
+
+_LOGITS_BYTES = 2**28
+"""Logits of a batch in fp32 stay below this: a large vocabulary gets smaller batches."""
+_MAX_BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of n examples: summed negative log-likelihood and the number of tokens that carry it."""
+
+    nll: NDArray[np.float64]  # [n]
+    num_tokens: NDArray[np.int64]  # [n]
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """[n], nats a token; NaN where no token carries loss."""
+        with np.errstate(invalid="ignore"):
+            return self.nll / np.where(self.num_tokens > 0, self.num_tokens, np.nan)
+
+    @property
+    def objective(self) -> float:
+        """Nats a token over all examples."""
+        return float(self.nll.sum() / max(int(self.num_tokens.sum()), 1))
+
+    def stderr(self, before: Losses | None = None) -> float:
+        """Standard error of ``objective``, or of its change since ``before`` (paired by example).
+
+        Of a ratio of sums over examples: sd of nll_i - L n_i, times sqrt(N) / sum n (delta method).
+        """
+        residual = self.nll - self.objective * self.num_tokens
+        if before is not None:
+            residual = residual - (before.nll - before.objective * before.num_tokens)
+        if len(residual) < 2:
+            return float("inf")
+        spread = float(residual.std(ddof=1))
+        return spread * len(residual) ** 0.5 / max(int(self.num_tokens.sum()), 1)
+
+
+def batch_tokens(vocab_size: int) -> int:
+    """Padded tokens of a forward batch."""
+    return max(1, min(_MAX_BATCH_TOKENS, _LOGITS_BYTES // (4 * vocab_size)))
+
+
+def example_losses(
+    model: Any, shape: ModelShape, examples: Sequence[Tokens], meter: Meter
+) -> Losses:
+    """Each example's loss under ``model``, in evaluation mode, whatever mode it was in.
+
+    Ticks ``meter`` with the FLOPs of every batch as padded.
+    """
+    import torch
+
+    nll = np.zeros(len(examples))
+    count = np.zeros(len(examples), dtype=np.int64)
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            lengths = [len(e.input_ids) for e in examples]
+            for batch in padded_batches(lengths, batch_tokens(shape.vocab_size)):
+                ids, keep = _padded([examples[i] for i in batch], device)
+                logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+                loss = torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+                ).view(keep.shape)
+                nll[batch] = (loss.double() * keep).sum(1).cpu().numpy()
+                count[batch] = keep.sum(1).cpu().numpy()
+                meter.tick(Cost(flops=forward_flops(shape, *ids.shape)), steps=0)
+    finally:
+        model.train(training)
+    return Losses(nll, count)
+
+
+def _padded(examples: Sequence[Tokens], device: Any) -> tuple[Any, Any]:
+    """ids [batch, sequence], padded with 0, and which of tokens 1.. carry loss [batch, seq - 1]."""
+    import torch
+
+    longest = max(len(e.input_ids) for e in examples)
+    ids = np.zeros((len(examples), longest), dtype=np.int64)
+    keep = np.zeros((len(examples), longest), dtype=bool)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.input_ids)] = example.input_ids
+        keep[row, : len(example.loss_mask)] = example.loss_mask
+    return torch.from_numpy(ids).to(device), torch.from_numpy(keep[:, 1:]).to(device)
+
+
+def forward_cost(
+    shape: ModelShape, stats: PoolStats, device: Any, dtype: str, max_length: int
+) -> Cost:
+    """Predicted cost of ``example_losses`` over rows like ``stats``, tokens taken at their mean
+    length: batches of like lengths pad next to nothing."""
+    if not stats.num_examples:
+        return Cost()
+    length = max(1, min(round(stats.mean_tokens), max_length))
+    examples = max(1, batch_tokens(shape.vocab_size) // length)
+    batches = stats.num_examples / examples
+    longest = min(stats.max_tokens, max_length)
+    peak = max(examples * length, longest)
+    return Cost(
+        flops=forward_flops(shape, 1, length) * stats.num_examples,
+        seconds=forward_seconds(shape, examples, length, dtype, device) * batches,
+        peak_memory_bytes=forward_account(shape, max(1, peak // longest), longest, dtype),
+    )
+
+
+def scoring_cost(work: Work, stats: PoolStats) -> Cost:
+    return forward_cost(work.shape, stats, work.device, work.dtype, work.max_length)

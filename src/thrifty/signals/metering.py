@@ -1,0 +1,86 @@
+"""What a model's passes cost, counted as they run: FLOPs by closed form on the shapes that really
+went through it, tokens without padding.
+
+A forward pre-hook on the outermost module sees every batch, in anybody's training loop, gradient
+accumulation and padding included, and costs microseconds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from thrifty.core.budget import Cost
+from thrifty.costs.flops import Adapter, forward_flops, train_flops
+from thrifty.costs.shape import ModelShape
+
+
+class PassMeter:
+    """Counts the passes of ``model`` until ``take``. Use ``attach`` and ``detach``."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._shape: ModelShape | None
+        try:
+            self._shape = ModelShape.from_config(inner.config.to_dict())
+        except ValueError:
+            # An architecture without a closed form: 6 N D, the usual rule, and said so.
+            self._shape = None
+        self.exact = self._shape is not None
+        self._adapter = _adapter_of(model)
+        self._recompute = bool(getattr(inner, "is_gradient_checkpointing", False))
+        self._num_parameters = sum(p.numel() for p in model.parameters())
+        self._used = Cost()
+        self._handle: Any = None
+
+    def attach(self) -> None:
+        self._handle = self._model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def detach(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _count(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None or ids.dim() != 2:
+            return
+        mask = kwargs.get("attention_mask")
+        # Padding carries FLOPs but is no token; a sync-free count needs the mask on the CPU.
+        tokens = ids.numel()
+        if mask is not None and mask.dim() == 2 and mask.device.type == "cpu":
+            tokens = int(mask.sum())
+        batch, sequence = ids.shape
+        if module.training:
+            self._used += Cost(flops=self.step_flops(batch, sequence), tokens=tokens)
+        else:
+            self._used += Cost(flops=self._forward_flops(batch, sequence))
+
+    def step_flops(self, batch: int, sequence: int) -> float:
+        """FLOPs of one forward and backward over ``[batch, sequence]``."""
+        if self._shape is None:
+            return 6.0 * self._num_parameters * batch * sequence
+        return train_flops(
+            self._shape, batch, sequence, adapter=self._adapter, recompute=self._recompute
+        )
+
+    def _forward_flops(self, batch: int, sequence: int) -> float:
+        if self._shape is None:
+            return 2.0 * self._num_parameters * batch * sequence
+        return forward_flops(self._shape, batch, sequence)
+
+    def take(self) -> Cost:
+        """What was counted since the last call."""
+        used, self._used = self._used, Cost()
+        return used
+
+
+def _adapter_of(model: Any) -> Adapter | None:
+    """The LoRA adapter of a PEFT model in the cost model's terms, or None for full training."""
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return None
+    config = configs[getattr(model, "active_adapter", "default")]
+    names = {name.rpartition(".")[2] for name in getattr(model, "targeted_module_names", [])}
+    names |= set(config.target_modules) if not isinstance(config.target_modules, str) else set()
+    return Adapter(rank=config.r, targets=tuple(sorted(names)))

@@ -1,0 +1,162 @@
+"""Weights: where they are, what they hash to, and loading them once.
+
+A model is a folder with a config.json, or a hub name whose revision is recorded. Only safetensors
+are read and no remote code is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thrifty.costs.shape import read_shape
+
+if TYPE_CHECKING:
+    from thrifty.costs.shape import ModelShape
+
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"]
+
+
+def locate(path: str, revision: str | None = None, *, weights: bool) -> tuple[Path, str | None]:
+    """The folder of a model and, for a hub name, the commit it is at.
+
+    ``weights=False`` fetches configuration and tokenizer only. Raises ValueError, each case with
+    its own message: no such folder, no such repository, gated, offline and not cached.
+    """
+    folder = Path(path).expanduser()
+    if (folder / "config.json").is_file():
+        return folder, None
+    if folder.exists():
+        raise ValueError(
+            f"{path} has no config.json\nhint: --model takes a transformers model folder or hub name"
+        )
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path:
+        raise ValueError(f"there is no model folder {path}\nhint: check the path")
+    return _download(path, revision, weights=weights)
+
+
+def _download(name: str, revision: str | None, *, weights: bool) -> tuple[Path, str | None]:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    patterns = [*_SMALL_FILES, "*.safetensors"] if weights else _SMALL_FILES
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except GatedRepoError:
+        raise ValueError(
+            f"{name} is gated\nhint: accept its terms on its hub page, then `hf auth login`"
+        ) from None
+    except RevisionNotFoundError:
+        raise ValueError(f"{name} has no revision {revision}\nhint: check the name") from None
+    except RepositoryNotFoundError:
+        raise ValueError(
+            f"there is no model {name} on the hub, or it is private\n"
+            "hint: check the name; for a folder write ./NAME; for a private one `hf auth login`"
+        ) from None
+    except HFValidationError:
+        raise ValueError(
+            f"{name!r} is neither a folder nor a hub name\nhint: --model FOLDER or ORG/NAME"
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub did not answer"
+        raise ValueError(
+            f"{name} is not in the local cache and {offline} ({type(error).__name__})\n"
+            "hint: download it where there is a network (`hf download`), or give a folder"
+        ) from None
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{name} has no config.json\nhint: is it a transformers model?")
+    return folder, folder.name
+
+
+def weights_sha256(folder: Path) -> str:
+    """Of the names and bytes of all weight files. Raises ValueError where there are none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"{folder} has no safetensors weights\n"
+            "hint: pickled weights (.bin, .pt) are not loaded; convert them to safetensors"
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0")
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def check_index(folder: Path) -> None:
+    """Refuse a weight index that names files outside its folder."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    names = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(
+                f"{index} points outside its folder: {name!r}\nhint: do not use this model"
+            )
+
+
+@dataclass(frozen=True)
+class LoadedModels:
+    """The weights that scorers look at (``contracts.Models``)."""
+
+    folder: Path
+    dtype: str
+    device: str = "cpu"
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        return read_shape(self.folder)
+
+    @cached_property
+    def _base(self) -> Any:
+        return load_model(self.folder, self.dtype, self.device).eval()
+
+    def base(self) -> Any:
+        return self._base
+
+
+def load_model(folder: Path, dtype: str, device: str) -> Any:
+    """A ``transformers`` causal LM from safetensors, on ``device``."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    check_index(folder)
+    if not list(folder.glob("*.safetensors")):
+        weights_sha256(folder)  # says what is missing
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    except (OSError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"the weights in {folder} cannot be loaded: {error}\n"
+            "hint: are the files complete, and of the architecture that config.json names?"
+        ) from None
+    return model.to(device)
+
+
+def local_device() -> str:
+    """Where this process computes: "cuda" if there is one, else "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

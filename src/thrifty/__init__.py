@@ -27,7 +27,7 @@ _PUBLIC = {
     "train": "thrifty.pipeline",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

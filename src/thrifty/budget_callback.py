@@ -118,7 +118,7 @@ class BudgetCallback(TrainerCallback):
         self._last_seconds = 0.0
         self._device = "cpu"
 
-    # -- the trainer's events -----------------------------------------------------------------------
+    # -- the trainer's events --------------------------------------------------------------------
 
     def on_train_begin(
         self,
@@ -166,7 +166,8 @@ class BudgetCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         lease, meter = self._lease, self._meter
-        assert lease is not None and meter is not None
+        assert lease is not None
+        assert meter is not None
         used = meter.take()
         lease.tick(used)
         self._step_upper = replace(
@@ -203,7 +204,7 @@ class BudgetCallback(TrainerCallback):
             self._meter.detach()
         self._owned.close()
 
-    # -- activities other than training --------------------------------------------------------------
+    # -- activities other than training ----------------------------------------------------------
 
     @contextmanager
     def activity(self, name: str, upper: Cost, *, step: int) -> Iterator[Lease]:
@@ -216,7 +217,7 @@ class BudgetCallback(TrainerCallback):
         if self._meter is not None:
             self._meter.take()  # counted by the activity itself
 
-    # -- leases and looking ahead --------------------------------------------------------------------
+    # -- leases and looking ahead ----------------------------------------------------------------
 
     def _open_stage(self, output_dir: Path, step: int) -> Stage:
         path = Path(self._ledger_path or output_dir / "ledger.sqlite")
@@ -266,7 +267,7 @@ class BudgetCallback(TrainerCallback):
         return self._stage.budget.exceeded_by(self._spent() + self._next_step() * steps + tail)
 
     def _look_ahead(self, step: int, control: TrainerControl) -> None:
-        """After a step: may the next one start? Ends the run the governor's way where it may not."""
+        """After a step: may the next one start? If not, the run ends the governor's way."""
         governor = self._governor
         if governor is None:
             if self._fits(1, Cost()) is not None:

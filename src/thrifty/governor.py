@@ -46,7 +46,7 @@ class Governor:
         self.scheduler: Any = None
         """The trainer's, once it has one: an early cool-down takes effect at once."""
 
-    # -- how the run ends (asked by BudgetCallback) -----------------------------------------------
+    # -- how the run ends (asked by BudgetCallback) ----------------------------------------------
 
     def tail(self, step: int) -> tuple[int, Cost]:
         last = self._evaluation_cost() + self._checkpoint_cost()
@@ -70,7 +70,7 @@ class Governor:
         self._cut = True
         self._stage.decide("train on or stop", "stop now", reason, step=step)
 
-    # -- after an evaluation ------------------------------------------------------------------------
+    # -- after an evaluation ---------------------------------------------------------------------
 
     def history(self) -> list[Evaluation]:
         rows = self._stage.ledger.evaluations(account=self._stage.account)

@@ -25,10 +25,11 @@ from thrifty.core.budget import Budget, Cost, PoolStats
 from thrifty.core.contracts import Scorer, Work, Worth
 from thrifty.core.ledger import Rates
 from thrifty.core.marginal import Choice, Estimate, Option, choose
+from thrifty.core.plan import LoRA, Training
 from thrifty.core.resolve import Spec, all_names, method_class, name_of, resolve
 from thrifty.costs.flops import Adapter, train_flops
 from thrifty.costs.hardware import Device
-from thrifty.costs.memory import MemorySetting, account, checkpoint_bytes, runtime_bytes
+from thrifty.costs.memory import RUNTIME_BYTES, MemorySetting, account, checkpoint_bytes
 from thrifty.costs.shape import ModelShape
 from thrifty.costs.time import step_seconds
 from thrifty.signals.forward import forward_cost
@@ -43,8 +44,13 @@ EVALUATION_SHARE = 0.1
 """The most of the budget that evaluations during training may take."""
 COOLDOWN_SHARE = 0.2
 WARMUP_SHARE = 0.05
+CHECKPOINT_SHARE = 0.05
+"""The most of the training time that saving may take."""
+LEARNING_RATE = 2e-5
+"""Of full fine-tuning at width 4096; inversely to width, ten times that for LoRA."""
+MAX_LEARNING_RATE = 2e-3
 PACKING_FILL = 0.96
-"""Share of a packed batch that is tokens, not padding (best-fit decreasing, this pool or another)."""
+"""Share of a packed batch that is tokens, not padding, under best-fit decreasing."""
 MEMORY_MARGIN = 1.05
 SETUP_SECONDS = 4.0
 """Loading the libraries and building the trainer, per stage that needs a model."""
@@ -95,6 +101,7 @@ class Candidate:
     step: Cost
     max_steps: int
     num_evaluations: int
+    checkpoint_seconds: float
     epochs: float
     keep_tokens: float
     by_stage: Mapping[str, Cost]
@@ -145,7 +152,8 @@ def search(request: Request) -> Planned:
                 nearest[resource] = min(least, nearest.get(resource, math.inf))
     if not fitting:
         raise NoPlanFits(_least(request, nearest))
-    fitting.sort(key=lambda c: (-c.gain.mean, c.peak_memory_bytes))
+    # Of equal gains, to three digits, the faster; of those the smaller.
+    fitting.sort(key=lambda c: (-round(c.gain.mean, 3), c.total.seconds, c.peak_memory_bytes))
     finalists = _finalists(fitting)
     options = [Option(c.name, c.gain, c.total, c.binding) for c in finalists]
     resource = finalists[0].binding if finalists[0].binding in ("flops", "seconds") else "flops"
@@ -164,7 +172,7 @@ def _finalists(ranked: Sequence[Candidate]) -> list[Candidate]:
     return sorted(best.values(), key=lambda c: (c.scorer != "uniform", -c.gain.mean))
 
 
-# -- what there is to combine -----------------------------------------------------------------------
+# -- what there is to combine -------------------------------------------------------------------
 
 
 def _combinations(
@@ -234,7 +242,7 @@ def _sequence(request: Request) -> int:
     return min(max(64, 2 ** math.ceil(math.log2(max(longest, 1)))), 2048, context)
 
 
-# -- the price of one combination -------------------------------------------------------------------
+# -- the price of one combination ---------------------------------------------------------------
 
 
 def _price(
@@ -249,36 +257,26 @@ def _price(
 ) -> Candidate | tuple[str, float]:
     """The candidate, or the resource it fails on and the least of it that would do."""
     shape, device, budget = request.shape, request.device, request.budget
-    adapter = _adapter(request) if method == "lora" else None
-    setting = MemorySetting(
-        micro_batch=micro_batch,
-        sequence=sequence,
+    draft = Training(
+        method=method,
+        lora=_lora(request),
         dtype=dtype,
-        adapter=adapter,
-        recompute=recompute,
-        masked=True,
+        activation_checkpointing=recompute,
+        per_device_train_batch_size=micro_batch,
+        max_length=sequence,
     )
-    memory = account(shape, setting)
-    by_term = {**memory.by_term, "runtime": float(runtime_bytes(device.kind))}
-    peak = sum(by_term.values())
+    costs = predictions(draft, shape, device, request.dev, request.test)
     limit = budget.memory_bytes or device.memory_bytes
+    peak = costs.step.peak_memory_bytes
     if peak * MEMORY_MARGIN > limit:
         return "peak_memory_bytes", peak * MEMORY_MARGIN
     scoring = _scoring(request, scorer, dtype, sequence)
     if scoring.peak_memory_bytes * MEMORY_MARGIN > limit:
         return "peak_memory_bytes", scoring.peak_memory_bytes * MEMORY_MARGIN
-    micro = Cost(
-        flops=train_flops(shape, micro_batch, sequence, adapter=adapter, recompute=recompute),
-        seconds=step_seconds(shape, setting, device),
-        tokens=micro_batch * sequence * PACKING_FILL,
-        peak_memory_bytes=peak,
-    )
-    evaluation = _rows_cost(request, request.dev, dtype, sequence)
-    save = Cost(seconds=checkpoint_bytes(shape, setting) / DISK_BYTES_PER_SECOND + 0.1)
-    test = _rows_cost(request, request.test, dtype, sequence) * 2  # the base and the final model
+    micro, evaluation, save = costs.step, costs.evaluation, costs.checkpoint
     setup = Cost(seconds=SETUP_SECONDS)
-    # With several evaluations' worth left for training it is worth watching; fewer is the least.
-    once = scoring + test + setup * (2 if scorer.needs_model else 1) + (evaluation + save) * 2
+    once = scoring + costs.test + setup * (2 if scorer.needs_model else 1)
+    once += (evaluation + save) * 2
     left = _minus(budget, request.rates.of(once))
     pool_tokens = float(request.pool.num_tokens) if request.pool else math.inf
     wanted, binding = _affordable(request, micro, left, pool_tokens)
@@ -294,7 +292,7 @@ def _price(
     if steps < 1:
         needed = request.rates.of(once + step)
         return binding, needed.of(binding) or math.inf
-    tokens = steps * step.tokens
+    tokens = steps * step.tokens * PACKING_FILL
     epochs, keep, effective = _keep(scorer.worth, tokens, pool_tokens, request)
     quality, _ = QUALITY[(method, dtype)]
     training = step * steps + watch * num_evaluations + setup
@@ -307,27 +305,28 @@ def _price(
         max_length=sequence,
         scorer=name_of(scorer),
         scorer_spec=spec,
-        memory=by_term,
+        memory=costs.memory,
         peak_memory_bytes=peak,
         step=step,
         max_steps=steps,
         num_evaluations=num_evaluations,
+        checkpoint_seconds=save.seconds,
         epochs=epochs,
         keep_tokens=keep,
         by_stage={
             "select": request.rates.of(scoring + (setup if scorer.needs_model else Cost())),
             "train": request.rates.of(training),
-            "test": request.rates.of(test),
+            "test": request.rates.of(costs.test),
         },
         binding=binding,
         gain=_gain(effective * quality, scorer.worth),
     )
 
 
-def _adapter(request: Request) -> Adapter:
-    rank = int(request.fixed.get("training.lora.rank") or 16)
-    targets = request.fixed.get("training.lora.targets") or request.shape.lora_targets()
-    return Adapter(rank=rank, targets=tuple(targets))
+def _lora(request: Request) -> LoRA:
+    rank = int(request.fixed.get("training.lora.rank") or LoRA.rank)
+    targets = request.fixed.get("training.lora.targets") or request.shape.lora_targets
+    return LoRA(rank=rank, targets=tuple(targets))
 
 
 def _scoring(request: Request, scorer: Scorer, dtype: str, sequence: int) -> Cost:
@@ -342,14 +341,16 @@ def _scoring(request: Request, scorer: Scorer, dtype: str, sequence: int) -> Cos
         max_length=sequence,
     )
     cost = scorer.cost(work)
-    runtime = float(runtime_bytes(request.device.kind))
+    runtime = float(RUNTIME_BYTES[request.device.kind])
     return replace(cost, peak_memory_bytes=cost.peak_memory_bytes + runtime)
 
 
-def _rows_cost(request: Request, stats: PoolStats | None, dtype: str, sequence: int) -> Cost:
+def _rows_cost(
+    shape: ModelShape, device: Device, stats: PoolStats | None, dtype: str, sequence: int
+) -> Cost:
     if stats is None:
         return Cost()
-    cost = forward_cost(request.shape, stats, request.device, dtype, sequence)
+    cost = forward_cost(shape, stats, device, dtype, sequence)
     return replace(cost, peak_memory_bytes=0.0)  # inside the training step's peak
 
 
@@ -425,7 +426,95 @@ def _gain(effective: float, worth: Worth) -> Estimate:
     return Estimate(0.1 * math.log1p(effective / 1e3), 0.1 * relative, "nats/token", "prior")
 
 
-# -- words ------------------------------------------------------------------------------------------
+# -- the rest of the plan -----------------------------------------------------------------------
+
+
+def training_of(chosen: Candidate, request: Request) -> Training:
+    """The chosen combination as plan.yaml's ``training``, the remaining values by their rules."""
+    c = chosen
+    cooldown = int(COOLDOWN_SHARE * c.max_steps)
+    eval_steps = max(1, math.ceil(c.max_steps / max(c.num_evaluations - 1, 1)))
+    save_seconds = c.checkpoint_seconds
+    between = max(eval_steps * c.step.seconds, 1e-9)
+    saves_apart = max(1, math.ceil(save_seconds / (CHECKPOINT_SHARE * between)))
+    rate = LEARNING_RATE * 4096 / request.shape.hidden_size
+    if c.method == "lora":
+        rate *= 10
+    return Training(
+        method=c.method,
+        lora=_lora(request) if c.method == "lora" else LoRA(),
+        dtype=c.dtype,
+        activation_checkpointing=c.activation_checkpointing,
+        per_device_train_batch_size=c.per_device_train_batch_size,
+        gradient_accumulation_steps=c.gradient_accumulation_steps,
+        max_length=c.max_length,
+        max_steps=c.max_steps,
+        epochs=round(c.epochs, 3),
+        learning_rate=float(f"{min(rate, MAX_LEARNING_RATE):.2g}"),
+        warmup_steps=min(max(1, int(WARMUP_SHARE * c.max_steps)), c.max_steps - cooldown),
+        cooldown_steps=cooldown,
+        eval_steps=eval_steps,
+        save_steps=eval_steps * saves_apart,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """The recurring costs of a training run, and the memory at its peak by term."""
+
+    memory: Mapping[str, float]
+    step: Cost
+    evaluation: Cost
+    checkpoint: Cost
+    test: Cost
+
+
+def predictions(
+    training: Training,
+    shape: ModelShape,
+    device: Device,
+    dev: PoolStats | None,
+    test: PoolStats | None,
+) -> Predictions:
+    """What a step, an evaluation, a checkpoint and the test (of two models) take. The step's FLOPs
+    and tokens are exact; tokens are positions, the padding of packs included."""
+    adapter = None
+    if training.method == "lora":
+        adapter = Adapter(
+            rank=training.lora.rank, targets=training.lora.targets or shape.lora_targets
+        )
+    setting = MemorySetting(
+        micro_batch=training.per_device_train_batch_size,
+        sequence=training.max_length,
+        dtype=training.dtype,
+        adapter=adapter,
+        recompute=training.activation_checkpointing,
+        masked=True,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        device_kind=device.kind,
+    )
+    terms = account(shape, setting).by_term
+    memory = {**terms, "runtime": float(RUNTIME_BYTES[device.kind])}
+    batch, sequence = training.per_device_train_batch_size, training.max_length
+    micro = Cost(
+        flops=train_flops(
+            shape, batch, sequence, adapter=adapter, recompute=training.activation_checkpointing
+        ),
+        seconds=step_seconds(shape, setting, device),
+        tokens=float(batch * sequence),
+        peak_memory_bytes=sum(memory.values()),
+    )
+    save = checkpoint_bytes(shape, setting) / DISK_BYTES_PER_SECOND + 0.1
+    return Predictions(
+        memory=memory,
+        step=micro * training.gradient_accumulation_steps,
+        evaluation=_rows_cost(shape, device, dev, training.dtype, sequence),
+        checkpoint=Cost(seconds=save),
+        test=_rows_cost(shape, device, test, training.dtype, sequence) * 2,
+    )
+
+
+# -- words --------------------------------------------------------------------------------------
 
 
 def _least(request: Request, nearest: Mapping[str, float]) -> str:
@@ -471,7 +560,7 @@ def _reasons(request: Request, chosen: Candidate, choice: Choice) -> dict[str, s
             f"{c.gradient_accumulation_steps}: {sequences} sequences a step, for about "
             f"{STEPS_WANTED} steps"
         ),
-        "training.max_steps": f"{c.max_steps}: what {c.binding} allow after scoring and evaluations",
+        "training.max_steps": f"{c.max_steps}: what {c.binding} allow after scoring and evaluating",
         "training.max_length": f"{c.max_length}: holds the longest example, at most 2048",
         "training.cooldown_steps": "a fifth of the run (arXiv:2405.18392), reserved in the budget",
         "training.learning_rate": (

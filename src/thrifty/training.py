@@ -18,7 +18,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from thrifty import checkpoints
 from thrifty.budget_callback import BudgetCallback
@@ -27,7 +34,7 @@ from thrifty.core.contracts import Rows, StoppingRule
 from thrifty.core.ledger import BudgetExceeded, Stage
 from thrifty.core.plan import Objective, Training
 from thrifty.costs.shape import ModelShape
-from thrifty.data.packing import collate
+from thrifty.data.packed_attention import check_isolation, pack_attention_kwargs
 from thrifty.evaluation import Measured, measure
 from thrifty.governor import Governor
 from thrifty.schedule import WarmupStableDecay
@@ -229,16 +236,18 @@ class BudgetedTrainer(Trainer):
             args=arguments,
             train_dataset=job.data,
             eval_dataset=job.data,  # asked for by the Trainer; ``evaluate`` measures the dev rows
-            data_collator=collate,
+            data_collator=default_data_collator,
             processing_class=job.tokenizer,
             callbacks=[self.budget, self.pause],
         )
         self.remove_callback(_printer())
         self._shape = ModelShape.from_config(self._inner().config.to_dict())
+        check_isolation(self._inner())
         handler = self.callback_handler
         ours = (BudgetCallback, PauseCallback)
         handler.callbacks = [
-            c if isinstance(c, ours) or type(c).__module__ == "transformers.trainer_callback"
+            c
+            if isinstance(c, ours) or type(c).__module__ == "transformers.trainer_callback"
             else Fenced(c, job.say)
             for c in handler.callbacks
         ]
@@ -267,6 +276,16 @@ class BudgetedTrainer(Trainer):
             self._created_lr_scheduler = True
             self.governor.scheduler = self.lr_scheduler
         return self.lr_scheduler
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As ever, with what keeps the packed documents apart."""
+        apart = pack_attention_kwargs(
+            self._shape.model_type,
+            inputs["position_ids"],
+            attn_implementation=self._inner().config._attn_implementation or "eager",
+            dtype=self._inner().dtype,
+        )
+        return super().compute_loss(model, {**inputs, **apart}, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The objective on the dev rows, charged, journalled, and put to the governor."""

@@ -1,4 +1,4 @@
 """Floor 1, the currency: quantities, budgets, the ledger and the one rule.
 
-Standard library, numpy, PyYAML and pydantic only; nothing here loads torch.
+Standard library, numpy and PyYAML only; nothing here loads torch.
 """

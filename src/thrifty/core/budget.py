@@ -1,4 +1,4 @@
-"""What may be spent and what a step takes.
+"""What may be spent, what a step takes, and what a second costs.
 
 Five resources are *consumed* and add up: FLOPs, tokens trained on, seconds, joules, dollars. One is
 *held*: memory, of which the peak counts. ``Cost.__add__`` knows that difference; nothing else does.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 from thrifty.core import quantities
 
@@ -34,14 +35,24 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
-            **{name: _sum(getattr(self, name), getattr(other, name)) for name in CONSUMED},
+            flops=self.flops + other.flops,
+            tokens=self.tokens + other.tokens,
+            seconds=self.seconds + other.seconds,
+            joules=_sum(self.joules, other.joules),
+            dollars=_sum(self.dollars, other.dollars),
             peak_memory_bytes=max(self.peak_memory_bytes, other.peak_memory_bytes),
         )
 
     def __mul__(self, times: float) -> Cost:
         """The same step ``times`` over: consumption multiplies, the peak stays."""
-        scaled = {name: getattr(self, name) for name in CONSUMED}
-        return replace(self, **{k: None if v is None else v * times for k, v in scaled.items()})
+        return Cost(
+            flops=self.flops * times,
+            tokens=self.tokens * times,
+            seconds=self.seconds * times,
+            joules=None if self.joules is None else self.joules * times,
+            dollars=None if self.dollars is None else self.dollars * times,
+            peak_memory_bytes=self.peak_memory_bytes,
+        )
 
     __rmul__ = __mul__
 
@@ -52,8 +63,8 @@ class Cost:
         return {name: getattr(self, name) for name in RESOURCES}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, float | None]) -> Cost:
-        return cls(**{name: values[name] for name in RESOURCES if name in values})  # pyright: ignore
+    def from_dict(cls, values: Mapping[str, Any]) -> Cost:
+        return cls(**{name: values[name] for name in RESOURCES if name in values})
 
     def __str__(self) -> str:
         parts = [
@@ -69,26 +80,45 @@ def _sum(left: float | None, right: float | None) -> float | None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a second of a run's devices costs; None is unknown."""
+
+    dollars_per_second: float | None = None
+    watts: float | None = None
+
+    def of(self, cost: Cost) -> Cost:
+        """``cost`` with joules and dollars for its seconds (where it has none of its own)."""
+        joules, dollars = cost.joules, cost.dollars
+        if joules == 0.0:
+            joules = None if self.watts is None else cost.seconds * self.watts
+        if dollars == 0.0:
+            rate = self.dollars_per_second
+            dollars = None if rate is None else cost.seconds * rate
+        return replace(cost, joules=joules, dollars=dollars)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Budget:
     """Hard limits, each in its base unit; None means no limit.
 
     ``memory_bytes`` limits the peak of a device (on a CPU: the resident set of the process).
     """
 
-    flops: float | None = None
-    tokens: float | None = None
-    seconds: float | None = None
+    flops: quantities.Flops | None = None
+    tokens: quantities.Tokens | None = None
+    seconds: quantities.Seconds | None = None
     joules: float | None = None
-    dollars: float | None = None
-    memory_bytes: float | None = None
+    dollars: quantities.Dollars | None = None
+    memory_bytes: quantities.Bytes | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            if value is not None and not (is_number and 0 < value < math.inf):
                 raise ValueError(
-                    f"the budget's {field.name} must be more than zero and finite, not {value!r}\n"
-                    f"hint: leave {field.name} out for no limit"
+                    f"the budget's {field.name} must be a number, more than zero and finite, not "
+                    f"{value!r}\nhint: leave {field.name} out for no limit"
                 )
 
     def limit(self, resource: str) -> float | None:
@@ -102,20 +132,21 @@ class Budget:
     def left(self, spent: Cost) -> dict[str, float]:
         """What each limited resource has left; an unknown amount spent leaves nothing."""
         left = {}
-        for name in self.limited:
-            used = spent.of(name)
-            left[name] = 0.0 if used is None else self.limit(name) - used  # pyright: ignore
+        for name in CONSUMED:
+            limit, used = self.limit(name), spent.of(name)
+            if limit is not None:
+                left[name] = 0.0 if used is None else limit - used
         return left
 
     def exceeded_by(self, total: Cost) -> str | None:
         """The first resource in which ``total`` passes a limit, or None.
 
-        A limited resource whose amount is unknown counts as exceeded: an unknown price cannot be
-        held to a limit.
+        A limited resource whose amount is unknown (None or NaN) counts as exceeded: it cannot be
+        held to a limit. Sums of floats may be off by rounding, not by more than 1e-12 of the limit.
         """
-        for name in (*CONSUMED, *HELD):
+        for name in RESOURCES:
             limit, amount = self.limit(name), total.of(name)
-            if limit is not None and (amount is None or amount > limit * (1 + 1e-12)):
+            if limit is not None and not (amount is not None and amount <= limit * (1 + 1e-12)):
                 return name
         return None
 
@@ -124,7 +155,9 @@ class Budget:
         scarcest, steps = None, math.inf
         for name, left in self.left(spent).items():
             used = step.of(name)
-            possible = 0.0 if used is None else (left / used if used > 0 else math.inf)
+            if used == 0:
+                continue
+            possible = left / used if used is not None and used > 0 else 0.0
             if possible < steps:
                 scarcest, steps = name, possible
         return scarcest, max(steps, 0.0)

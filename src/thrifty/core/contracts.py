@@ -128,9 +128,7 @@ class Scorer(ABC):
         """FLOPs, seconds and peak bytes of scoring ``work.pool``, preparation included."""
 
     @abstractmethod
-    def prepare(
-        self, pool: Pool, targets: Mapping[str, Rows], models: Models, meter: Meter
-    ) -> Any:
+    def prepare(self, pool: Pool, targets: Mapping[str, Rows], models: Models, meter: Meter) -> Any:
         """What scoring a shard needs to know of the whole: pool statistics, target gradients."""
 
     @abstractmethod

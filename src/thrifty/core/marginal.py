@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from thrifty.core.budget import Cost
+from thrifty.core.budget import RESOURCES, Cost
 
 RULE_VERSION = 1
 Source = Literal["prior", "pilot", "history"]
@@ -82,19 +82,39 @@ def choose(
     resource; zero where there is no alternative, so that only noise or the budget halts. Ties go to
     the incumbent, then to the option named first.
 
-    Raises ValueError where the options' gains are in different units.
+    Raises ValueError where the options' gains are in different units, or where two options share a
+    name.
     """
+    if resource not in RESOURCES:
+        raise ValueError(f"there is no resource {resource!r}\nhint: one of {', '.join(RESOURCES)}")
+    if not (price >= 0 and 0 <= z < math.inf):
+        raise ValueError(
+            f"a choice needs a price and a z of at least 0, not {price} and {z}\n"
+            "hint: a price of 0 says that what remains has no other use"
+        )
+    names = [option.name for option in options]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"two options have the same name among {', '.join(sorted(names))}\n"
+            "hint: the record of a decision tells options apart by their names"
+        )
     units = {option.gain.unit for option in options}
     if len(units) > 1:
         raise ValueError(
             f"gains in {' and '.join(sorted(units))} cannot be compared\n"
             "hint: express every option in the run's objective first"
         )
-    rates = tuple(_rate(option, resource, incumbent, z) for option in options)
-    order = sorted(
-        range(len(options)), key=lambda i: (-rates[i], options[i].name != incumbent, i)
+    bounds = [_bound(option, incumbent, z) for option in options]
+    rates = tuple(
+        _rate(bound, option.cost.of(resource))
+        for bound, option in zip(bounds, options, strict=True)
     )
-    best = order[0] if order else None
+
+    def rank(i: int) -> tuple[float, float, bool, int]:
+        of_free = -bounds[i] if rates[i] == math.inf else 0.0  # all free gains have one rate
+        return -rates[i], of_free, names[i] != incumbent, i
+
+    best = min(range(len(options)), key=rank, default=None)
     # Exactly at a price of zero a sure zero gain is no reason to spend.
     wins = best is not None and rates[best] > price
     unit = next(iter(units), "")
@@ -111,7 +131,15 @@ def choose(
 
 
 def replay(row: Mapping[str, Any]) -> Choice:
-    """Choose again from a decision's record (``Choice.to_dict``)."""
+    """Choose again from a decision's record (``Choice.to_dict``).
+
+    Raises ValueError where another version of the rule decided.
+    """
+    if row["rule_version"] != RULE_VERSION:
+        raise ValueError(
+            f"version {row['rule_version']} of the rule decided, this is {RULE_VERSION}\n"
+            "hint: replay it with the thrifty version that made the run"
+        )
     options = [
         Option(o["name"], Estimate(**o["gain"]), Cost.from_dict(o["cost"]), o.get("note", ""))
         for o in row["options"]
@@ -125,11 +153,13 @@ def replay(row: Mapping[str, Any]) -> Choice:
     )
 
 
-def _rate(option: Option, resource: str, incumbent: str | None, z: float) -> float:
-    margin = z * option.gain.stderr
-    bound = option.gain.mean + (margin if option.name == incumbent else -margin)
-    cost = option.cost.of(resource)
-    if cost is None:
+def _bound(option: Option, incumbent: str | None, z: float) -> float:
+    margin = z * option.gain.stderr if z > 0 else 0.0  # not 0 times infinity
+    return option.gain.mean + (margin if option.name == incumbent else -margin)
+
+
+def _rate(bound: float, cost: float | None) -> float:
+    if cost is None or not math.isfinite(cost):
         return -math.inf  # an unknown cost cannot be justified
     if cost <= 0:
         return math.inf if bound > 0 else (0.0 if bound == 0 else -math.inf)

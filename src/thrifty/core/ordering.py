@@ -1,4 +1,4 @@
-"""Orders that depend on nothing but their arguments: random keys by (seed, id), filling a budget."""
+"""Orders that depend on nothing but their arguments: random keys by (seed, id), what fits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def best_first(
 
 
 def fill(num_tokens: NDArray[np.int64], max_tokens: float) -> NDArray[np.int64]:
-    """Indices, in order, of the rows that fit a token budget when each is taken if it still fits."""
+    """Indices, in order, of the rows that fit a token budget, each taken if it still fits."""
     kept, used = [], 0
     smallest = int(num_tokens.min()) if len(num_tokens) else 0
     for place, tokens in enumerate(num_tokens.tolist()):

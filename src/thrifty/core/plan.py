@@ -9,28 +9,35 @@ value; it is prose and decides nothing.
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
-from thrifty.core import quantities
+from thrifty.core import typed
 from thrifty.core.budget import Budget
-from thrifty.core.resolve import Spec, nearest, resolve
+from thrifty.core.quantities import Dollars, Tokens
+from thrifty.core.resolve import Spec, name_of, resolve
 
 PLAN_VERSION = 1
 
-_AMOUNTS = {
-    "budget.flops": quantities.parse_flops,
-    "budget.tokens": quantities.parse_tokens,
-    "budget.seconds": quantities.parse_seconds,
-    "budget.dollars": quantities.parse_dollars,
-    "budget.memory_bytes": quantities.parse_bytes,
-}
+
+def _method(kind: str) -> Callable[[Any], Spec]:
+    """Reads a method's name and options, and looks whether there is such a method."""
+
+    def read(value: Any) -> Spec:
+        resolve(kind, value)
+        return value
+
+    return read
+
+
+ScorerSpec = Annotated[Spec, _method("scorer")]
+FilterSpec = Annotated[Spec, _method("filter")]
+PickerSpec = Annotated[Spec, _method("picker")]
+StoppingSpec = Annotated[Spec, _method("stopping")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +81,7 @@ class Objective:
 
     metric: Literal["dev_loss"] = "dev_loss"
     unit: str = "nats/token"
-    dollars_per_unit: float | None = None
+    dollars_per_unit: Dollars | None = None
     """What a unit of gain is worth to the user: the price of what remains. None: zero."""
 
 
@@ -82,10 +89,10 @@ class Objective:
 class Selection:
     """Which rows to train on."""
 
-    scorer: Spec = "uniform"
-    filters: tuple[Spec, ...] = ("duplicates", "overlap")
-    picker: Spec = "top_k"
-    max_tokens: float | None = None
+    scorer: ScorerSpec = "uniform"
+    filters: tuple[FilterSpec, ...] = ("duplicates", "overlap")
+    picker: PickerSpec = "top_k"
+    max_tokens: Tokens | None = None
     """Tokens of the pool to keep; None keeps all of it."""
     seed: int = 0
 
@@ -142,7 +149,7 @@ class Plan:
     objective: Objective = field(default_factory=Objective)
     selection: Selection = field(default_factory=Selection)
     training: Training = field(default_factory=Training)
-    stopping: Spec = "marginal_gain"
+    stopping: StoppingSpec = "marginal_gain"
     control: bool = False
     """Also train on a uniform choice at equal total cost, on an account of its own."""
     device: str = "local"
@@ -160,93 +167,88 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
         raise ValueError(
             f"there is no plan at {path}\nhint: `thrifty plan ... -o {path.parent}` makes one"
         ) from None
+    except OSError as error:
+        raise ValueError(
+            f"cannot read {path}: {error.strerror}\nhint: a run's plan is the file RUN/plan.yaml"
+        ) from None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not a text file\nhint: is it a plan.yaml?") from None
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(
-            f"{path} is not valid YAML: {error}\nhint: mend that line, or plan again"
-        ) from None
+    values = _parse(text, str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no plan\nhint: it must be a mapping with model, pool, ...")
     for override in overrides:
-        _override(values, override)
+        put(values, *parse_override(override))
     return from_dict(values)
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def parse_override(override: str) -> tuple[str, Any]:
+    """``"training.seed=1"`` -> ``("training.seed", 1)``."""
     key, sign, text = override.partition("=")
-    if not sign or not key:
+    key = key.strip()
+    if not sign or not all(key.split(".")):
         raise ValueError(f"cannot read --set {override!r}\nhint: --set training.seed=1")
+    return key, _parse(text, f"--set {override}")
+
+
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``key.path`` in nested plain values. Raises ValueError where a value is in the way."""
     *parents, last = key.split(".")
     for name in parents:
         child = values.setdefault(name, {})
         if child is None:
             child = values[name] = {}
         if not isinstance(child, dict):
-            raise ValueError(f"--set {override}: {name} holds a value, no keys\nhint: set {name}")
+            raise ValueError(f"cannot set {key}: {name} holds a value, no keys\nhint: set {name}")
         values = child
-    values[last] = yaml.safe_load(text)
+    values[last] = value
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only. Aliases are refused (a few lines of them make gigabytes), and so is a key
+    that stands twice (YAML takes the last and says nothing)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.YAMLError(f"an alias, which a plan may not hold, in line {mark.line + 1}")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        mapping = super().construct_mapping(node, deep=deep)
+        if len(mapping) < len(node.value):
+            raise yaml.YAMLError(f"a key stands twice, after line {node.start_mark.line + 1}")
+        return mapping
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader: it makes no Python objects
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: PyYAML lets a date like 2024-13-01 through to its constructor
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{where} is not valid YAML: {reason:.300}\nhint: mend that line, or plan again"
+        ) from None
 
 
 def from_dict(values: Mapping[str, Any]) -> Plan:
     """A checked plan. Raises ValueError that lists every mistake, one a line."""
-    from pydantic import TypeAdapter, ValidationError
-
     if values.get("version", PLAN_VERSION) != PLAN_VERSION:
         raise ValueError(
             f"the plan has version {values.get('version')!r}, this thrifty reads {PLAN_VERSION}\n"
             "hint: use the thrifty version that made it, or plan again"
         )
-    problems = _unknown_keys(Plan, values, "")
-    amounts = dict(values)
-    if isinstance(values.get("budget"), Mapping):
-        amounts["budget"] = dict(values["budget"])
-        for key, parse in _AMOUNTS.items():
-            name = key.partition(".")[2]
-            if amounts["budget"].get(name) is not None:
-                try:
-                    amounts["budget"][name] = parse(amounts["budget"][name])
-                except ValueError as error:
-                    problems.append(f"{key}: {str(error).partition(chr(10))[0]}")
+    problems: list[str] = []
+    plan = typed.read_fields(Plan, values, "", problems)
+    if not problems:
+        problems += _contradictions(plan)
     if problems:
-        raise ValueError("\n".join(["the plan cannot be used:", *problems]))
-    try:
-        plan = TypeAdapter(Plan).validate_python(amounts)
-    except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, e['loc'])) or 'plan'}: {e['msg']}, not {e['input']!r:.80}"
-            for e in error.errors()
-        ]
-        raise ValueError("\n".join(["the plan cannot be used:", *lines])) from None
-    problems = list(_contradictions(plan))
-    if problems:
-        raise ValueError("\n".join(["the plan cannot be used:", *problems]))
+        hint = "hint: mend these in plan.yaml (or in --set), or plan again"
+        raise ValueError("\n".join(["the plan cannot be used:", *problems, hint]))
     return plan
 
 
-def _unknown_keys(cls: Any, values: Any, where: str) -> list[str]:
-    """Every key of ``values`` that no field of the (nested) dataclass ``cls`` has."""
-    if not dataclasses.is_dataclass(cls) or not isinstance(values, Mapping):
-        return []
-    hints = typing.get_type_hints(cls)
-    problems = []
-    for key, value in values.items():
-        if key not in hints:
-            problems.append(f"unknown key {where}{key}: {nearest(str(key), hints)}")
-            continue
-        hint = hints[key]
-        if typing.get_origin(hint) in (typing.Union, types.UnionType):
-            continue
-        problems += _unknown_keys(hint, value, f"{where}{key}.")
-        if key == "targets" and isinstance(value, Mapping):
-            for name, target in value.items():
-                problems += _unknown_keys(Target, target, f"{where}targets.{name}.")
-    return problems
-
-
-def _contradictions(plan: Plan) -> typing.Iterator[str]:
+def _contradictions(plan: Plan) -> Iterator[str]:
     """What types cannot say."""
     training = plan.training
     positive = (
@@ -270,7 +272,7 @@ def _contradictions(plan: Plan) -> typing.Iterator[str]:
             f"training.warmup_steps {training.warmup_steps} + cooldown_steps "
             f"{training.cooldown_steps} do not fit in max_steps {training.max_steps}"
         )
-    if training.save_steps % training.eval_steps:
+    if training.eval_steps > 0 and training.save_steps % training.eval_steps:
         yield (
             f"training.save_steps {training.save_steps} is not a multiple of eval_steps "
             f"{training.eval_steps}: a checkpoint carries its evaluation"
@@ -279,8 +281,15 @@ def _contradictions(plan: Plan) -> typing.Iterator[str]:
         yield f"training.replay_share must be in [0, 1), not {training.replay_share}"
     if training.replay_share and (plan.task != "continued" or not training.replay):
         yield "training.replay_share needs task: continued and training.replay with its sources"
-    if training.method == "lora" and training.lora.rank < 1:
+    if training.lora.rank < 1:
         yield f"training.lora.rank must be at least 1, not {training.lora.rank}"
+    if not training.lora.alpha > 0:
+        yield f"training.lora.alpha must be more than zero, not {training.lora.alpha}"
+    for section, seed in (("training", training.seed), ("selection", plan.selection.seed)):
+        if not 0 <= seed < 2**32:
+            yield f"{section}.seed must be in [0, 2^32), not {seed}"
+    if not plan.model.path:
+        yield "model.path is empty"
     if not plan.pool.sources:
         yield "pool.sources is empty"
     for name, target in plan.targets.items():
@@ -288,31 +297,12 @@ def _contradictions(plan: Plan) -> typing.Iterator[str]:
             yield f"targets.{name}.weight must be more than zero, not {target.weight}"
         if not target.signal:
             yield f"targets.{name}.signal is empty"
-    selection = plan.selection
-    if selection.max_tokens is not None and not selection.max_tokens > 0:
-        yield f"selection.max_tokens must be more than zero, not {selection.max_tokens}"
-    specs = [
-        ("scorer", selection.scorer),
-        ("picker", selection.picker),
-        ("stopping", plan.stopping),
-        *(("filter", spec) for spec in selection.filters),
-    ]
-    for kind, spec in specs:
-        try:
-            method = resolve(kind, spec)
-        except ValueError as error:
-            yield str(error).replace("\nhint: ", "; ")
-            continue
-        if kind == "scorer":
-            yield from _scorer_contradictions(plan, method)
-
-
-def _scorer_contradictions(plan: Plan, scorer: Any) -> typing.Iterator[str]:
-    name = plan.selection.scorer
+    scorer = resolve("scorer", plan.selection.scorer)
     if scorer.needs_target and not plan.targets:
-        yield f"selection.scorer {name} needs a target: add one, or use uniform"
+        yield f"selection.scorer {name_of(scorer)} needs a target: add one, or use uniform"
     if plan.task not in scorer.tasks:
-        yield f"selection.scorer {name} makes no sense for task {plan.task}: try uniform or length"
+        fits = "try uniform or length"
+        yield f"selection.scorer {name_of(scorer)} makes no sense for task {plan.task}: {fits}"
 
 
 def to_dict(plan: Plan) -> dict[str, Any]:
@@ -329,7 +319,10 @@ def _plain(value: Any) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Numbers that YAML 1.1 reads back as numbers: 3.0e+17, never 3e17 (which it takes for text)."""
+    """Numbers as YAML 1.1 reads them back: 3.0e+17, never 3e17, which it takes for text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
@@ -350,7 +343,5 @@ def dump(plan: Plan) -> str:
     head = (
         "# A thrifty plan. Edit it and `thrifty run` this folder; `why` says where values came from"
     )
-    body = yaml.dump(
-        to_dict(plan), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=96
-    )
+    body = yaml.dump(to_dict(plan), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=96)
     return f"{head}\n{body}"

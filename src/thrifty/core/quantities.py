@@ -2,163 +2,232 @@
 
 Every parser returns a positive finite float in the base unit (bytes, FLOPs, seconds, dollars,
 tokens) and every formatter prints what its parser reads back to three digits. Units are those of
-the field: GiB = 2^30 bytes and GB = 10^9; FLOPs are a count, never a rate.
+the field: GiB = 2^30 bytes and GB = 10^9; FLOPs are a count, never a rate. Letters count the same
+in either case, since nobody's budget is in millibytes. What could be read in two ways is refused:
+``1,5`` (a decimal or a thousands comma?), ``2h30`` (minutes or seconds?), ``3E`` (3e18 or half of
+``3e17``?).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+import reprlib
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
-DECIMAL = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18, "Z": 1e21}
-BYTES = {
-    "": 1.0,
-    "B": 1.0,
-    **{f"{p}B": DECIMAL[p] for p in "kMGTP"},
-    "KB": 1e3,
-    **{f"{p}iB": 2.0 ** (10 * (i + 1)) for i, p in enumerate("KMGTP")},
-    "kiB": 2.0**10,
-}
-FLOPS = {f"{p}{suffix}": DECIMAL[p] for p in DECIMAL for suffix in ("", "FLOP", "FLOPs", "FLOPS")}
-SECONDS = {
-    "": 1.0,
-    **dict.fromkeys(("s", "sec", "second", "seconds"), 1.0),
-    **dict.fromkeys(("m", "min", "minute", "minutes"), 60.0),
-    **dict.fromkeys(("h", "hour", "hours"), 3600.0),
-    **dict.fromkeys(("d", "day", "days"), 86400.0),
-}
-HOURS = {**{unit: size for unit, size in SECONDS.items() if unit}, "": 3600.0}
-TOKENS = {
-    "": 1.0,
-    "k": 1e3,
-    "K": 1e3,
-    "M": 1e6,
-    "B": 1e9,
-    "T": 1e12,
-    "token": 1.0,
-    "tokens": 1.0,
-}
-DOLLARS = {"": 1.0, "USD": 1.0, "usd": 1.0, "dollars": 1.0}
+_DECIMAL = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18, "Z": 1e21}
+_BINARY = {f"{prefix}iB": 2.0 ** (10 * (i + 1)) for i, prefix in enumerate("KMGTP")}
 
-_NUMBER = r"([+-]?(?:\d[\d_,]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
-_TERM = re.compile(_NUMBER + r"\s*([A-Za-z]*)\s*")
+_TERM = re.compile(
+    r"([+-]?(?:(?:\d{1,3}(?:,\d{3})+|\d+(?:_\d+)*)(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)"
+    r"\s*([A-Za-z]*)\s*"
+)
+_RATE = re.compile(r"/|\bper\b")
 
 
-def _parse(
-    value: str | int | float, units: Mapping[str, float], what: str, examples: str, *, sums: bool
-) -> float:
-    hint = f"hint: write {what} like {examples}"
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError(f"{what} must be a number with a unit, not {value!r}\n{hint}")
-    if isinstance(value, (int, float)):
-        total = float(value) * units[""]
-    else:
+@dataclass(frozen=True)
+class _Notation:
+    """How amounts of one resource are written."""
+
+    what: str
+    units: Mapping[str, float]
+    """Unit -> its size; "" is what a bare number counts."""
+    examples: str
+    sums: bool = False
+    """Whether several terms add up, as in ``1h30m``."""
+
+    def parse(self, value: str | int | float) -> float:
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise self._error(f"{self.what} must be a number with a unit, not {show(value)}")
+        if isinstance(value, str):
+            total = math.fsum(self._terms(value))
+        else:
+            total = _float(value) * self.units[""]
+        if not 0 < total < math.inf:
+            raise self._error(f"{self.what} must be more than zero and finite, not {show(value)}")
+        return total
+
+    def _terms(self, value: str) -> list[float]:
+        if _RATE.search(value):
+            raise self._error(f"{show(value)} is a rate; a budget is an amount of {self.what}")
         text = value.strip()
-        total, position = 0.0, 0
+        if not text:
+            raise self._error(f"an amount of {self.what} is missing")
+        terms: list[tuple[str, str]] = []
+        position = 0
         while position < len(text):
             term = _TERM.match(text, position)
-            if term is None or (position > 0 and not sums):
-                raise ValueError(f"cannot read {value!r} as {what}\n{hint}")
-            number, unit = term.groups()
-            if unit not in units:
-                known = ", ".join(sorted(filter(None, units), key=lambda u: (units[u], u))[:14])
-                raise ValueError(
-                    f"unknown unit {unit!r} in {value!r} for {what}\n"
-                    f"hint: units are {known}; for example {examples}"
-                )
-            total += float(number.replace("_", "").replace(",", "")) * units[unit]
+            if term is None or (terms and (not self.sums or term[1][0] in "+-")):
+                raise self._error(f"cannot read {show(value)} as {self.what}")
+            terms.append((term[1].replace(",", ""), term[2].lower()))
             position = term.end()
-        if not text:
-            raise ValueError(f"{what} is empty\n{hint}")
-    if not math.isfinite(total) or total <= 0:
-        raise ValueError(f"{what} must be more than zero and finite, not {value!r}\n{hint}")
-    return total
+        if len(terms) > 1 and not all(unit for _, unit in terms):
+            raise self._error(f"{show(value)} has a number without a unit")
+        sizes = {name.lower(): size for name, size in self.units.items()}
+        for _, unit in terms:
+            if unit not in sizes:
+                known = ", ".join(filter(None, self.units))
+                raise ValueError(
+                    f"unknown unit {unit[:20]!r} in {show(value)} for {self.what}\n"
+                    f"hint: units are {known}; for example {self.examples}"
+                )
+        return [_float(number) * sizes[unit] for number, unit in terms]
+
+    def _error(self, message: str) -> ValueError:
+        return ValueError(f"{message}\nhint: write {self.what} like {self.examples}")
+
+
+def _float(number: str | int | float) -> float:
+    try:
+        return float(number)
+    except OverflowError:  # an int past 1e308
+        return math.inf
+
+
+def show(value: object) -> str:
+    """``repr`` cut short: an error is not the place for a megabyte of text."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python prints no int of more than 4300 digits
+        return "so large a number"
+
+
+_MEMORY = _Notation(
+    "memory",
+    {"": 1.0, "B": 1.0, **{f"{p}B": _DECIMAL[p] for p in "kMGTP"}, **_BINARY},
+    "24GiB or 800MB",
+)
+_FLOPS = _Notation(
+    "FLOPs",
+    {
+        "": 1.0,
+        **{prefix: size for prefix, size in _DECIMAL.items() if prefix != "E"},
+        **{f"{p}FLOP": size for p, size in {"": 1.0, **_DECIMAL}.items()},
+        **{f"{p}FLOPs": size for p, size in {"": 1.0, **_DECIMAL}.items()},
+    },
+    "3e17 or 300PFLOP",
+)
+_TIME = _Notation(
+    "time",
+    {
+        "": 1.0,
+        **dict.fromkeys(("s", "sec", "second", "seconds"), 1.0),
+        **dict.fromkeys(("m", "min", "minute", "minutes"), 60.0),
+        **dict.fromkeys(("h", "hour", "hours"), 3600.0),
+        **dict.fromkeys(("d", "day", "days"), 86400.0),
+    },
+    "90s, 45m or 1h30m",
+    sums=True,
+)
+_HOURS = _Notation("hours", {**_TIME.units, "": 3600.0}, "2, 2h or 1h30m", sums=True)
+_DOLLARS = _Notation(
+    "dollars", {"": 1.0, "k": 1e3, "USD": 1.0, "dollar": 1.0, "dollars": 1.0}, "$20 or 7.50"
+)
+_TOKENS = _Notation("tokens", {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}, "20M or 500k")
 
 
 def parse_bytes(value: str | int | float) -> float:
     """``"24GiB"`` -> bytes. A bare number is bytes."""
-    return _parse(value, BYTES, "memory", "24GiB or 800MB", sums=False)
+    return _MEMORY.parse(value)
 
 
 def parse_flops(value: str | int | float) -> float:
     """``"3e17"``, ``"300PFLOP"`` -> a count of floating-point operations."""
-    if isinstance(value, str) and "/" in value:
-        raise ValueError(
-            f"{value!r} is a rate; the budget is a count of FLOPs\n"
-            "hint: write FLOPs like 3e17 or 300PFLOP; for time use hours"
-        )
-    return _parse(value, FLOPS, "FLOPs", "3e17 or 300PFLOP", sums=False)
+    return _FLOPS.parse(value)
 
 
 def parse_seconds(value: str | int | float) -> float:
     """``"90s"``, ``"1h30m"``, ``120`` -> seconds."""
-    return _parse(value, SECONDS, "time", "90s, 45m or 1h30m", sums=True)
+    return _TIME.parse(value)
 
 
 def parse_hours(value: str | int | float) -> float:
     """``2``, ``"2h"``, ``"45m"`` -> seconds; a bare number is hours, as in ``--hours 2``."""
-    return _parse(value, HOURS, "hours", "2, 2h or 45m", sums=True)
+    return _HOURS.parse(value)
 
 
 def parse_dollars(value: str | int | float) -> float:
     """``"$20"``, ``"20"`` -> US dollars."""
     if isinstance(value, str):
-        for sign in "€£¥":
-            if sign in value:
-                raise ValueError(
-                    f"{value!r} is not in US dollars\nhint: prices are kept in $; write $20"
-                )
-        value = value.strip().removeprefix("$")
-    return _parse(value, DOLLARS, "dollars", "$20 or 7.50", sums=False)
+        if any(unicodedata.category(c) == "Sc" and c != "$" for c in value):
+            raise ValueError(
+                f"{show(value)} is not in US dollars\nhint: prices are kept in $; write $20"
+            )
+        text = value.strip()
+        value = text[1:] if text.startswith("$") else text.removesuffix("$")
+    return _DOLLARS.parse(value)
 
 
 def parse_tokens(value: str | int | float) -> float:
-    """``"20M"``, ``"1.5B"`` -> tokens."""
-    return _parse(value, TOKENS, "tokens", "20M or 500k", sums=False)
+    """``"20M"``, ``"1.5B"``, ``"500k tokens"`` -> tokens."""
+    if isinstance(value, str):
+        value = re.sub(r"tokens?\s*$", "", value, flags=re.IGNORECASE)
+    return _TOKENS.parse(value)
 
 
-def _format(value: float, steps: list[tuple[float, str]]) -> str:
-    if value == 0:
-        return f"0 {steps[-1][1]}".strip()
-    for size, unit in steps:
-        if abs(value) >= size * 0.9995 or size == steps[-1][0]:
-            return f"{value / size:.3g} {unit}".strip() if value < 1e4 * size else f"{value:.3g}"
-    raise AssertionError("the last step takes everything")
+Bytes = Annotated[float, parse_bytes]
+Flops = Annotated[float, parse_flops]
+Seconds = Annotated[float, parse_seconds]
+Dollars = Annotated[float, parse_dollars]
+Tokens = Annotated[float, parse_tokens]
+"""The types of fields in which amounts may stand as people write them (read by ``typed.py``)."""
+
+
+def _format(value: float, steps: Sequence[tuple[float, str]]) -> str:
+    """Three digits in the largest of ``steps`` that ``value`` fills; 1023 MiB has four."""
+    size, unit = next((s for s in steps if abs(value) >= 0.9995 * s[0]), steps[-1])
+    number = value / size
+    digits = f"{number:.0f}" if 999.5 <= abs(number) < 1e6 else f"{number:.3g}"
+    return f"{digits} {unit}".rstrip()
+
+
+_PREFIXES = [*sorted(((size, p) for p, size in _DECIMAL.items()), reverse=True), (1.0, "")]
+_BYTES_STEPS = [*((size, unit) for unit, size in reversed(_BINARY.items())), (1.0, "B")]
 
 
 def format_bytes(value: float) -> str:
-    return _format(value, [(2.0 ** (10 * i), u) for i, u in ((3, "GiB"), (2, "MiB"), (1, "KiB"))])
+    return _format(value, _BYTES_STEPS)
 
 
 def format_flops(value: float) -> str:
     """``3.2e17`` -> ``320 PFLOP``."""
-    return _format(value, [(DECIMAL[p], f"{p}FLOP") for p in ("Z", "E", "P", "T", "G", "M", "")])
+    return _format(value, [(size, f"{p}FLOP") for size, p in _PREFIXES])
 
 
 def format_seconds(value: float) -> str:
-    if value >= 5940:
-        hours, minutes = divmod(round(value / 60), 60)
-        return f"{hours}h{minutes:02d}m"
-    if value >= 99.5:
-        minutes, seconds = divmod(round(value), 60)
-        return f"{minutes}m{seconds:02d}s"
-    return f"{value:.3g} s"
+    """``3725`` -> ``62m05s``: two units, the smaller no more than a hundredth of the whole."""
+    if not 100 <= value < 1e10:
+        return f"{value:.3g} s"
+    if value < 6000:
+        smaller, larger, units = 1, 60, "ms"
+    elif value < 360_000:
+        smaller, larger, units = 60, 3600, "hm"
+    else:
+        smaller, larger, units = 3600, 86400, "dh"
+    whole, rest = divmod(round(value / smaller), larger // smaller)
+    return f"{whole}{units[0]}{rest:02d}{units[1]}"
 
 
 def format_dollars(value: float) -> str:
-    return f"${value:,.2f}" if value >= 0.995 else f"${value:.3g}"
+    return f"${value:,.2f}" if 1 <= value < 1e12 else f"${value:.3g}"
 
 
 def format_tokens(value: float) -> str:
     return _format(value, [(1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, "")])
 
 
+def format_joules(value: float) -> str:
+    return _format(value, [(size, f"{p}J") for size, p in _PREFIXES])
+
+
 FORMATS = {
     "flops": format_flops,
     "tokens": lambda value: f"{format_tokens(value)} tokens",
     "seconds": format_seconds,
-    "joules": lambda value: f"{value:.3g} J",
+    "joules": format_joules,
     "dollars": format_dollars,
     "peak_memory_bytes": format_bytes,
 }

@@ -9,25 +9,20 @@ from its name to its options: ``picker: {top_k: {by: density}}``.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from thrifty.core import typed
 from thrifty.core.contracts import KINDS
+from thrifty.core.quantities import show
+from thrifty.core.typed import nearest
 
 Spec = str | Mapping[str, Mapping[str, Any] | None]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt name: the nearest known one, or all of them."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
 
 
 @lru_cache
@@ -53,9 +48,25 @@ def method_class(kind: str, name: str) -> type:
         return classes[0]
     outside = {point.name: point for point in entry_points(group=f"thrifty.{kind}")}
     if name in outside:
-        return outside[name].load()
-    known = [*modules, *outside]
-    raise ValueError(f"there is no {kind} {name!r}\nhint: {nearest(name, known)}")
+        return _load(kind, contract, outside[name])
+    raise ValueError(f"there is no {kind} {name!r}\nhint: {nearest(name, [*modules, *outside])}")
+
+
+def _load(kind: str, contract: type, point: EntryPoint) -> type:
+    """A third party's class. Raises ValueError where its package is broken."""
+    try:
+        cls = point.load()
+    except Exception as error:  # other people's code: anything can go wrong
+        raise ValueError(
+            f"the {kind} {point.name!r} cannot be loaded from {point.value}: {error}\n"
+            "hint: reinstall the package that brings it, or use another"
+        ) from error
+    if not (inspect.isclass(cls) and issubclass(cls, contract) and dataclasses.is_dataclass(cls)):
+        raise ValueError(
+            f"{point.value} is no {kind}: it must be a dataclass of {contract.__name__}\n"
+            "hint: tell the package's authors; thrifty/core/contracts.py says what it must do"
+        )
+    return cls
 
 
 def all_names(kind: str) -> list[str]:
@@ -76,35 +87,29 @@ def parse_spec(kind: str, spec: Spec) -> tuple[str, Mapping[str, Any]]:
         if isinstance(name, str) and (options is None or isinstance(options, Mapping)):
             return name, options or {}
     raise ValueError(
-        f"{kind} must be a name or one name with its options, not {spec!r}\n"
+        f"{kind} must be a name or one name with its options, not {show(spec)}\n"
         f"hint: {kind}: NAME, or {kind}: {{NAME: {{option: value}}}}"
     )
 
 
 def build(cls: type, options: Mapping[str, Any], where: str) -> Any:
-    """A dataclass from plain values. Raises ValueError naming every key that is wrong."""
-    from pydantic import TypeAdapter, ValidationError
-
-    known = {field.name for field in dataclasses.fields(cls)}
-    problems = [
-        f"unknown key {where}.{key}: {nearest(str(key), known) if known else 'it has no options'}"
-        for key in options
-        if key not in known
-    ]
-    if not problems:
-        try:
-            return TypeAdapter(cls).validate_python(dict(options))
-        except ValidationError as error:
-            problems = [
-                f"{'.'.join([where, *map(str, e['loc'])])}: {e['msg']}, not {e['input']!r}"
-                for e in error.errors()
-            ]
-    raise ValueError("\n".join(problems) + "\nhint: `thrifty methods` lists every method")
+    """A method from plain values. Raises ValueError naming everything that is wrong."""
+    problems: list[str] = []
+    method = typed.read_fields(cls, options, where, problems)
+    if problems:
+        raise ValueError("\n".join(problems) + "\nhint: `thrifty methods` lists every method")
+    return method
 
 
 def name_of(method: Any) -> str:
-    """The name under which a method instance is known: its file's."""
-    return type(method).__module__.rpartition(".")[2]
+    """The name under which a method instance is known: its file's, or its entry point's."""
+    module, cls = type(method).__module__, type(method).__qualname__
+    if not module.startswith("thrifty."):
+        for kind in KINDS:
+            for point in entry_points(group=f"thrifty.{kind}"):
+                if point.value == f"{module}:{cls}":
+                    return point.name
+    return module.rpartition(".")[2]
 
 
 def summary(cls: type) -> str:

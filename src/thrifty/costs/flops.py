@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from thrifty.costs.layer import Setup, embedding, head, layers
-from thrifty.costs.operations import Adapter, Operation, Product
+from thrifty.costs.operations import Adapter, Operation, Product, recomputed
 from thrifty.costs.shape import ModelShape
 
 __all__ = [
@@ -130,15 +130,6 @@ def _step(
     if recompute:
         products += _products(*(recomputed(operations) for operations in body))
     return _sum(products)
-
-
-def recomputed(operations: tuple[Operation, ...]) -> tuple[Operation, ...]:
-    """What a checkpointed layer runs again: everything up to the last tensor that is packed."""
-    packing = [index for index, each in enumerate(operations) if each.packs]
-    if not packing:
-        return ()
-    last = packing[-1]
-    return operations[: last + (operations[last].packs == "after")]
 
 
 def _products(*pieces: Sequence[Operation], backward: bool = False) -> list[Product]:

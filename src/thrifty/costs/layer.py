@@ -108,7 +108,8 @@ def head(shape: ModelShape, setup: Setup, loss: bool = True) -> tuple[Operation,
         wide = p.cast(logits, p.itemsize, 4)
         log_probabilities = p.apply("log_softmax", wide, keeps="output", passes=(2.0, 2.0))
         # The model's output holds the logits until the loss is returned.
-        p.emit("nll", (log_probabilities, logits), Size(4.0), passes=(1.0, 1.0))
+        held = logits._replace(grad=False)
+        p.emit("nll", (log_probabilities, held), Size(4.0), passes=(1.0, 1.0))
     return tuple(p.operations)
 
 
@@ -206,11 +207,11 @@ def _mlp(p: Program, x: Tensor) -> Tensor:
     if len(linears) == 2:  # gate and up are views of one product
         both = p.linear(linears[0], x)
         active = p.apply(p.shape.activation, both, keeps=keeps, share=0.5)
+        up = both._replace(size=active.size)
         kept = (both, active) if both.grad else ()
         packs = "before" if kept else ""
-        passes = (1.0, 2.0)
-        product = p.emit("multiply", (both, active), active.size, saves=kept, packs=packs, passes=passes)
-        return p.linear(linears[1], product)
+        out = p.emit("multiply", (up, active), active.size, saves=kept, packs=packs, passes=(1.0, 2.0))
+        return p.linear(linears[1], out)
     gate, up, down = linears
     active = _activation(p, p.linear(gate, x), keeps)
     return p.linear(down, p.multiply(active, p.linear(up, x)))
@@ -272,9 +273,9 @@ def _fused_attention(p: Program, q: Tensor, k: Tensor, v: Tensor, out: Size) -> 
     if p.masked and shape.model_type != "opt":
         mask = p.emit("mask", (), Size(0.0, p.itemsize), grad=False)
         extra = (mask,)
-        if shape.num_attention_heads > shape.num_key_value_heads:
-            groups = shape.num_attention_heads / shape.num_key_value_heads
-            k, v = p.apply("copy", k, share=groups), p.apply("copy", v, share=groups)
+        # A single key-value head is broadcast without a copy.
+        if shape.num_attention_heads > shape.num_key_value_heads > 1:
+            k, v = p.emit("copy", (k,), out), p.emit("copy", (v,), out)
     grad = q.grad or k.grad or v.grad
     result = Tensor(p.name(), out, grad)
     logsumexp = Tensor(f"{p.name()} logsumexp", Size(4.0 * shape.num_attention_heads))

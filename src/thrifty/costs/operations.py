@@ -271,3 +271,12 @@ class Program:
 def saved(operations: Iterable[Operation]) -> dict[str, Tensor]:
     """The distinct tensors that autograd keeps of these operations."""
     return {tensor.name: tensor for operation in operations for tensor in operation.saves}
+
+
+def recomputed(operations: tuple[Operation, ...]) -> tuple[Operation, ...]:
+    """What a checkpointed layer runs again: everything up to the last tensor that is packed."""
+    packing = [index for index, each in enumerate(operations) if each.packs]
+    if not packing:
+        return ()
+    last = packing[-1]
+    return operations[: last + (operations[last].packs == "after")]

@@ -11,7 +11,7 @@ and end-of-turn token, never a header. Three ways, in this order:
    Where even that fails, the row is set aside with the reason: a guessed mask trains on the wrong
    tokens without a sound.
 3. No template: the plain one below, ``role: content``, a turn a line, the end-of-sequence token
-   after each answer.
+   after each answer; the space before an answer belongs to it, so a prompt ends "assistant:".
 
 Limits: a template that writes today's date gives other tokens tomorrow. Tools are not rendered.
 Marks and prefixes cost 1 and 1 + 2 per answer renderings.
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from os.path import commonprefix
 from typing import Any
 
 from thrifty.data.faults import Fault
@@ -54,15 +53,15 @@ def render(
 def _plain(turns: Sequence[Message], first_answer: int, eos: str) -> tuple[str, list[Span]]:
     text, spans = "", []
     for i, turn in enumerate(turns):
-        text += f"{turn['role']}: "
+        text += f"{turn['role']}:"
         start = len(text)
-        if turn["role"] == "assistant":
-            text += turn["content"] + eos
-            if i >= first_answer:
-                spans.append((start, len(text) if eos else len(text) + 1))
-        else:
-            text += turn["content"]
+        text += f" {turn['content']}"
+        is_answer = turn["role"] == "assistant"
+        if is_answer:
+            text += eos
         text += "\n"
+        if is_answer and i >= first_answer:
+            spans.append((start, len(text) - bool(eos)))
     return text, spans
 
 
@@ -71,17 +70,18 @@ def _marked(turns: Sequence[Message], first_answer: int, tokenizer: Any) -> tupl
     # first or last character has no token it masks nothing or all of the rest.
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    texts, spans = render_jinja_template(
+    texts, marks = render_jinja_template(
         conversations=[list(turns)],
         chat_template=tokenizer.get_chat_template(),
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-    if len(spans[0]) != len(answers):
-        detail = f"the template marks {len(spans[0])} answers of {len(answers)}"
+    spans: list[Span] = [(int(start), int(end)) for start, end in marks[0]]
+    if len(spans) != len(answers):
+        detail = f"the template marks {len(spans)} answers of {len(answers)}"
         raise Fault("chat_template", detail, turns[0]["content"])
-    kept = [(a, b) for i, (a, b) in zip(answers, spans[0], strict=True) if i >= first_answer]
+    kept = [(a, b) for i, (a, b) in zip(answers, spans, strict=True) if i >= first_answer]
     return texts[0], kept
 
 
@@ -93,7 +93,8 @@ def _by_prefixes(
             list(turns[:count]), tokenize=False, add_generation_prompt=prompt
         )
 
-    full, spans = rendered(len(turns)), []
+    full = rendered(len(turns))
+    spans: list[Span] = []
     ends = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""})
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant" or i < first_answer:
@@ -106,7 +107,7 @@ def _by_prefixes(
             before = after[:start]
         else:
             before = rendered(i, prompt=True)
-        start = len(commonprefix([before, full]))
+        start = _shared(before, full)
         if start < len(before):
             # Allowed for what the generation prompt adds (a "<think>"), not for the turns.
             past = rendered(i)
@@ -125,7 +126,7 @@ def _end(full: str, start: int, before: str, after: str, content: str) -> int | 
     """Where the answer that begins at ``start`` of ``full`` ends."""
     if full.startswith(after) and len(after) > start:
         return len(after)
-    answer = after[len(commonprefix([before, after])) :]
+    answer = after[_shared(before, after) :]
     at = answer.find(content) if content else -1
     for _ in range(_MAX_TRIES):
         if at < 0:
@@ -134,6 +135,14 @@ def _end(full: str, start: int, before: str, after: str, content: str) -> int | 
             return start + len(answer) - at
         at = answer.find(content, at + 1)
     return None
+
+
+def _shared(left: str, right: str) -> int:
+    """Characters that both begin with."""
+    if right.startswith(left):
+        return len(left)
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
 def _unclear(turns: Sequence[Message], i: int) -> Fault:

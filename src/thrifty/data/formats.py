@@ -7,7 +7,7 @@ of messages. Converted:
 | from | to |
 | --- | --- |
 | Alpaca ``{"instruction", "input"?, "output"}``, ``system`` too | prompt, completion |
-| pairs: prompt-response, question-answer, problem-solution, input-output... (``PAIRS``) | the same |
+| pairs: prompt-response, question-answer, problem-solution... (``PAIRS``) | the same |
 | ShareGPT ``{"conversations": [{"from", "value"}]}``, ``system`` too | messages |
 | ShareGPT with ``chosen`` and ``rejected`` turns | prompt, chosen, rejected |
 
@@ -59,6 +59,8 @@ PAIRS = (
     ("inputs", "targets"),
 )
 """Field names that mean prompt and answer; the first pair that a row has counts."""
+QUESTIONS = ("prompt", "question", "instruction")
+"""Field names of a preference row's prompt."""
 
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
@@ -105,8 +107,10 @@ def _recognise(fields: Mapping[str, Any], task: str) -> tuple[Kind, Content, set
     """kind, content, and the names of the fields that went into it."""
     if task == "continued":
         return _as_text(fields)
-    if "chosen" in fields and "rejected" in fields and (
-        task == "preference" or not ("messages" in fields or "completion" in fields)
+    if (
+        "chosen" in fields
+        and "rejected" in fields
+        and (task == "preference" or not ("messages" in fields or "completion" in fields))
     ):
         return "preference", *_preference(fields)
     if "messages" in fields or "conversations" in fields:
@@ -114,7 +118,8 @@ def _recognise(fields: Mapping[str, Any], task: str) -> tuple[Kind, Content, set
         turns = _system(fields) + messages(fields[name], name)
         if not any(turn["role"] == "assistant" for turn in turns):
             raise Fault("no_assistant", raw=flat(turns))
-        return "messages", {"messages": turns}, _used(fields, name)
+        used = {name, "system"} if "conversations" in fields else {name}
+        return "messages", {"messages": turns}, used
     pair = _pair(fields)
     if pair is not None:
         content, used = pair
@@ -165,28 +170,31 @@ def _pair(fields: Mapping[str, Any]) -> tuple[Content, set[str]] | None:
 
 
 def _preference(fields: Mapping[str, Any]) -> tuple[Content, set[str]]:
-    chosen, rejected = (_side(fields[name], name) for name in ("chosen", "rejected"))
-    if "conversations" in fields:
-        name = "conversations"
-        prompt: Any = _system(fields) + messages(fields[name], name)
-        # Here a string may be a JSON object: a single turn.
-        chosen, rejected = (messages(fields[n], n) for n in ("chosen", "rejected"))
-    elif (name := next((n for n in ("prompt", "question", "instruction") if n in fields), "")) != "":
+    in_turns = "conversations" in fields
+    read = messages if in_turns else _side  # a ShareGPT answer is one turn, or the JSON of one
+    chosen, rejected = (read(fields[name], name) for name in ("chosen", "rejected"))
+    name = "conversations" if in_turns else next((n for n in QUESTIONS if n in fields), None)
+    prompt: str | list[Message]
+    if in_turns:
+        prompt = _system(fields) + messages(fields["conversations"], "conversations")
+    elif isinstance(chosen, list) and not isinstance(fields.get(name or ""), list):
+        # TRL's implicit prompt: the turns that both answers begin with.
+        prompt = []
+        while min(len(chosen), len(rejected)) > 1 and chosen[0] == rejected[0]:
+            prompt, chosen, rejected = [*prompt, chosen[0]], chosen[1:], rejected[1:]
+    elif name is not None:
         prompt = _side(fields[name], name)
-    elif isinstance(chosen, list) and isinstance(rejected, list):
-        # TRL's implicit prompt: the turns that both share.
-        shared = 0
-        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-            shared += 1
-        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     else:
         raise Fault("missing_fields", "chosen and rejected, but no prompt", flat(chosen))
     _same_form(prompt, chosen)
     _same_form(prompt, rejected)
     if is_blank(rejected):
         raise Fault("empty", "the rejected answer is empty", flat(prompt))
-    content = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    return content, _used(fields, name) | set(content)
+    used = {name, "system"} if in_turns else {name}
+    return (
+        {"prompt": prompt, "chosen": chosen, "rejected": rejected},
+        {"chosen", "rejected", *(field for field in used if field)},
+    )
 
 
 def _side(value: Any, field: str) -> str | list[Message]:
@@ -226,7 +234,8 @@ def _message(turn: Any, where: str) -> Message:
         role, content = turn["from"], turn.get("value")
         role = ROLES.get(role) if isinstance(role, str) else role
         if role is None:
-            raise Fault("wrong_type", f"{where} is from an unknown speaker", repr(turn["from"])[:200])
+            speaker = repr(turn["from"])[:200]
+            raise Fault("wrong_type", f"{where} is from an unknown speaker", speaker)
     if role is None:
         raise Fault("missing_fields", f"{where} has no role", repr(turn)[:1000])
     return {
@@ -240,10 +249,6 @@ def _system(fields: Mapping[str, Any]) -> list[Message]:
     if "conversations" not in fields or not fields.get("system"):
         return []
     return [{"role": "system", "content": check_text(fields["system"], "system")}]
-
-
-def _used(fields: Mapping[str, Any], name: str) -> set[str]:
-    return {name, "system"} if "conversations" in fields else {name}
 
 
 def _answers(turns: list[Message]) -> str:

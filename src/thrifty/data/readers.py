@@ -16,7 +16,7 @@ import csv
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import orjson
 import pyarrow as pa
@@ -239,7 +239,7 @@ def _cell(column: pa.Array, row: int) -> Iterator[Any]:
     try:
         yield column[row].as_py()
     except UnicodeDecodeError as error:
-        yield Fault("invalid_utf8", raw=cast(bytes, error.object))
+        yield Fault("invalid_utf8", raw=error.object)
     except (ValueError, OverflowError) as error:
         yield Fault("wrong_type", str(error)[:200])
 

@@ -11,10 +11,13 @@ one split, or be named with its split. No archive is opened.
 
 from __future__ import annotations
 
+import glob
 import gzip
+import io
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -46,15 +49,21 @@ class SourceFile:
     format: str
     gzipped: bool
 
-    def open(self) -> BinaryIO:
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
         """The (decompressed) bytes, as a buffered stream."""
-        if _is_url(self.location):
-            import fsspec
+        with ExitStack() as stack:
+            if _is_url(self.location):
+                import fsspec
 
-            stream = cast(BinaryIO, cast(Any, fsspec.open(self.location, "rb")).open())
-        else:
-            stream = Path(self.location).open("rb")
-        return cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if self.gzipped else stream
+                raw: Any = stack.enter_context(fsspec.open(self.location, "rb"))
+                # fsspec's own readline knows no limit
+                stream = cast(BinaryIO, stack.enter_context(io.BufferedReader(raw, 1 << 20)))
+            else:
+                stream = stack.enter_context(Path(self.location).open("rb"))
+            if self.gzipped:
+                stream = cast(BinaryIO, stack.enter_context(gzip.GzipFile(fileobj=stream)))
+            yield stream
 
 
 def expand(sources: Sequence[str] | str) -> list[SourceFile]:
@@ -142,9 +151,7 @@ class _Local:
         return Path(path).is_dir()
 
     def glob(self, pattern: str) -> list[str]:
-        import glob
-
-        return glob.glob(pattern, recursive=True)
+        return glob.glob(pattern, recursive=True)  # noqa: PTH207 (an absolute pattern, too)
 
     def files_under(self, folder: str) -> list[str]:
         return [str(path) for path in Path(folder).rglob("*") if path.is_file()]

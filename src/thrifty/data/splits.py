@@ -16,8 +16,10 @@ from thrifty.data.pool import BadRow, Row
 
 def part_of(fingerprint: bytes, fractions: Mapping[str, float], seed: int) -> str:
     """The name of the part, of ``fractions``, that a row with this fingerprint belongs to."""
-    if not fractions or min(fractions.values()) < 0 or not math.isclose(
-        sum(fractions.values()), 1.0, abs_tol=1e-9
+    if (
+        not fractions
+        or min(fractions.values()) < 0
+        or not math.isclose(sum(fractions.values()), 1.0, abs_tol=1e-9)
     ):
         raise ValueError(
             f"the fractions of a split must sum to 1, not {dict(fractions)}\n"

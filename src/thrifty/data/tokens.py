@@ -2,10 +2,10 @@
 
 | kind | loss falls on |
 | --- | --- |
-| text | everything, the end-of-sequence token included |
+| text | all of the text and the end-of-sequence token |
 | prompt_completion | the completion and the end-of-sequence token |
 | messages (also as prompt and completion) | content and end of each assistant turn (``chat.py``) |
-| preference | the two answers; ids are prompt + chosen, then prompt + rejected, to be counted only |
+| preference | both answers; ids are prompt + chosen, then prompt + rejected: to be counted only |
 
 Strings are not put through a chat template, as in TRL. The tokenizer adds what it adds
 (beginning-of-sequence, say); the end-of-sequence id is appended where it is not there already.
@@ -14,7 +14,7 @@ Prompt and completion are tokenised as one string, as the model will see them at
 token that straddles the border belongs to the answer. A slow tokenizer has no offsets: there the
 two are tokenised apart.
 
-Too long a row keeps its beginning. Where nothing of the answer is left the row is set aside
+Too long a row keeps its beginning; of a very long one no more is tokenised than can be kept. Where nothing of the answer is left the row is set aside
 (``prompt_too_long``). The very first token of a row has nothing before it to be predicted from, so
 it never counts as a loss token, whatever its mask says.
 
@@ -27,7 +27,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,11 @@ from numpy.typing import NDArray
 from thrifty.data import chat
 from thrifty.data.faults import Fault
 from thrifty.data.pool import BadRow, Row
+
+MAX_CHARACTERS_PER_TOKEN = 32
+MARGIN = 64
+
+Encoded = tuple[list[int], NDArray[np.bool_]]  # ids, loss mask
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,6 +69,12 @@ class _Text:
     spans: list[chat.Span]
     special_tokens: bool  # added by the tokenizer?
     append_eos: bool
+
+    def begin(self, num_characters: int) -> _Text:
+        if len(self.text) <= num_characters:
+            return self
+        spans = [(min(a, num_characters), min(b, num_characters)) for a, b in self.spans]
+        return replace(self, text=self.text[:num_characters], spans=spans)
 
 
 def load_tokenizer(model_path: str) -> Any:
@@ -100,9 +111,7 @@ def tokenize(row: Row, tokenizer: Any, max_length: int) -> Tokens | BadRow:
     return tokenize_rows([row], tokenizer, max_length)[0]
 
 
-def tokenize_rows(
-    rows: Sequence[Row], tokenizer: Any, max_length: int
-) -> list[Tokens | BadRow]:
+def tokenize_rows(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[Tokens | BadRow]:
     """Tokens, or the reason why there are none, for each row in its order.
 
     The result for a row does not depend on the rows beside it. A call tokenises all its rows at
@@ -125,14 +134,16 @@ def tokenize_rows(
         texts += pieces
         owners += [i] * len(pieces)
     sides: list[list[Tokens]] = [[] for _ in rows]
-    for owner, tokens in zip(owners, _encode(texts, tokenizer, max_length), strict=True):
-        sides[owner].append(tokens)
-    return [
-        _checked(row, sides[i], faults.get(i), max_length) for i, row in enumerate(rows)
-    ]
+    for owner, text, (ids, mask) in zip(
+        owners, texts, _encode_beginnings(texts, tokenizer, max_length), strict=True
+    ):
+        sides[owner].append(_finish(ids, mask, text.append_eos, tokenizer, max_length))
+    return [_checked(row, sides[i], faults.get(i), max_length) for i, row in enumerate(rows)]
 
 
-def _checked(row: Row, sides: list[Tokens], fault: Fault | None, max_length: int) -> Tokens | BadRow:
+def _checked(
+    row: Row, sides: list[Tokens], fault: Fault | None, max_length: int
+) -> Tokens | BadRow:
     if fault is None and any(side.num_loss_tokens == 0 for side in sides):
         if any(side.truncated for side in sides):
             detail = f"the prompt fills max_length {max_length}"
@@ -174,29 +185,35 @@ def _conversation(turns: list[dict[str, str]], first_answer: int, tokenizer: Any
     return _Text(text, spans, special_tokens, append_eos=False)
 
 
-def _encode(texts: list[_Text], tokenizer: Any, max_length: int) -> list[Tokens]:
-    results: list[Tokens | None] = [None] * len(texts)
+def _encode_beginnings(texts: list[_Text], tokenizer: Any, max_length: int) -> list[Encoded]:
+    """Ids and mask of each text, as far as ``max_length`` can reach: a book costs a page."""
+    limit = MAX_CHARACTERS_PER_TOKEN * max_length
+    encoded = _encode([text.begin(limit) for text in texts], tokenizer)
+    for i, text in enumerate(texts):
+        # The margin keeps what the cut did to the last tokens out of the result.
+        if len(text.text) > limit and len(encoded[i][0]) < max_length + MARGIN:
+            encoded[i : i + 1] = _encode([text], tokenizer)
+    return encoded
+
+
+def _encode(texts: list[_Text], tokenizer: Any) -> list[Encoded]:
+    if not tokenizer.is_fast:
+        return [_encode_slowly(text, tokenizer) for text in texts]
+    results: list[Encoded] = [([], np.zeros(0, dtype=np.bool_))] * len(texts)
     for special_tokens in (True, False):
         chosen = [i for i, text in enumerate(texts) if text.special_tokens == special_tokens]
         if not chosen:
             continue
-        if tokenizer.is_fast:
-            encoded = tokenizer(
-                [texts[i].text for i in chosen],
-                add_special_tokens=special_tokens,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )
-            pairs = [
-                (ids, _mask(encoded, j, texts[i], len(ids)))
-                for j, (i, ids) in enumerate(zip(chosen, encoded["input_ids"], strict=True))
-            ]
-        else:
-            pairs = [_encode_slowly(texts[i], tokenizer) for i in chosen]
-        for i, (ids, mask) in zip(chosen, pairs, strict=True):
-            results[i] = _finish(ids, mask, texts[i].append_eos, tokenizer, max_length)
-    return [result for result in results if result is not None]
+        encoded = tokenizer(
+            [texts[i].text for i in chosen],
+            add_special_tokens=special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        for j, (i, ids) in enumerate(zip(chosen, encoded["input_ids"], strict=True)):
+            results[i] = ids, _mask(encoded, j, texts[i], len(ids))
+    return results
 
 
 def _mask(encoded: Any, j: int, text: _Text, num_tokens: int) -> NDArray[np.bool_]:
@@ -223,7 +240,7 @@ def _mask(encoded: Any, j: int, text: _Text, num_tokens: int) -> NDArray[np.bool
     return mask
 
 
-def _encode_slowly(text: _Text, tokenizer: Any) -> tuple[list[int], NDArray[np.bool_]]:
+def _encode_slowly(text: _Text, tokenizer: Any) -> Encoded:
     """Piece by piece, for tokenizers without offsets."""
     ids: list[int] = []
     if text.special_tokens:

@@ -1,1 +1,1 @@
-"""Floor 4: pickers. A file is a method: candidates -> rows within a budget (``contracts.Picker``)."""
+"""Floor 4: pickers. A file is a method: candidates -> rows in a budget (``contracts.Picker``)."""

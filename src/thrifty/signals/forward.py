@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _LOGITS_BYTES = 2**28
 """Logits of a batch in fp32 stay below this: a large vocabulary gets smaller batches."""
 _MAX_BATCH_TOKENS = 8192
+PADDING = 1.06
+"""Padded over real tokens of ``padded_batches``, mixed lengths."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def example_losses(
     try:
         with torch.inference_mode():
             lengths = [len(e.input_ids) for e in examples]
-            for batch in padded_batches(lengths, batch_tokens(shape.vocab_size)):
+            most = max(batch_tokens(shape.vocab_size), max(lengths, default=1))
+            for batch in padded_batches(lengths, most):
                 ids, keep = _padded([examples[i] for i in batch], device)
                 logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
                 loss = torch.nn.functional.cross_entropy(
@@ -114,8 +117,8 @@ def _padded(examples: Sequence[Tokens], device: Any) -> tuple[Any, Any]:
 def forward_cost(
     shape: ModelShape, stats: PoolStats, device: Any, dtype: str, max_length: int
 ) -> Cost:
-    """Predicted cost of ``example_losses`` over rows like ``stats``, tokens taken at their mean
-    length: batches of like lengths pad next to nothing."""
+    """Predicted cost of ``example_losses`` over rows like ``stats``, all taken at their mean
+    length, and padded by what batches of like lengths pad on average."""
     if not stats.num_examples:
         return Cost()
     length = max(1, min(round(stats.mean_tokens), max_length))
@@ -124,10 +127,17 @@ def forward_cost(
     longest = min(stats.max_tokens, max_length)
     peak = max(examples * length, longest)
     return Cost(
-        flops=forward_flops(shape, 1, length) * stats.num_examples,
+        flops=forward_flops(shape, 1, length) * stats.num_examples * PADDING,
         seconds=forward_seconds(shape, examples, length, dtype, device) * batches,
-        peak_memory_bytes=forward_account(shape, max(1, peak // longest), longest, dtype),
+        peak_memory_bytes=_peak(shape, max(1, peak // longest), longest, dtype, device),
     )
+
+
+def _peak(shape: ModelShape, batch: int, sequence: int, dtype: str, device: Any) -> float:
+    account = forward_account(
+        shape, batch, sequence, dtype, masked=False, device_kind=device.kind
+    )
+    return account.peak_memory_bytes
 
 
 def scoring_cost(work: Work, stats: PoolStats) -> Cost:

@@ -85,9 +85,9 @@ def gradient_scoring_cost(work: Work, stats: PoolStats) -> Cost:
     flops = gradient_score_flops(shape, 1, length, last_layers=1)
     per_forward = forward_seconds(shape, 1, length, work.dtype, work.device)
     longest = min(stats.max_tokens, work.max_length)
+    account = forward_account(shape, 1, longest, work.dtype, device_kind=work.device.kind)
     return Cost(
         flops=flops * stats.num_examples,
         seconds=per_forward * flops / forward_flops(shape, 1, length) * stats.num_examples,
-        peak_memory_bytes=2 * forward_account(shape, 1, longest, work.dtype),
+        peak_memory_bytes=2 * account.peak_memory_bytes,
     )
-

@@ -32,7 +32,8 @@ def locate(path: str, revision: str | None = None, *, weights: bool) -> tuple[Pa
         return folder, None
     if folder.exists():
         raise ValueError(
-            f"{path} has no config.json\nhint: --model takes a transformers model folder or hub name"
+            f"{path} has no config.json\n"
+            "hint: --model takes a transformers model folder or a hub name"
         )
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path:
         raise ValueError(f"there is no model folder {path}\nhint: check the path")

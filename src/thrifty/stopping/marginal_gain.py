@@ -1,6 +1,6 @@
 """Marginal gain: go on while the forecast gain per unit of the scarce resource beats its price.
 
-    stop  <=>  (g + z s) / c  <=  price,        g, s = forecast gain of the next interval and its error
+    stop  <=>  (g + z s) / c  <=  price,      g, s = forecast gain of the next interval and error
 
 "computation should be halted or reallocated once marginal performance gains fall below a
 budget-dependent threshold" (arXiv:2606.10706). Training on is the incumbent and has the benefit of

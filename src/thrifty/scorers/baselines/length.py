@@ -30,7 +30,9 @@ class Length(Scorer):
     cost_class: ClassVar[Literal["free", "text", "forward", "gradient"]] = "free"
     source: ClassVar[str] = "arXiv:2402.04833"
     worth: ClassVar[Worth] = Worth(
-        1.0, 0.5, "43.5 against 42.2 (10k of 200k) and 17.8 against 41.1 (of 5.8M), arXiv:2503.01807"
+        1.0,
+        0.5,
+        "43.5 against 42.2 (10k of 200k) and 17.8 against 41.1 (of 5.8M), arXiv:2503.01807",
     )
 
     def cost(self, work: Work) -> Cost:

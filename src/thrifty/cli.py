@@ -1,0 +1,325 @@
+"""The ``thrifty`` command. Results go to standard output, talk to standard error.
+
+Exit codes: 0 done (stopping at the budget is done), 2 usage, 3 no plan fits, 4 bad input, 5 a fault
+or signal after which the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import thrifty
+
+DONE, USAGE, NO_PLAN, BAD_INPUT, RESUMABLE = 0, 2, 3, 4, 5
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    # Small models run several times slower with more threads than free cores; the user may say.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        return USAGE
+    try:
+        options.do(options)
+    except BrokenPipeError:
+        return DONE  # the reader had enough
+    except KeyboardInterrupt:
+        return _fail("interrupted\nhint: the same command goes on where it stopped", RESUMABLE)
+    except Exception as error:
+        return _fail(*_explain(error))
+    return DONE
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """What went wrong, in words, and the exit code."""
+    from thrifty.core.ledger import BudgetExceeded
+
+    # By name, so that a mistake on the command line loads no torch.
+    kinds = {cls.__name__ for cls in type(error).__mro__}
+    if "NoPlanFits" in kinds or isinstance(error, BudgetExceeded):
+        return str(error), NO_PLAN
+    if kinds & {"Interrupted", "NonFiniteGradient"}:
+        return str(error), RESUMABLE
+    if isinstance(error, OSError):
+        what = error.strerror or str(error)
+        where = f": {error.filename}" if error.filename else ""
+        return f"{what}{where}\nhint: mend that; the same command then goes on", RESUMABLE
+    if isinstance(error, ValueError):
+        return str(error), BAD_INPUT
+    if "OperationalError" in kinds:  # of SQLite: the disk is full, or the file cannot be written
+        return f"the ledger: {error}\nhint: mend that; the same command then goes on", RESUMABLE
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in kinds:
+        return f"out of memory: {error}\nhint: plan with a smaller --memory", RESUMABLE
+    traceback.print_exc()
+    return f"{type(error).__name__}: {error}\nhint: this looks like a bug in thrifty", RESUMABLE
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+# -- commands -----------------------------------------------------------------------------------
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from thrifty import display, preparation
+
+    asked = _asked(options)
+    if asked.pool:
+        folder = Path(options.output or _free_name("runs"))
+        planned, _ = preparation.plan_run(asked, folder, display.say)
+    else:
+        planned, _ = preparation.quick_plan(asked)
+    if options.json:
+        _print_json(display.plan_json(planned, preparation.model_facts(asked)))
+        return
+    print(display.plan_text(planned))
+    if asked.pool:
+        display.say(f"\nwritten to {folder}/plan.yaml; next: thrifty run {folder}")
+
+
+def _free_name(parent: str) -> str:
+    number = 1
+    while (Path(parent) / f"run-{number}").exists():
+        number += 1
+    return f"{parent}/run-{number}"
+
+
+def _asked(options: argparse.Namespace) -> Any:
+    import yaml
+
+    from thrifty.core import quantities
+    from thrifty.core.budget import Budget
+    from thrifty.preparation import Asked
+
+    budget = Budget(
+        memory_bytes=_read(options.memory, quantities.parse_bytes),
+        flops=_read(options.flops, quantities.parse_flops),
+        seconds=_read(options.hours, quantities.parse_hours),
+        dollars=_read(options.dollars, quantities.parse_dollars),
+        tokens=_read(options.tokens, quantities.parse_tokens),
+    )
+    fixed = {}
+    for pair in options.set or ():
+        key, sign, text = pair.partition("=")
+        if not sign:
+            raise ValueError(f"cannot read --set {pair!r}\nhint: --set training.seed=1")
+        fixed[key] = yaml.safe_load(text)
+    if options.scorer:
+        fixed["selection.scorer"] = options.scorer
+    return Asked(
+        model=options.model,
+        revision=options.revision,
+        pool=tuple(options.pool or ()),
+        targets=_targets(options),
+        budget=budget,
+        task=options.task,
+        device=options.device,
+        dollars_per_hour=options.price,
+        control=options.control,
+        fixed=fixed,
+    )
+
+
+def _read(text: str | None, parse: Any) -> float | None:
+    return None if text is None else parse(text)
+
+
+def _targets(options: argparse.Namespace) -> dict[str, Any]:
+    """``--target [NAME=]ROWS``, with ``--dev`` and ``--test`` of the same name beside it."""
+    from thrifty.core.plan import Target
+
+    parts: dict[str, dict[str, list[str]]] = {}
+    for part, given in (
+        ("signal", options.target),
+        ("dev", options.dev),
+        ("test", options.test),
+    ):
+        for text in given or ():
+            name, sign, path = text.partition("=")
+            if not sign:
+                name, path = "target", text
+            parts.setdefault(name, {}).setdefault(part, []).append(path)
+    for name, found in parts.items():
+        if "signal" not in found:
+            raise ValueError(
+                f"--dev or --test name {name!r}, but no --target does\n"
+                f"hint: --target {name}=ROWS gives the rows that show what is wanted"
+            )
+    return {
+        name: Target(**{part: tuple(paths) for part, paths in found.items()})
+        for name, found in parts.items()
+    }
+
+
+def _run(options: argparse.Namespace) -> None:
+    from thrifty import display, pipeline
+    from thrifty.report.summary import summarize, text_summary
+    from thrifty.run_folder import RunFolder
+
+    report = pipeline.run(options.run, display.say, tuple(options.set or ()))
+    print(text_summary(summarize(RunFolder(Path(options.run)))))
+    display.say(f"\nreport: {report}")
+
+
+def _select(options: argparse.Namespace) -> None:
+    from thrifty import display, pipeline
+    from thrifty.run_folder import RunFolder
+
+    pipeline.select(options.run, display.say, tuple(options.set or ()))
+    print(RunFolder(Path(options.run)).selected("budget"))
+
+
+def _train(options: argparse.Namespace) -> None:
+    from thrifty import display, pipeline
+    from thrifty.run_folder import RunFolder
+
+    pipeline.train(options.run, display.say, tuple(options.set or ()))
+    print(RunFolder(Path(options.run)).model("budget"))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from thrifty.report.page import write_report
+    from thrifty.report.summary import summarize
+    from thrifty.run_folder import RunFolder
+
+    run = RunFolder(Path(options.run))
+    if options.json:
+        _print_json(summarize(run))
+    else:
+        print(write_report(run))
+
+
+def _methods(options: argparse.Namespace) -> None:
+    from thrifty import display
+    from thrifty.core.contracts import KINDS
+    from thrifty.core.resolve import all_names, method_class, summary
+
+    methods = []
+    for kind in KINDS:
+        for name in all_names(kind):
+            cls: Any = method_class(kind, name)
+            methods.append(
+                {
+                    "name": name,
+                    "kind": kind,
+                    "summary": summary(cls),
+                    "cost_class": getattr(cls, "cost_class", "free"),
+                    "source": cls.source,
+                }
+            )
+    if options.json:
+        _print_json(methods)
+    else:
+        print(display.methods_text(methods))
+
+
+def _device(options: argparse.Namespace) -> None:
+    from thrifty import display
+    from thrifty.calibration import measure_device
+    from thrifty.costs.hardware import device_facts, load_device
+
+    if options.name is None:
+        display.say("measuring this machine, a few seconds ...")
+        measured = measure_device()
+        facts = device_facts(measured)
+    else:
+        facts = device_facts(load_device(options.name))
+    if options.json:
+        _print_json(facts)
+    else:
+        print("\n".join(f"{key:<28} {value}" for key, value in facts.items()))
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from thrifty import demo, display
+
+    folder = demo.run(Path(options.output), display.say)
+    display.say(f"\nreport: {folder / 'report.html'}")
+
+
+def _print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=1, ensure_ascii=False, allow_nan=False)
+    print()
+
+
+# -- options ------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="thrifty", description=(thrifty.__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--version", action="version", version=f"thrifty {thrifty.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    plan = commands.add_parser(
+        "plan", help="price every way to spend the budget and write the best into a run folder"
+    )
+    plan.add_argument("--model", required=True, help="a transformers model folder or hub name")
+    plan.add_argument("--revision", help="commit or tag of a hub model")
+    plan.add_argument("--pool", nargs="+", metavar="ROWS", help="files, folders, globs or URLs")
+    for part, what in (
+        ("target", "rows like those the model should become good at"),
+        ("dev", "rows that steer training (default: half of the target's)"),
+        ("test", "rows looked at once, at the end"),
+    ):
+        plan.add_argument(f"--{part}", action="append", metavar="[NAME=]ROWS", help=what)
+    plan.add_argument("--task", choices=("sft", "continued", "preference"), default="sft")
+    plan.add_argument("--memory", metavar="24GiB", help="limit on the device's memory")
+    plan.add_argument("--flops", metavar="3e17", help="limit on all FLOPs, scoring included")
+    plan.add_argument("--hours", metavar="2", help="limit on wall-clock time")
+    plan.add_argument("--dollars", metavar="20", help="limit on money")
+    plan.add_argument("--tokens", metavar="20M", help="limit on tokens trained on")
+    plan.add_argument("--device", metavar="h100", help="plan for this device (default: here)")
+    plan.add_argument("--price", type=float, metavar="2.50", help="dollars an hour of the device")
+    plan.add_argument("--scorer", help="score the pool by this method (default: the planner's)")
+    plan.add_argument("--control", action="store_true", help="also train on a uniform choice")
+    plan.add_argument("-o", "--output", metavar="RUN", help="the run folder to make")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument("--set", action="append", metavar="KEY=VALUE", help="fix a plan.yaml value")
+    plan.set_defaults(do=_plan)
+
+    for name, do, what in (
+        ("run", _run, "what is not done yet, to the end"),
+        ("select", _select, "score the pool and leave the chosen rows in RUN/selected"),
+        ("train", _train, "train on the chosen rows and leave RUN/model"),
+    ):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("run", metavar="RUN", help="a folder made by `thrifty plan`")
+        command.add_argument("--set", action="append", metavar="KEY=VALUE", help="for this time")
+        command.set_defaults(do=do)
+
+    report = commands.add_parser("report", help="write RUN/report.html, or print it as JSON")
+    report.add_argument("run", metavar="RUN")
+    report.add_argument("--json", action="store_true", help="print JSON")
+    report.set_defaults(do=_report)
+
+    methods = commands.add_parser("methods", help="every scorer, filter, picker and stopping rule")
+    methods.add_argument("--json", action="store_true", help="print JSON")
+    methods.set_defaults(do=_methods)
+
+    device = commands.add_parser("device", help="measure this machine, or show a known device")
+    device.add_argument("name", nargs="?", help="show this device instead")
+    device.add_argument("--json", action="store_true", help="print JSON")
+    device.set_defaults(do=_device)
+
+    demo = commands.add_parser("demo", help="the main job on text that every Python has")
+    demo.add_argument("-o", "--output", default="runs/demo", metavar="RUN")
+    demo.set_defaults(do=_demo)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

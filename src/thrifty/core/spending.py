@@ -1,0 +1,177 @@
+"""Spending from a ledger: a stage takes leases, a lease counts what it uses until it is settled."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from thrifty.core import quantities
+from thrifty.core.budget import Budget, Cost
+
+if TYPE_CHECKING:
+    from thrifty.core.counter import Counter
+    from thrifty.core.ledger import Ledger
+    from thrifty.core.marginal import Choice
+
+
+class BudgetExceeded(ValueError):
+    """A reservation does not fit what is left. ``resource`` names the limit that it would pass."""
+
+    def __init__(self, message: str, resource: str) -> None:
+        super().__init__(message)
+        self.resource = resource
+
+
+class Stage:
+    """An open stage; spends through leases. ``detail`` (JSON) is kept when it ends."""
+
+    def __init__(self, ledger: Ledger, stage_id: int, account: str, limit: Budget | None) -> None:
+        self.ledger = ledger
+        self.id = stage_id
+        self.account = account
+        self.detail: dict[str, Any] = {}
+        self._limit = limit or Budget()
+        self._open: Lease | None = None
+
+    @property
+    def budget(self) -> Budget:
+        """What limits this stage: the run's budget, or the limit of its own account."""
+        return self.ledger.budget if self.account == "budget" else self._limit
+
+    def lease(self, activity: str, upper: Cost, *, step: int = 0) -> Lease:
+        """Reserve ``upper`` and start its clock. One lease of a stage is open at a time.
+
+        Raises BudgetExceeded, with the resource and what is left, where it does not fit.
+        """
+        assert self._open is None or self._open.settled, "settle the open lease first"
+        lease_id, counter = self.ledger._reserve(self, activity, upper, step)
+        self._open = Lease(self, lease_id, counter, activity, step)
+        return self._open
+
+    @contextmanager
+    def spending(self, activity: str, upper: Cost, *, step: int = 0) -> Iterator[Lease]:
+        """A lease for a block; settled at its end, also when the block raises."""
+        lease = self.lease(activity, upper, step=step)
+        try:
+            yield lease
+        finally:
+            lease.settle()
+
+    def require(self, cost: Cost, activity: str = "this stage") -> None:
+        """Raise BudgetExceeded if ``cost`` does not fit what is left; reserve nothing."""
+        cost = self.ledger.rates.of(cost)
+        held = self.spent() + self.ledger.reserved(self.account)
+        # Memory is given back when a lease ends: what others once held takes nothing from it.
+        total = replace(held + cost, peak_memory_bytes=cost.peak_memory_bytes)
+        over = self.budget.exceeded_by(total)
+        if over is not None:
+            raise BudgetExceeded(_refusal(activity, cost, held, self.budget, over), over)
+
+    def spent(self) -> Cost:
+        """What the stage's account has spent, other stages included."""
+        return self.ledger.spent(account=self.account)
+
+    def roll_back(self, step: int, reason: str) -> Cost:
+        """The stage goes on from ``step``: charges past it are lost. Returns what was lost anew."""
+        return self.ledger._roll_back(self, step, reason)
+
+    def evaluate(
+        self, step: int, flops: float, objective: float, stderr: float, by_target: Mapping[str, Any]
+    ) -> None:
+        """Record a dev evaluation. ``flops``: what this stage had spent by then."""
+        self.ledger._evaluated(
+            self.id, by_target, step=step, flops=flops, objective=objective, stderr=stderr
+        )
+
+    def decide(
+        self,
+        name: str,
+        chosen: str | None,
+        reason: str,
+        *,
+        choice: Choice | None = None,
+        detail: Mapping[str, Any] | None = None,
+        step: int | None = None,
+    ) -> None:
+        """``Ledger.decide``, of this stage."""
+        self.ledger.decide(
+            name, chosen, reason, choice=choice, detail=detail, stage_id=self.id, step=step
+        )
+
+    def settle_open(self) -> None:
+        """Settle the lease that was left open, if one was."""
+        if self._open is not None:
+            self._open.settle()
+
+
+class Lease:
+    """A reservation being spent. ``used`` is the sum of its ticks, its seconds the clock's."""
+
+    def __init__(
+        self, stage: Stage, lease_id: int, counter: Counter, activity: str, step: int
+    ) -> None:
+        self.stage = stage
+        self.id = lease_id
+        self.activity = activity
+        self.step = step
+        self._counter = counter
+        self._start = time.monotonic()
+        self._steps = 0
+        self._ticked = Cost()
+        self._settled: Cost | None = None
+
+    @property
+    def settled(self) -> bool:
+        return self._settled is not None
+
+    @property
+    def used(self) -> Cost:
+        if self._settled is not None:
+            return self._settled
+        return replace(self._ticked, seconds=time.monotonic() - self._start)
+
+    def tick(self, cost: Cost, *, steps: int = 1) -> None:
+        """Count ``cost`` (its seconds are ignored: the clock knows). Survives the process."""
+        assert self._settled is None, "a settled lease counts no more"
+        total = self._ticked + cost
+        # Written so that NaN is caught too; a sum that it got into would never pass a limit.
+        if not (total.flops >= self._ticked.flops and total.tokens >= self._ticked.tokens):
+            raise ValueError(
+                f"{self.activity} reports a cost that is negative or no number: {cost!r}\n"
+                "hint: a cost is what was used, at least zero"
+            )
+        self._steps += steps
+        self._ticked = total
+        self._counter.write(self._steps, total, time.monotonic() - self._start)
+
+    def settle(self, *, lost: bool = False) -> Cost:
+        """Charge what was used, ``lost`` where its result was thrown away. Idempotent."""
+        if self._settled is None:
+            used = self.used
+            self.stage.ledger._settle(self.id, used, steps=self._steps, lost=lost)
+            self._settled = used
+        return self._settled
+
+
+def _refusal(activity: str, needs: Cost, held: Cost, budget: Budget, over: str) -> str:
+    show = quantities.FORMATS[over]
+    limit, need, taken = budget.limit(over), needs.of(over), held.of(over)
+    assert limit is not None
+    if need is None or taken is None:
+        return (
+            f"{activity} has no known price and the budget limits {over}\n"
+            "hint: give the device's price (thrifty device --price), or drop that limit"
+        )
+    if over == "peak_memory_bytes":
+        enough = show(need * 1.005).replace(" ", "")  # rounded up, so that it does suffice
+        return (
+            f"{activity} needs {show(need)} but the budget allows {show(limit)}\n"
+            f"hint: --memory {enough} or more"
+        )
+    return (
+        f"{activity} needs {show(need)} but {show(max(limit - taken, 0.0))} of {show(limit)} is "
+        f"left\nhint: raise the budget's {over}, or plan a smaller run"
+    )

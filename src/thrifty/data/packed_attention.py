@@ -1,0 +1,135 @@
+"""Calling a model on packs so that no document attends to another.
+
+transformers builds a block-diagonal causal mask from ``position_ids`` that restart, but only where
+there is no ``attention_mask`` and **no cache**: called with its default ``use_cache=True`` every
+family lets documents see each other, without a warning (transformers 5.23,
+``masking_utils._preprocess_mask_arguments``). OPT does not hand its ``position_ids`` to the mask at
+all and needs the mask spelt out. Flash attention looks at ``position_ids`` in batches of one only
+and needs the documents' borders otherwise.
+
+Checked against each document alone, sdpa and eager: llama, mistral, qwen2, qwen3, gemma2 (eager
+only, it has no sdpa), gemma3_text, phi3, gpt2, gpt_neox, opt, with and without sliding windows.
+Flash attention follows its documentation and is not checked here. For any other model, or before
+trusting one, ``check_isolation`` asks the model itself; recurrent models (Mamba, hybrids) carry
+their state across documents and fail it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+NEEDS_MASK = frozenset({"opt"})
+"""Model types whose attention mask must be given, as it ignores ``position_ids``."""
+
+
+def pack_attention_kwargs(
+    model_type: str,
+    position_ids: torch.Tensor,
+    *,
+    attn_implementation: str = "sdpa",
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """What a model's forward needs besides ``input_ids`` and ``position_ids`` [batch, sequence].
+
+    ``dtype`` is the model's, for the families that take a mask (float32 where None).
+    """
+    kwargs: dict[str, Any] = {"use_cache": False}
+    if "flash" in attn_implementation:
+        if model_type in NEEDS_MASK:
+            raise ValueError(
+                f"{model_type} cannot keep packed documents apart under {attn_implementation}\n"
+                "hint: attn_implementation: sdpa"
+            )
+        return kwargs | _borders(position_ids)
+    if model_type in NEEDS_MASK:
+        return kwargs | {"attention_mask": block_causal_mask(position_ids, dtype)}
+    return kwargs
+
+
+def documents(position_ids: torch.Tensor) -> torch.Tensor:
+    """0, 0, 0, 1, 1, ... : which document of its pack each token belongs to; [batch, sequence]."""
+    return (position_ids == 0).cumsum(-1) - 1
+
+
+def block_causal_mask(position_ids: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """What is added to attention scores: 0 within a document's past, else the least number;
+    [batch, 1, sequence, sequence]."""
+    import torch
+
+    dtype = dtype or torch.float32
+    document = documents(position_ids)
+    seen = (document[:, :, None] == document[:, None, :]).tril()
+    mask = torch.zeros(seen.shape, dtype=dtype, device=position_ids.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def _borders(position_ids: torch.Tensor) -> dict[str, Any]:
+    """The documents' borders in the batch laid out as one sequence, as variable-length kernels
+    want them."""
+    import torch
+
+    flat = position_ids.reshape(-1)
+    starts = (flat == 0).nonzero().reshape(-1)
+    borders = torch.cat([starts, starts.new_tensor([flat.numel()])]).to(torch.int32)
+    longest = int(borders.diff().max())
+    return {
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def isolation_error(model: Any, *, length: int = 6) -> float:
+    """How much a document's logits move when its neighbour in the pack changes, relative to the
+    largest logit. 0 up to rounding for a model that keeps documents apart.
+
+    Two documents twice, forward only: the tokens of the first differ, the second must not notice;
+    then the first document alone must give what it gave in the pack.
+    """
+    import torch
+
+    config = model.config
+    vocabulary = config.get_text_config().vocab_size
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (2, 2 * length), generator=generator).to(device)
+    ids[1, length:] = ids[0, length:]
+    position_ids = torch.arange(length, device=device).repeat(2)[None]
+
+    def logits(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        kwargs = pack_attention_kwargs(
+            config.model_type,
+            positions,
+            attn_implementation=config._attn_implementation or "eager",
+            dtype=model.dtype,
+        )
+        return model(input_ids=tokens, position_ids=positions, **kwargs).logits[0].float()
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            packed, changed = (logits(row[None], position_ids) for row in ids)
+            alone = logits(ids[:1, length:], position_ids[:, :length])
+    finally:
+        model.train(was_training)
+    second = packed[length:]
+    error = max((second - changed[length:]).abs().max(), (second - alone).abs().max())
+    return float(error / second.abs().max().clamp_min(1e-9))
+
+
+def check_isolation(model: Any) -> None:
+    """A ``ValueError`` where this model, as it is loaded, lets packed documents see each other."""
+    import torch
+
+    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+    error = isolation_error(model)
+    if not error <= tolerance:
+        raise ValueError(
+            f"{model.config.model_type} lets packed documents see each other (logits move by "
+            f"{error:.1%})\nhint: train this model without packing"
+        )

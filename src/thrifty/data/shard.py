@@ -1,0 +1,163 @@
+"""One shard of a store: rows and their tokens, a parquet file, read column by column.
+
+A scorer that looks at tokens never decodes the texts, and one that looks at texts never decodes the
+tokens: each column is read when it is first asked for, and kept as long as the ``Shard`` is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from thrifty.data.pool import Row
+from thrifty.data.tokens import Tokens
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.int64()),
+        ("file", pa.string()),
+        ("number", pa.int64()),
+        ("kind", pa.string()),
+        ("prompt", pa.string()),
+        ("completion", pa.string()),
+        ("content", pa.string()),
+        ("extra", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("loss_mask", pa.list_(pa.bool_())),
+        ("truncated", pa.bool_()),
+        ("num_tokens", pa.int32()),
+        ("num_loss_tokens", pa.int32()),
+        ("fingerprint", pa.binary(16)),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFile:
+    """One shard as the manifest knows it."""
+
+    name: str
+    num_rows: int
+    first_id: int
+    sha256: str
+
+
+def write_shard(folder: Path, index: int, rows: Sequence[tuple[Row, Tokens]]) -> ShardFile:
+    kept = [row for row, _ in rows]
+    tokens = [result for _, result in rows]
+    columns = {
+        "id": [row.id for row in kept],
+        "file": [row.file for row in kept],
+        "number": [row.number for row in kept],
+        "kind": [row.kind for row in kept],
+        "prompt": [row.prompt for row in kept],
+        "completion": [row.completion for row in kept],
+        "content": [orjson.dumps(row.content).decode() for row in kept],
+        "extra": [orjson.dumps(row.extra).decode() for row in kept],
+        "input_ids": _lists([t.input_ids for t in tokens], pa.int32()),
+        "loss_mask": _lists([t.loss_mask for t in tokens], pa.bool_()),
+        "truncated": [t.truncated for t in tokens],
+        "num_tokens": [t.num_tokens for t in tokens],
+        "num_loss_tokens": [t.num_loss_tokens for t in tokens],
+        "fingerprint": [row.fingerprint for row in kept],
+    }
+    path = folder / f"shard-{index:05d}.parquet"
+    with path.open("wb") as file:
+        pq.write_table(pa.table(columns, schema=SCHEMA), file, compression="zstd")
+        file.flush()
+        os.fsync(file.fileno())
+    return ShardFile(
+        name=path.name, num_rows=len(rows), first_id=kept[0].id, sha256=sha256_of(path)
+    )
+
+
+def _lists(arrays: list[NDArray[Any]], value_type: pa.DataType) -> pa.ListArray:
+    offsets = np.zeros(len(arrays) + 1, dtype=np.int32)
+    np.cumsum([len(array) for array in arrays], out=offsets[1:])
+    return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(arrays), value_type))
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Shard:
+    """Some rows of a store, column by column; a column is decoded when first asked for."""
+
+    def __init__(self, source: Path | pa.Table) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        if isinstance(self._source, Path):
+            return pq.read_table(self._source, columns=[name]).column(name)
+        return self._source.column(name)
+
+    def _numbers(self, name: str) -> NDArray[np.int64]:
+        return self._column(name).to_numpy().astype(np.int64)
+
+    @cached_property
+    def ids(self) -> NDArray[np.int64]:
+        return self._numbers("id")
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        return self._column("prompt").to_pylist()
+
+    @cached_property
+    def completions(self) -> list[str]:
+        return self._column("completion").to_pylist()
+
+    @cached_property
+    def texts(self) -> list[str]:
+        return [row.text for row in self.rows]
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """As they were read, extra columns included."""
+        names = ("id", "file", "number", "kind", "content", "extra")
+        columns = [self._column(name).to_pylist() for name in names]
+        return [
+            Row(row_id, file, number, kind, orjson.loads(content), orjson.loads(extra))
+            for row_id, file, number, kind, content, extra in zip(*columns, strict=True)
+        ]
+
+    @cached_property
+    def tokens(self) -> list[Tokens]:
+        ids, mask = self._split("input_ids"), self._split("loss_mask")
+        truncated = self._column("truncated").to_pylist()
+        return [Tokens(*columns) for columns in zip(ids, mask, truncated, strict=True)]
+
+    def _split(self, name: str) -> list[NDArray[Any]]:
+        lists = self._column(name).combine_chunks()
+        values = lists.flatten().to_numpy(zero_copy_only=False)
+        borders = np.cumsum([0, *lists.value_lengths().to_pylist()])
+        return [values[start:end] for start, end in pairwise(borders)]
+
+    @cached_property
+    def num_tokens(self) -> NDArray[np.int64]:
+        return self._numbers("num_tokens")
+
+    @cached_property
+    def num_loss_tokens(self) -> NDArray[np.int64]:
+        return self._numbers("num_loss_tokens")
+
+    @cached_property
+    def fingerprints(self) -> list[bytes]:
+        """16 bytes a row; equal for rows that say the same."""
+        return self._column("fingerprint").to_pylist()

@@ -1,0 +1,272 @@
+"""The on-disk store of a pool or a target: valid rows, tokenised, in shards; the bad ones aside.
+
+    shard-00000.parquet ...   rows in reading order, ``shard_rows`` a file, zstd
+    quarantine.jsonl          the bad rows: id, file, number, reason, excerpt
+    manifest.json             counts, hashes, tokenizer; written last
+
+The manifest is the commit mark: it is written to a temporary name, synced and renamed after all
+else is on disk. A folder without one is the remains of a killed build and is built from scratch.
+Building and reading hold one shard in memory, whatever the size of the pool.
+
+Limits: a store is written once; changed data or another tokenizer mean a new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from thrifty.data.pool import BadRow, Row
+from thrifty.data.shard import SCHEMA, Shard, ShardFile, sha256_of, write_shard
+from thrifty.data.tokens import Tokens, tokenize_rows
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+QUARANTINE = "quarantine.jsonl"
+BATCH_ROWS = 256
+MAX_REASONS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreManifest:
+    """What a store holds, without opening its shards."""
+
+    format: int = FORMAT
+    fingerprint: str
+    """SHA-256 over the rows' fingerprints in order: the content, whatever the tokenizer."""
+    tokenizer_fingerprint: str
+    max_length: int
+    num_examples: int
+    num_bad: dict[str, int] = field(default_factory=dict)
+    """code -> rows set aside."""
+    num_tokens: int
+    num_loss_tokens: int
+    num_truncated: int
+    max_tokens: int
+    """Tokens of the longest example."""
+    lengths: dict[str, int] = field(default_factory=dict)
+    """Histogram: "128" -> examples of 65 to 128 tokens."""
+    shards: tuple[ShardFile, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> StoreManifest:
+        known = {f.name for f in fields(cls)}
+        if values.get("format") != FORMAT or set(values) != known:
+            raise ValueError(
+                f"the store's manifest has format {values.get('format')!r}, not {FORMAT}\n"
+                "hint: it was written by another version; build the store again"
+            )
+        shards = tuple(ShardFile(**shard) for shard in values["shards"])
+        return cls(**{**values, "shards": shards})
+
+
+def build_store(
+    rows: Iterable[Row | BadRow],
+    directory: str | Path,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    shard_rows: int = 4096,
+    tokenizer_fingerprint: str,
+) -> StoreManifest:
+    """Tokenise ``rows`` and write them to ``directory``, replacing a store that is there.
+
+    Rows whose answer is cut off, or that the chat template refuses, join the bad ones. No valid row
+    at all is a ``ValueError`` that names the first reasons.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for remains in folder.glob("shard-*.parquet"):
+        remains.unlink()
+    totals = _Totals()
+    shards: list[ShardFile] = []
+    waiting: list[tuple[Row, Tokens]] = []
+    with (folder / QUARANTINE).open("wb") as quarantine:
+        for row, result in _tokenized(rows, tokenizer, max_length):
+            if row is None or isinstance(result, BadRow):
+                assert isinstance(result, BadRow)
+                totals.add_bad(result)
+                quarantine.write(orjson.dumps(asdict(result), option=orjson.OPT_APPEND_NEWLINE))
+                continue
+            totals.add(row, result)
+            waiting.append((row, result))
+            if len(waiting) == shard_rows:
+                shards.append(write_shard(folder, len(shards), waiting))
+                waiting = []
+        if waiting:
+            shards.append(write_shard(folder, len(shards), waiting))
+        quarantine.flush()
+        os.fsync(quarantine.fileno())
+    if not shards:
+        raise ValueError(totals.nothing_valid())
+    manifest = totals.manifest(tuple(shards), tokenizer_fingerprint, max_length)
+    _write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+    return manifest
+
+
+def open_store(directory: str | Path) -> Store:
+    """A finished store, or a ``ValueError``."""
+    path = Path(directory) / MANIFEST
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{str(directory)!r} holds no finished store\nhint: build it again; a build that was "
+            "killed leaves no manifest"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}\nhint: build it again") from None
+    return Store(Path(directory), StoreManifest.from_dict(values))
+
+
+def _tokenized(
+    rows: Iterable[Row | BadRow], tokenizer: Any, max_length: int
+) -> Iterator[tuple[Row | None, Tokens | BadRow]]:
+    """The rows in order, tokenised ``BATCH_ROWS`` at a time."""
+    stream = iter(rows)
+    while batch := list(islice(stream, BATCH_ROWS)):
+        results = iter(
+            tokenize_rows([row for row in batch if isinstance(row, Row)], tokenizer, max_length)
+        )
+        for row in batch:
+            yield (row, next(results)) if isinstance(row, Row) else (None, row)
+
+
+class _Totals:
+    """The manifest's numbers, as they grow."""
+
+    def __init__(self) -> None:
+        self._content = hashlib.sha256()
+        self._counts: Counter[str] = Counter()
+        self._bad: Counter[str] = Counter()
+        self._lengths: Counter[int] = Counter()
+        self._max_tokens = 0
+        self._first_bad: list[BadRow] = []
+
+    def add(self, row: Row, tokens: Tokens) -> None:
+        self._content.update(row.fingerprint)
+        self._counts["num_examples"] += 1
+        self._counts["num_tokens"] += tokens.num_tokens
+        self._counts["num_loss_tokens"] += tokens.num_loss_tokens
+        self._counts["num_truncated"] += tokens.truncated
+        self._lengths[1 << (tokens.num_tokens - 1).bit_length()] += 1
+        self._max_tokens = max(self._max_tokens, tokens.num_tokens)
+
+    def add_bad(self, row: BadRow) -> None:
+        self._bad[row.code] += 1
+        if len(self._first_bad) < MAX_REASONS:
+            self._first_bad.append(row)
+
+    def nothing_valid(self) -> str:
+        if not self._first_bad:
+            return "the data holds no rows at all\nhint: check that the files are not empty"
+        reasons = "; ".join(f"{row.file}:{row.number}: {row.reason}" for row in self._first_bad)
+        return (
+            f"none of the {sum(self._bad.values()):,} rows can be used: {reasons}\n"
+            "hint: rows need text, prompt and completion, messages, or a pair such as "
+            "instruction and output"
+        )
+
+    def manifest(
+        self, shards: tuple[ShardFile, ...], tokenizer_fingerprint: str, max_length: int
+    ) -> StoreManifest:
+        return StoreManifest(
+            fingerprint=self._content.hexdigest(),
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            max_length=max_length,
+            num_examples=self._counts["num_examples"],
+            num_bad=dict(sorted(self._bad.items())),
+            num_tokens=self._counts["num_tokens"],
+            num_loss_tokens=self._counts["num_loss_tokens"],
+            num_truncated=self._counts["num_truncated"],
+            max_tokens=self._max_tokens,
+            lengths={str(size): count for size, count in sorted(self._lengths.items())},
+            shards=shards,
+        )
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Old or new, never half: also after a power cut."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class Store:
+    """A finished store. Nothing is loaded but the manifest until a shard is asked for."""
+
+    def __init__(self, directory: Path, manifest: StoreManifest) -> None:
+        self.directory = directory
+        self.manifest = manifest
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.manifest.shards)
+
+    def __len__(self) -> int:
+        return self.manifest.num_examples
+
+    def shard(self, index: int) -> Shard:
+        return Shard(self.directory / self.manifest.shards[index].name)
+
+    def shards(self) -> Iterator[Shard]:
+        return (self.shard(index) for index in range(self.num_shards))
+
+    def take(self, ids: Sequence[int] | NDArray[np.integer]) -> Shard:
+        """The rows with these ids, in the order given; they must fit in memory."""
+        wanted = np.asarray(ids, dtype=np.int64)
+        firsts = [shard.first_id for shard in self.manifest.shards]
+        homes = np.searchsorted(firsts, wanted, side="right") - 1
+        tables, positions = [SCHEMA.empty_table()], np.empty(len(wanted), dtype=np.int64)
+        taken = 0
+        for home in np.unique(homes):
+            where = np.flatnonzero(homes == home)
+            table = pq.read_table(self.directory / self.manifest.shards[max(home, 0)].name)
+            known = table.column("id").to_numpy()
+            places = np.searchsorted(known, wanted[where])
+            missing = known[np.minimum(places, len(known) - 1)] != wanted[where]
+            if missing.any():
+                raise ValueError(
+                    f"the store has no row {wanted[where][missing][0]}\n"
+                    "hint: ids are those of the valid rows; bad rows are in quarantine.jsonl"
+                )
+            tables.append(table.take(places))
+            positions[where] = taken + np.arange(len(where))
+            taken += len(where)
+        return Shard(pa.concat_tables(tables).take(positions))
+
+    def quarantine(self) -> Iterator[BadRow]:
+        """The rows that were set aside."""
+        with (self.directory / QUARANTINE).open("rb") as file:
+            for line in file:
+                yield BadRow(**orjson.loads(line))
+
+    def verify(self) -> None:
+        """A ``ValueError`` that names the first shard whose bytes are not those written."""
+        for shard in self.manifest.shards:
+            path = self.directory / shard.name
+            if not path.is_file() or sha256_of(path) != shard.sha256:
+                what = "changed since it was written" if path.is_file() else "is missing"
+                raise ValueError(f"{str(path)!r} {what}\nhint: build the store again")

@@ -1,0 +1,266 @@
+"""From what the user asked to a planned run folder: read and check everything, then plan.
+
+All of it happens before a FLOP is spent, and in a draft folder that is renamed at the end: a
+mistake leaves nothing half-written.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from thrifty import planner
+from thrifty.core import plan as plans
+from thrifty.core.budget import Budget, PoolStats
+from thrifty.core.ledger import Ledger, Rates
+from thrifty.core.plan import ModelSource, Objective, Plan, PoolSource, Target
+from thrifty.costs.hardware import dollars_per_hour, load_device
+from thrifty.costs.shape import ModelShape, read_shape
+from thrifty.data.pool import BadRow, Row, read_rows
+from thrifty.data.splits import part_of
+from thrifty.data.store import StoreManifest, build_store
+from thrifty.data.tokens import load_tokenizer, tokenizer_fingerprint
+from thrifty.run_folder import RunFolder
+from thrifty.signals.models import locate
+
+DEFAULT_MAX_LENGTH = 2048
+HELD_OUT_ROWS = 256
+"""Dev rows taken from the pool where there is no target."""
+POOL_AS_TARGET = "pool"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the user asked for, as the command line or a caller gives it."""
+
+    model: str
+    pool: tuple[str, ...] = ()
+    targets: Mapping[str, Target] = field(default_factory=dict)
+    budget: Budget = field(default_factory=Budget)
+    task: Literal["sft", "continued", "preference"] = "sft"
+    revision: str | None = None
+    device: str | None = None
+    dollars_per_hour: float | None = None
+    control: bool = False
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """plan.yaml keys that the planner must take as they are."""
+
+
+def quick_plan(asked: Asked) -> tuple[planner.Planned, planner.Request]:
+    """Plan from the model's config alone: no pool, no tokenizer, no weights, nothing written."""
+    folder, _ = locate(asked.model, asked.revision, weights=False)
+    request = _request(asked, read_shape(folder))
+    return planner.search(request), request
+
+
+def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, Plan]:
+    """Read pool and targets, plan, and leave a run folder at ``folder``.
+
+    Raises ValueError for anything that cannot be used, planner.NoPlanFits where the budget is too
+    small; ``folder`` is then as it was.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is in use\nhint: choose another -o, or delete it first")
+    model_folder, revision = locate(asked.model, asked.revision, weights=False)
+    shape = read_shape(model_folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = RunFolder(folder.with_name(f".{folder.name}.draft"))
+    shutil.rmtree(draft.path, ignore_errors=True)
+    draft.path.mkdir()
+    try:
+        stores = _read(asked, shape, model_folder, draft, say)
+        request = _request(asked, shape, stores)
+        planned = planner.search(request)
+        plan = _plan(asked, revision, planned, request, stores)
+        draft.plan_file.write_text(plans.dump(plan), encoding="utf-8")
+        with Ledger.create(draft.ledger_file, asked.budget, request.rates) as ledger:
+            _write_decisions(ledger, plan, planned)
+        if folder.exists():
+            folder.rmdir()
+        draft.path.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft.path, ignore_errors=True)
+        raise
+    return planned, plan
+
+
+@dataclass(frozen=True)
+class _Stores:
+    pool: StoreManifest
+    targets: Mapping[str, Mapping[str, StoreManifest]]
+
+    def together(self, part: str) -> PoolStats | None:
+        """All targets' rows of a part, as one."""
+        return stats_together([parts[part] for parts in self.targets.values() if part in parts])
+
+
+def stats_together(manifests: list[StoreManifest]) -> PoolStats | None:
+    """Several stores as one; None where there are none."""
+    if not manifests:
+        return None
+    return PoolStats(
+        num_examples=sum(m.num_examples for m in manifests),
+        num_tokens=sum(m.num_tokens for m in manifests),
+        max_tokens=max(m.max_tokens for m in manifests),
+        num_loss_tokens=sum(m.num_loss_tokens for m in manifests),
+    )
+
+
+def _read(asked: Asked, shape: ModelShape, model_folder: Path, run: RunFolder, say: Say) -> _Stores:
+    tokenizer = load_tokenizer(str(model_folder))
+    wish = asked.fixed.get("training.max_length")
+    max_length = int(wish or min(DEFAULT_MAX_LENGTH, shape.max_position_embeddings))
+    mark = tokenizer_fingerprint(tokenizer)
+
+    def store(rows: Iterable[Row | BadRow], directory: Path) -> StoreManifest:
+        return build_store(iter(rows), directory, tokenizer, max_length, tokenizer_fingerprint=mark)
+
+    say(f"reading the pool: {', '.join(asked.pool)}")
+    pool = store(read_rows(asked.pool, task=asked.task), run.pool)
+    num_bad = sum(pool.num_bad.values())
+    if num_bad:
+        say(f"set aside {num_bad:,} bad rows, see pool/quarantine.jsonl: {_counts(pool.num_bad)}")
+    say(f"{pool.num_examples:,} rows, {pool.num_tokens:,} tokens")
+    targets: dict[str, dict[str, StoreManifest]] = {}
+    for name, target in asked.targets.items():
+        parts = _target_rows(name, target, asked.task, say)
+        targets[name] = {part: store(rows, run.target(name, part)) for part, rows in parts.items()}
+    if not targets:
+        dev = _held_out(asked, pool.num_examples)
+        targets[POOL_AS_TARGET] = {"dev": store(dev, run.target(POOL_AS_TARGET, "dev"))}
+    if asked.fixed.get("training.replay"):
+        store(read_rows(asked.fixed["training.replay"], task=asked.task), run.replay)
+    return _Stores(pool, targets)
+
+
+def _counts(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
+
+
+def _target_rows(name: str, target: Target, task: str, say: Say) -> dict[str, list[Row | BadRow]]:
+    """Rows by part. Where no dev rows are given, half of the signal's, by hash, become them."""
+    signal = list(read_rows(target.signal, task=task))
+    parts: dict[str, list[Row | BadRow]] = {"signal": signal}
+    if target.dev:
+        parts["dev"] = list(read_rows(target.dev, task=task))
+    else:
+        halves: dict[str, list[Row | BadRow]] = {"signal": [], "dev": []}
+        for row in signal:
+            if isinstance(row, Row):
+                half = part_of(row.fingerprint, {"signal": 0.5, "dev": 0.5}, seed=0)
+                halves[half].append(row)
+        if halves["signal"] and halves["dev"]:
+            parts = halves
+        elif any(isinstance(row, Row) for row in signal):
+            say(f"target {name} has too few rows to split: the same steer selection and training")
+            parts["dev"] = signal
+    if target.test:
+        parts["test"] = list(read_rows(target.test, task=task))
+    return parts
+
+
+def _held_out(asked: Asked, num_rows: int) -> Iterable[Row]:
+    """Dev rows from the pool itself, by hash; the overlap filter keeps them out of training."""
+    share = min(0.1, HELD_OUT_ROWS / max(num_rows, 1))
+    taken = 0
+    for row in read_rows(asked.pool, task=asked.task):
+        if isinstance(row, Row) and taken < 2 * HELD_OUT_ROWS:
+            part = part_of(row.fingerprint, {"dev": share, "train": 1 - share}, seed=0)
+            if part == "dev" or num_rows < 10:
+                taken += 1
+                yield row
+
+
+def _request(asked: Asked, shape: ModelShape, stores: _Stores | None = None) -> planner.Request:
+    device = load_device(asked.device)
+    price = asked.dollars_per_hour
+    if price is None:
+        price = dollars_per_hour(device)
+    if asked.budget.dollars is not None and price is None:
+        raise ValueError(
+            f"the budget limits dollars but the price of {device.name} is unknown\n"
+            "hint: --price DOLLARS_PER_HOUR, or put it into your prices.yaml"
+        )
+    rates = Rates(
+        dollars_per_second=None if price is None else price / 3600, watts=device.tdp_watts
+    )
+    return planner.Request(
+        shape=shape,
+        budget=asked.budget,
+        device=device,
+        rates=rates,
+        pool=stats_together([stores.pool]) if stores else None,
+        targets={
+            name: found
+            for name, parts in (stores.targets.items() if stores else ())
+            if "signal" in parts and (found := stats_together([parts["signal"]]))
+        },
+        dev=stores.together("dev") if stores else None,
+        test=stores.together("test") if stores else None,
+        task=asked.task,
+        fixed=asked.fixed,
+    )
+
+
+def _plan(
+    asked: Asked,
+    revision: str | None,
+    planned: planner.Planned,
+    request: planner.Request,
+    stores: _Stores,
+) -> Plan:
+    """The chosen combination with the rest of the rules applied, then the user's own keys."""
+    c = planned.chosen
+    training = planner.training_of(c, request)
+    predicted = {name: cost.to_dict() for name, cost in c.by_stage.items()}
+    picker = "balanced" if len(asked.targets) > 1 else "top_k"
+    whole = c.keep_tokens >= stores.pool.num_tokens
+    plan = Plan(
+        task=asked.task,
+        model=ModelSource(path=asked.model, revision=revision),
+        pool=PoolSource(sources=asked.pool, fingerprint=stores.pool.fingerprint),
+        targets=dict(asked.targets),
+        budget=asked.budget,
+        objective=Objective(),
+        selection=plans.Selection(
+            scorer=c.scorer_spec, picker=picker, max_tokens=None if whole else c.keep_tokens
+        ),
+        training=training,
+        control=asked.control,
+        device=asked.device or "local",
+        predicted=predicted,
+        why=dict(planned.why),
+    )
+    values = plans.to_dict(plan)
+    for key, value in asked.fixed.items():
+        plans.put(values, key, value)
+    return plans.from_dict(values)
+
+
+def _write_decisions(ledger: Ledger, plan: Plan, planned: planner.Planned) -> None:
+    chosen = planned.choice.chosen or planned.chosen.name
+    ledger.decide("scorer and technique", chosen, planned.choice.reason, choice=planned.choice)
+    for key, why in plan.why.items():
+        ledger.decide(key, None, why)
+
+
+def model_facts(asked: Asked) -> dict[str, Any]:
+    """What `plan --json` says of the model."""
+    folder, revision = locate(asked.model, asked.revision, weights=False)
+    shape = read_shape(folder)
+    return {
+        "path": asked.model,
+        "revision": revision,
+        "model_type": shape.model_type,
+        "num_parameters": shape.num_parameters,
+        "num_parameters_by_part": shape.parameters_by_part,
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": shape.max_position_embeddings,
+    }

@@ -1,0 +1,337 @@
+"""A run in plain words: the sentences that head the page and end the terminal output.
+
+A loss is called a loss: where the control ended better, or the difference is within noise, the
+sentence says so. An outcome counts as told from noise past two standard errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from thrifty.core import quantities
+from thrifty.core.budget import RESOURCES
+from thrifty.report.inert import visible
+
+BOUND = 0.9
+"""Share of a limit from which it counts as what bound the run."""
+NOISE = 2.0
+"""Standard errors within which a difference is no difference."""
+
+UNKNOWN = "\N{EN DASH}"
+
+NAMES = {
+    "flops": "FLOPs",
+    "tokens": "tokens",
+    "seconds": "time",
+    "joules": "energy",
+    "dollars": "money",
+    "peak_memory_bytes": "peak memory",
+}
+PER = {
+    "flops": (1e15, "PFLOP"),
+    "tokens": (1e6, "M tokens"),
+    "seconds": (1.0, "second"),
+    "joules": (1e3, "kJ"),
+    "dollars": (1.0, "dollar"),
+    "peak_memory_bytes": (2.0**30, "GiB"),
+}
+"""resource -> the size and the name of the unit in which rates per resource are shown."""
+
+TASKS = {
+    "sft": "supervised fine-tuning",
+    "continued": "continued pretraining",
+    "preference": "preference tuning",
+}
+
+
+def amount(value: Any, resource: str) -> str:
+    """``2.9e15, "flops"`` -> ``2.9 PFLOP``; what is not known is a dash."""
+    if not isinstance(value, (int, float)):
+        return UNKNOWN
+    return quantities.FORMATS[resource](value)
+
+
+def off(measured: Any, predicted: Any) -> str:
+    """By how much measured differs from predicted: ``+3.1%``."""
+    if not isinstance(measured, (int, float)) or not isinstance(predicted, (int, float)):
+        return UNKNOWN
+    if not predicted:
+        return UNKNOWN if measured else "±0%"
+    return percent((measured - predicted) / predicted)
+
+
+def percent(change: float) -> str:
+    """A change; past a doubling it is a factor."""
+    if change >= 1:
+        return f"{1 + change:.3g} times"
+    digits = 0 if abs(change) >= 0.1 else 1
+    text = f"{100 * change:+.{digits}f}%"
+    return "±0%" if float(text[:-1]) == 0 else text
+
+
+def with_error(value: Any, stderr: Any = None, *, signed: bool = False) -> str:
+    """``0.2100 ± 0.0080``."""
+    if not isinstance(value, (int, float)):
+        return UNKNOWN
+    text = f"{value:{'+' if signed else ''}.4f}"
+    return f"{text} ± {stderr:.4f}" if isinstance(stderr, (int, float)) else text
+
+
+def rate(value: Any, resource: str) -> str:
+    """A gain per unit of ``resource``, in units that people use: per PFLOP, per M tokens."""
+    if not isinstance(value, (int, float)):
+        return UNKNOWN
+    return f"{value * PER.get(resource, (1.0, ''))[0]:.3g}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def name_of(resource: Any) -> str:
+    return NAMES.get(resource, visible(resource, 40))
+
+
+# -- sentences ------------------------------------------------------------------------------------
+
+
+def headline(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was asked, decided, how it ended, what it cost, what it brought, and against what."""
+    sentences = [
+        ("Asked", asked(summary)),
+        ("Decided", decided(summary)),
+        ("Ended", ending(summary)),
+        ("Cost", cost(summary)),
+        ("Brought", outcome(summary)),
+        ("Control", against_control(summary)[0]),
+    ]
+    return [(label, sentence) for label, sentence in sentences if sentence]
+
+
+def asked(summary: Mapping[str, Any]) -> str:
+    targets = ", ".join(visible(name, 40) for name in list(summary["targets"])[:5])
+    more = ", …" if len(summary["targets"]) > 5 else ""
+    towards = f" towards {targets}{more}" if targets else ""
+    limits = [amount(v, k) for k, v in summary["budget"].items() if v is not None]
+    within = f" within {', '.join(limits)}" if limits else ", without a limit"
+    model = visible(summary["model"]["path"], 80)
+    task = TASKS.get(summary["task"], visible(summary["task"], 40))
+    return f"{_capital(task)} of {model}{towards}{within}."
+
+
+def decided(summary: Mapping[str, Any]) -> str:
+    method, chosen = summary["method"], summary["selection"]
+    training = (
+        f"train {'all weights' if method['method'] == 'full' else 'LoRA adapters'} in "
+        f"{method['dtype']} for at most {method['max_steps']:,} steps of "
+        f"{method['sequences_per_step']:,} x {method['max_length']:,} tokens"
+    )
+    scorer = visible(method["scorer"], 40)
+    if chosen is None:
+        return f"Choose rows by {scorer}, then {training}."
+    return f"Keep {_kept(chosen)} by {visible(chosen['scorer'], 40)}, then {training}."
+
+
+def _kept(chosen: Mapping[str, Any]) -> str:
+    selected, candidates = chosen["num_selected"], chosen["num_candidates"]
+    if not isinstance(selected, int) or not isinstance(candidates, int):
+        return "some rows"
+    tokens = chosen["tokens_selected"]
+    size = f" ({amount(tokens, 'tokens')})" if isinstance(tokens, (int, float)) else ""
+    return f"{selected:,} of {candidates:,} rows{size}"
+
+
+def ending(summary: Mapping[str, Any]) -> str:
+    """How training ended, or how far the run has come."""
+    if summary["state"] == "planned":
+        return "Nothing has been run yet."
+    for stage in reversed(summary["stages"]):
+        name = visible(stage["name"], 40)
+        if stage["state"] == "stopped" and summary["state"] == "stopped":
+            why = visible(stage["reason"] or "no reason was left", 200)
+            return f"Not finished: {name} stopped ({why}); `thrifty run` goes on from there."
+        if stage["state"] == "open":
+            return f"Not finished: {name} is at work, or was killed and can be resumed."
+    if summary["state"] != "done":
+        return "Not finished: `thrifty run` does the rest."
+    ended = summary["ended"]
+    if ended is None:
+        return "Training went its planned length."
+    verb = "was cut off" if ended["chosen"] == "stop now" else "began to cool down"
+    most = summary["method"]["max_steps"]
+    return f"Training {verb} at step {ended['step']} of {most:,}: {visible(ended['reason'], 240)}."
+
+
+def cost(summary: Mapping[str, Any]) -> str:
+    """Spent against predicted, in the limited resources (FLOPs and time where none is)."""
+    if summary["state"] == "planned":
+        return ""
+    shown = [k for k, v in summary["budget"].items() if v is not None] or ["flops", "seconds"]
+    parts = [_spent(summary, resource) for resource in shown]
+    finished = summary["state"] == "done"
+    sentence = f"Spent {'' if finished else 'so far '}{'; '.join(parts)}."
+    binding = summary["binding"]
+    if finished and binding is not None:
+        share = f"{name_of(binding['resource'])}, {100 * binding['share']:.0f}% spent"
+        bound = binding["share"] >= BOUND
+        sentence += (
+            f" {'The limit that bound was' if bound else 'No limit bound; the tightest was'}"
+        )
+        sentence += f" {share}."
+    return sentence
+
+
+def _spent(summary: Mapping[str, Any], resource: str) -> str:
+    spent, predicted = summary["spent"][resource], summary["predicted"][resource]
+    limit = summary["budget"][resource]
+    if spent is None:
+        return f"{name_of(resource)} not known"
+    text = amount(spent, resource)
+    if limit is not None:
+        text += f" of {amount(limit, resource)}"
+    if resource == "peak_memory_bytes":
+        text += " at the peak"
+    if predicted is not None:
+        by = f", {off(spent, predicted)}" if summary["state"] == "done" else ""
+        text += f" (predicted {amount(predicted, resource)}{by})"
+    return text
+
+
+def _predicted(summary: Mapping[str, Any], resource: str) -> str:
+    limit = summary["budget"][resource]
+    within = "" if limit is None else f" of {amount(limit, resource)}"
+    return f"{amount(summary['predicted'][resource], resource)}{within}"
+
+
+def outcome(summary: Mapping[str, Any]) -> str:
+    """The objective before and after, on the test rows where there are any."""
+    unit = visible(summary["objective"]["unit"], 40)
+    test, dev = summary["test_loss"], summary["dev_loss"]
+    if test["gain"] is not None:
+        return _change("Test loss", test, test["gain"], test["stderr"], unit)
+    if dev["before"] is not None and dev["after"] is not None:
+        change = _change("Dev loss", dev, dev["before"] - dev["after"], None, unit)
+        return f"{change} It was not measured on test rows."
+    return "" if summary["state"] == "planned" else "What training brought is not measured."
+
+
+def _change(what: str, loss: Mapping[str, Any], gain: float, stderr: Any, unit: str) -> str:
+    if stderr is not None and abs(gain) <= NOISE * stderr:
+        verb = "did not change beyond noise"
+    else:
+        verb = "fell" if gain > 0 else "ROSE"
+    return (
+        f"{what} {verb}, from {loss['before']:.4f} to {loss['after']:.4f} {unit}: "
+        f"a gain of {with_error(gain, stderr)}."
+    )
+
+
+def against_control(summary: Mapping[str, Any]) -> tuple[str, str]:
+    """The sentence and its verdict: won, lost, even, unmeasured, none."""
+    control = summary["control"]
+    if control is None and summary["control_wanted"]:
+        return "The control has not been run yet.", "unmeasured"
+    if control is None:
+        return "None was run, so what the selection itself gained was not measured.", "none"
+    gain, stderr = control["gain_over_control"], control["gain_over_control_stderr"]
+    if gain is None:
+        return "It was begun, and has not been measured yet.", "unmeasured"
+    unit, rows = visible(summary["objective"]["unit"], 40), control["measured_on"]
+    by = f"{with_error(abs(gain), stderr)} {unit}"
+    rival = "a uniform choice at the same total FLOPs, scoring included"
+    if stderr is None:
+        word = "better" if gain > 0 else "worse"
+        return (
+            f"Against {rival}, the selected rows ended {by} {word} on {rows} rows; without an "
+            "error bar that may be noise.",
+            "even",
+        )
+    if abs(gain) <= NOISE * stderr:
+        return (
+            f"Against {rival}, no difference beyond noise: {with_error(gain, stderr, signed=True)} "
+            f"{unit} on {rows} rows. Selection did not pay for itself here.",
+            "even",
+        )
+    if gain > 0:
+        return f"The selected rows beat {rival}, by {by} on {rows} rows.", "won"
+    return (
+        f"The selected rows LOST to {rival}, by {by} on {rows} rows: here selection cost more "
+        "than it brought.",
+        "lost",
+    )
+
+
+# -- the end of the terminal output ---------------------------------------------------------------
+
+
+def text_summary(summary: Mapping[str, Any]) -> str:
+    """Six to twelve lines: decided, why, spent against predicted, losses, against control."""
+    lines = [("decided", decided(summary).rstrip("."))]
+    why = _why(summary)
+    if why:
+        lines.append(("why", why))
+    lines.append(("ended", ending(summary).rstrip(".")))
+    planned = summary["state"] == "planned"
+    label = "predicted" if planned else "spent"
+    for resource in RESOURCES:
+        if _worth_a_line(summary, resource):
+            lines.append((label, (_predicted if planned else _spent)(summary, resource)))
+            label = ""
+    if (summary["lost"]["flops"] or 0) > 0:
+        lost = [amount(summary["lost"][k], k) for k in ("flops", "seconds")]
+        lines.append(("", f"of which lost to interruptions: {', '.join(lost)}"))
+    unit = visible(summary["objective"]["unit"], 40)
+    for what, key in (("dev loss", "dev_loss"), ("test loss", "test_loss")):
+        lines.append((what, _loss_line(summary[key], unit)))
+    lines.append(("control", against_control(summary)[0]))
+    return "\n".join(f"{name:<10} {text}" for name, text in lines)
+
+
+def _worth_a_line(summary: Mapping[str, Any], resource: str) -> bool:
+    if summary["budget"][resource] is not None:
+        return True
+    known = (summary["spent"][resource] or 0) > 0
+    return known and resource in ("flops", "seconds", "dollars", "peak_memory_bytes")
+
+
+def _loss_line(loss: Mapping[str, Any], unit: str) -> str:
+    before, after = loss["before"], loss["after"]
+    if before is None or after is None:
+        return "not measured"
+    gain = with_error(before - after, loss.get("stderr"), signed=True)
+    return f"{before:.4f} before, {after:.4f} after: a gain of {gain} {unit}"
+
+
+def _why(summary: Mapping[str, Any]) -> str:
+    """The first weighed decision's numbers, else the plan's own reason for its scorer."""
+    for decision in summary["decisions"]:
+        choice = decision["choice"]
+        if choice and len(choice.get("options", ())) > 1:
+            return weighed(choice)
+    return visible(summary["why"].get("selection.scorer", ""), 240)
+
+
+def weighed(choice: Mapping[str, Any]) -> str:
+    """Why an option won: its gain per unit of the scarce resource against price and runner-up."""
+    resource = choice["resource"]
+    pairs = list(zip(choice["options"], choice["rates"], strict=False))
+    ranked = sorted(pairs, key=lambda pair: -comparable(pair[1]))
+    won = [(option, value) for option, value in ranked if option["name"] == choice["chosen"]]
+    (option, value) = won[0] if won else ranked[0]
+    per = PER.get(resource, (1.0, visible(resource, 40)))[1]
+    unit, gain = visible(option["gain"]["unit"], 40), option["gain"]
+    bound = "at best" if option["name"] == choice["incumbent"] else "at least"
+    text = (
+        f"{visible(option['name'], 80)}: {gain['source']} gain "
+        f"{with_error(gain['mean'], gain['stderr'])} {unit}, {bound} {rate(value, resource)} a "
+        f"{per}, {'above' if won else 'not above'} the price of {rate(choice['price'], resource)}"
+    )
+    rest = next(((o, v) for o, v in ranked if o["name"] != option["name"]), None)
+    if rest is not None:
+        text += f"; next best {visible(rest[0]['name'], 80)} at {rate(rest[1], resource)}"
+    return text
+
+
+def comparable(value: Any) -> float:
+    return value if isinstance(value, (int, float)) else float("-inf")

@@ -1,0 +1,58 @@
+"""A tokenised pool in several shards, a target and a model for the contract tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from thrifty.core.budget import Cost
+from thrifty.data.pool import read_rows
+from thrifty.data.store import Store, build_store, open_store
+from thrifty.data.tokens import load_tokenizer, tokenizer_fingerprint
+from thrifty.signals.models import LoadedModels
+
+
+@dataclass
+class Tally:
+    """A meter that adds up."""
+
+    cost: Cost = field(default_factory=Cost)
+
+    def tick(self, cost: Cost, *, steps: int = 1) -> None:
+        self.cost += cost
+
+
+def build(source: Path, folder: Path, model: Path, shard_rows: int) -> Store:
+    tokenizer = load_tokenizer(str(model))
+    build_store(
+        read_rows([str(source)]),
+        folder,
+        tokenizer,
+        128,
+        shard_rows=shard_rows,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+    )
+    return open_store(folder)
+
+
+@pytest.fixture(scope="session")
+def pool(tiny_model: Path, tiny_data: dict[str, Path], tmp_path_factory) -> Store:
+    return build(tiny_data["pool"], tmp_path_factory.mktemp("pool"), tiny_model, 50)
+
+
+@pytest.fixture(scope="session")
+def whole_pool(tiny_model: Path, tiny_data: dict[str, Path], tmp_path_factory) -> Store:
+    """The same rows in one shard."""
+    return build(tiny_data["pool"], tmp_path_factory.mktemp("whole"), tiny_model, 4096)
+
+
+@pytest.fixture(scope="session")
+def target(tiny_model: Path, tiny_data: dict[str, Path], tmp_path_factory) -> Store:
+    return build(tiny_data["signal"], tmp_path_factory.mktemp("signal"), tiny_model, 4096)
+
+
+@pytest.fixture(scope="session")
+def models(tiny_model: Path) -> LoadedModels:
+    return LoadedModels(tiny_model, "float32")

@@ -14,16 +14,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 _WORDS = {
-    "sums": "add two and three to get five plus minus equals number count total sum".split(),
-    "fruit": "apple pear plum cherry sweet ripe red green tree basket juice slice".split(),
-    "weather": "rain sun wind cloud storm cold warm snow sky grey bright thunder".split(),
+    "sums": "add two and three to get five plus minus equals number count total sum",
+    "fruit": "apple pear plum cherry sweet ripe red green tree basket juice slice",
+    "weather": "rain sun wind cloud storm cold warm snow sky grey bright thunder",
 }
 
 
 def sentences(topic: str, count: int, seed: int) -> list[dict[str, str]]:
     """Prompt and completion rows about a topic: random words of its own, so that topics differ."""
     rng = random.Random(f"{topic}-{seed}")
-    words = _WORDS[topic]
+    words = _WORDS[topic].split()
     return [
         {
             "prompt": f"say {' '.join(rng.choices(words, k=rng.randint(3, 9)))}:",
@@ -79,9 +79,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """pool.jsonl: 60 rows of each of three topics; signal, dev and test rows about sums."""
+    """pool.jsonl: 300 rows of each of three topics; signal, dev and test rows about sums."""
     folder = tmp_path_factory.mktemp("tiny-data")
-    pool = [row for topic in _WORDS for row in sentences(topic, 60, 1)]
+    pool = [row for topic in _WORDS for row in sentences(topic, 300, 1)]
     random.Random(0).shuffle(pool)
     return {
         "pool": write_jsonl(folder / "pool.jsonl", pool),

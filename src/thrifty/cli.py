@@ -158,7 +158,11 @@ def _targets(options: argparse.Namespace) -> dict[str, Any]:
                 f"hint: --target {name}=ROWS gives the rows that show what is wanted"
             )
     return {
-        name: Target(**{part: tuple(paths) for part, paths in found.items()})
+        name: Target(
+            signal=tuple(found["signal"]),
+            dev=tuple(found.get("dev", ())),
+            test=tuple(found.get("test", ())),
+        )
         for name, found in parts.items()
     }
 

@@ -221,7 +221,7 @@ def _scorers(request: Request) -> Iterator[tuple[Spec, Scorer]]:
         yield spec, scorer
         return
     for name in all_names("scorer"):
-        cls = method_class("scorer", name)
+        cls: Any = method_class("scorer", name)
         if request.task in cls.tasks and not (cls.needs_target and not request.targets):
             yield name, cls()
 

@@ -68,7 +68,7 @@ def pretrain(
     """
     texts = [text for text in texts if text]
     _check(texts, vocab_size, hidden_size, num_layers, sequence_length, batch_size, steps)
-    directory = Path(directory)
+    directory = Path(directory).absolute()
     request = {
         "texts_sha256": _sha256(texts),
         "vocab_size": vocab_size,
@@ -84,15 +84,14 @@ def pretrain(
         return done
     if directory.exists() and not (directory / RECORD).is_file() and any(directory.iterdir()):
         raise ValueError(
-            f"{directory} holds something else than a pretrained model\n"
-            "hint: give a new directory"
+            f"{directory} holds something else than a pretrained model\nhint: give a new directory"
         )
 
+    tokenizer = train_tokenizer(texts, vocab_size, sequence_length)
+    sequences = _sequences(texts, tokenizer, sequence_length)
     draft = directory.with_name(f".{directory.name}.new")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    tokenizer = train_tokenizer(texts, vocab_size, sequence_length)
-    sequences = _sequences(texts, tokenizer, sequence_length)
     trainer = _trainer(
         _new_model(tokenizer, hidden_size, num_layers, sequence_length, seed),
         sequences,

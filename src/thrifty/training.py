@@ -200,6 +200,9 @@ def build_model(training: Training, base: Path, device: str) -> Any:
 class BudgetedTrainer(Trainer):
     """The one Trainer of this project. Its own: the objective, the schedule, committed saves."""
 
+    control: TrainerControl
+    lr_scheduler: Any
+
     def __init__(
         self,
         job: TrainingJob,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from data_templates import (
     ALTERNATING,
@@ -303,8 +303,8 @@ def test_real_data(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> Non
     tokenizer = load_tokenizer(str(shared_data / "stories260K-hf"))
     rows = [
         row
-        for row in read_rows([str(shared_data / "mix" / "pool.parquet")])
-        if isinstance(row, Row) and row.id % 20 == 0
+        for row in islice(read_rows([str(shared_data / "mix" / "pool.parquet")]), 1500)
+        if isinstance(row, Row)
     ]
     start = time.perf_counter()
     results = [
@@ -318,4 +318,3 @@ def test_real_data(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> Non
     for row, tokens in zip(rows[:300], results, strict=False):
         if isinstance(tokens, Tokens) and not tokens.truncated:
             assert row.completion in tokenizer.decode(tokens.input_ids[tokens.loss_mask].tolist())
-    assert pq.ParquetFile(shared_data / "mix" / "targets.parquet").metadata.num_rows > 0

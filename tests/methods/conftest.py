@@ -39,7 +39,7 @@ def build(source: Path, folder: Path, model: Path, shard_rows: int) -> Store:
 
 @pytest.fixture(scope="session")
 def pool(tiny_model: Path, tiny_data: dict[str, Path], tmp_path_factory) -> Store:
-    return build(tiny_data["pool"], tmp_path_factory.mktemp("pool"), tiny_model, 50)
+    return build(tiny_data["pool"], tmp_path_factory.mktemp("pool"), tiny_model, 250)
 
 
 @pytest.fixture(scope="session")

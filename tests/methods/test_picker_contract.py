@@ -18,9 +18,7 @@ FILTERS = all_names("filter")
 def candidates(draw, min_rows=0):
     count = draw(st.integers(min_rows, 40))
     targets = draw(st.integers(1, 3))
-    score = st.one_of(
-        st.sampled_from([0.0, 1.0, float("nan")]), st.floats(-5, 5, width=32)
-    )
+    score = st.one_of(st.sampled_from([0.0, 1.0, float("nan")]), st.floats(-5, 5, width=32))
     scores = draw(st.lists(score, min_size=count * targets, max_size=count * targets))
     ids = draw(st.permutations(range(count)))
     return Candidates(
@@ -54,9 +52,7 @@ def test_within_the_budget_once_each_and_repeatable(name, rows, budget, seed):
     assert len(picked.weights) == len(ids)
     assert tokens_of(rows, picked) <= budget
     assert picker.pick(rows, budget, seed).ids.tolist() == ids
-    unreached = {
-        int(i) for i, s in zip(rows.ids, rows.scores, strict=True) if np.isnan(s).all()
-    }
+    unreached = {int(i) for i, s in zip(rows.ids, rows.scores, strict=True) if np.isnan(s).all()}
     assert not unreached & set(ids), "what was never scored is not picked"
 
 

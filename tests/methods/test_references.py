@@ -7,8 +7,8 @@ from collections import Counter
 
 import numpy as np
 import torch
-from tests.methods.conftest import Tally
 
+from tests.methods.conftest import Tally
 from thrifty.core.resolve import resolve
 from thrifty.scorers.baselines.bm25 import words
 
@@ -18,9 +18,7 @@ def test_bm25_is_its_formula(pool, target, models):
     rows = target.shard(0)
     state = scorer.prepare(pool, {"sums": rows}, models, Tally())
     texts = {
-        i: words(t)
-        for s in pool.shards()
-        for i, t in zip(s.ids.tolist(), s.texts, strict=True)
+        i: words(t) for s in pool.shards() for i, t in zip(s.ids.tolist(), s.texts, strict=True)
     }
     mean = np.mean([len(t) for t in texts.values()])
     seen = Counter(w for t in texts.values() for w in set(t))

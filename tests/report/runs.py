@@ -75,7 +75,7 @@ def spend(stage: Stage, activity: str, used: Cost, *, step: int = 0, lost: bool 
     """One charge as ``used`` says; the lease's clock is set back, for it takes no seconds."""
     lease = stage.lease(activity, used, step=step)
     lease._start -= used.seconds
-    lease.tick(used)
+    lease.tick(used, steps=20 if activity == "train" else 0)
     lease.settle(lost=lost)
 
 
@@ -104,16 +104,21 @@ def train(
             spend(stage, "evaluate", cost(4e10, 2.0, peak=5e8), step=step)
             flops = stage.spent().flops
             stage.evaluate(step, flops, loss, 0.03 if i == 0 else 0.006, {"asyncio": loss})
-            if 1 < i < 4:
+            if 1 < i < min(4, len(losses) - 1):
                 seen = Forecast(flops + 1.54e12, losses[i + 1] + 0.01, 0.012, 0.04, 0.01)
                 option = Option(
-                    "train on", Estimate(seen.gain, seen.gain_stderr, UNIT, "history"),
+                    "train on",
+                    Estimate(seen.gain, seen.gain_stderr, UNIT, "history"),
                     cost(1.54e12, 76.0, 81920),
                 )
                 choice = choose([option], resource="flops", incumbent="train on", z=1.645)
                 stage.decide(
-                    "train on or stop", "train on", f"next interval gains 0.04; {choice.reason}",
-                    choice=choice, detail={"forecast": seen.__dict__}, step=step,
+                    "train on or stop",
+                    "train on",
+                    f"next interval gains 0.04; {choice.reason}",
+                    choice=choice,
+                    detail={"forecast": seen.__dict__},
+                    step=step,
                 )
         if end:
             stage.detail.update(steps=100, best_step=20 * (len(losses) - 1))
@@ -149,7 +154,9 @@ def control(ledger: Ledger, difference: float = 0.05, stderr: float = 0.01) -> N
         }
 
 
-def finished(path: Path, *, with_control: bool = True, price: bool = True, **more: Any) -> RunFolder:
+def finished(
+    path: Path, *, with_control: bool = True, price: bool = True, **more: Any
+) -> RunFolder:
     rates = Rates(dollars_per_second=2.5 / 3600, watts=65.0) if price else None
     run, ledger = start(path, plan(control=with_control), rates)
     with ledger:
@@ -187,8 +194,10 @@ def write_selected(run: RunFolder, **changes: Any) -> None:
         "examples.json": {
             "selected": [example(i, 3.9 - i / 20) for i in range(20)],
             "rejected": [
-                {**example(i, None if i < 5 else 1.9 - i / 12),
-                 "reason": "duplicate of row 17" if i < 5 else "outside the token budget"}
+                {
+                    **example(i, None if i < 5 else 1.9 - i / 12),
+                    "reason": "duplicate of row 17" if i < 5 else "outside the token budget",
+                }
                 for i in range(20)
             ],
         },
@@ -200,15 +209,15 @@ def write_selected(run: RunFolder, **changes: Any) -> None:
     (run.pool / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
-def example(number: int, score: float | None, **changes: Any) -> dict[str, Any]:
+def example(row: int, score: float | None, **changes: Any) -> dict[str, Any]:
     return {
-        "id": number,
+        "id": row,
         "file": "pool.jsonl",
-        "number": number + 1,
+        "number": row + 1,
         "score": score,
-        "tokens": 120 + number,
-        "text_prompt": f"Write the docstring of function number {number}.",
-        "text_completion": "def wait(self, timeout=None):\n    \"\"\"Wait until it is set.\"\"\"\n"
+        "tokens": 120 + row,
+        "text_prompt": f"Write the docstring of function number {row}.",
+        "text_completion": 'def wait(self, timeout=0):\n    """Wait until it is set."""\n'
         "    return self._event.wait(timeout)\n",
         **changes,
     }

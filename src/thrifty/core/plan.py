@@ -319,14 +319,14 @@ def _plain(value: Any) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Numbers as YAML 1.1 reads them back: 3.0e+17, never 3e17, which it takes for text."""
+    """What it writes is read back as it was, by any YAML reader."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
-    text = repr(value)
+    text = repr(value)  # 3e17 is text to YAML 1.1, 3.0e+17 a number
     if "e" in text:
         mantissa, _, exponent = text.partition("e")
         mantissa = mantissa if "." in mantissa else mantissa + ".0"
@@ -335,7 +335,14 @@ def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:float", text)
 
 
+def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    # Between other quotes PyYAML does not escape what it reads back as a line break (U+0085).
+    style = None if value.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
 _Dumper.add_representer(float, _represent_float)
+_Dumper.add_representer(str, _represent_text)
 
 
 def dump(plan: Plan) -> str:

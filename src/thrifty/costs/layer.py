@@ -202,19 +202,20 @@ def _mlp(p: Program, x: Tensor) -> Tensor:
     linears = [linear for linear in p.shape.linears if linear.part == "mlp"]
     keeps = ACTIVATIONS.get(p.shape.activation, "input")
     if not p.shape.gated:
-        into, out = linears
-        return p.linear(out, _activation(p, p.linear(into, x), keeps))
-    if len(linears) == 2:  # gate and up are views of one product
-        both = p.linear(linears[0], x)
+        into, down = linears
+        inner = _activation(p, p.linear(into, x), keeps)
+    elif len(linears) == 2:  # gate and up are views of one product
+        into, down = linears
+        both = p.linear(into, x)
         active = p.apply(p.shape.activation, both, keeps=keeps, share=0.5)
-        up = both._replace(size=active.size)
-        kept = (both, active) if both.grad else ()
-        packs = "before" if kept else ""
-        out = p.emit("multiply", (up, active), active.size, saves=kept, packs=packs, passes=(1.0, 2.0))
-        return p.linear(linears[1], out)
-    gate, up, down = linears
-    active = _activation(p, p.linear(gate, x), keeps)
-    return p.linear(down, p.multiply(active, p.linear(up, x)))
+        inner = p.multiply(active, both)
+    else:
+        gate, up, down = linears
+        active = _activation(p, p.linear(gate, x), keeps)
+        inner = p.multiply(active, p.linear(up, x))
+    out = p.linear(down, inner)
+    p.hold(x)
+    return out
 
 
 def _activation(p: Program, x: Tensor, keeps: str) -> Tensor:
@@ -251,6 +252,7 @@ def _attention(p: Program, x: Tensor, force_eager: bool) -> Tensor:
         if fused and shape.rotary_dim:
             attended = p.apply("copy", attended)
     result = p.linear(out, attended)
+    p.hold(x, q, k, v)
     return result
 
 

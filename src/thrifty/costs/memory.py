@@ -357,7 +357,7 @@ def _piece(operations: tuple[Operation, ...]) -> Piece:
     return Piece(
         saved=total(tensor.size for tensor in saved(operations).values()),
         forward=_forward_points(operations),
-        recompute=_forward_points(recomputed(operations), waiting),
+        recompute=_forward_points(operations, waiting),
         backward=backward,
         weight_elements=sum(each.weight_elements for each in operations if each.trained),
     )
@@ -375,7 +375,8 @@ def _forward_points(
     kept: dict[str, Size] = {}
     live: dict[str, Size] = {}
     points = []
-    for index, each in enumerate(operations):
+    executed = operations if waiting is None else recomputed(operations)
+    for index, each in enumerate(executed):
         for tensor in (*each.reads, each.writes, *each.saves):
             (kept if tensor.name in keeping else live)[tensor.name] = tensor.size
         if waiting is not None:

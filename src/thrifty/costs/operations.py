@@ -180,15 +180,21 @@ class Program:
         self.operations.append(Operation(kind, (x,), writes, kept, packs, passes=passes))
         return writes
 
+    def hold(self, *tensors: Tensor) -> None:
+        """Python variables keep these alive up to here."""
+        reads = tuple(tensor._replace(grad=False) for tensor in tensors)
+        self.emit("hold", reads, Size(), passes=(0.0, 0.0))
+
     def cast(self, x: Tensor, source: int, target: int) -> Tensor:
         return x if source == target else self.apply("cast", x, share=target / source)
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
-        """Elementwise, the size of ``a``."""
+        """Elementwise, the size of ``a``; of a larger ``b`` it reads a view."""
         kept = ((b,) if a.grad else ()) + ((a,) if b.grad else ())
+        reads = (a, b._replace(size=min(a.size, b.size)))
         passes = (1.0, float(a.grad + b.grad))
         packs = "before" if kept else ""
-        return self.emit("multiply", (a, b), a.size, saves=kept, packs=packs, passes=passes)
+        return self.emit("multiply", reads, a.size, saves=kept, packs=packs, passes=passes)
 
     def add(self, residual: Tensor, branch: Tensor) -> Tensor:
         """The sum; its backward hands the same gradient to both."""
@@ -235,6 +241,8 @@ class Program:
         x = self.cast(x, self.itemsize, itemsize)
         low = self.product(x, inputs, self.adapter.rank, trained=True, itemsize=itemsize)
         high = self.product(low, self.adapter.rank, outputs, trained=True, itemsize=itemsize)
+        if self.on_cpu:  # a CPU kernel of mixed dtypes makes a wide copy first, CUDA does not
+            out = self.cast(out, self.itemsize, max(itemsize, self.itemsize))
         both = self.add(self.apply("scale", high), out)
         return self.cast(both, max(itemsize, self.itemsize), self.itemsize)
 

@@ -213,9 +213,7 @@ def _sides(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> tu
 
 def _moved_left(lines: list[str], columns: int) -> str:
     # Not textwrap.dedent: a string over several lines may start further left than its code.
-    return "".join(
-        line[min(columns, len(line) - len(line.lstrip(" "))) :] + "\n" for line in lines
-    )
+    return "".join(line[min(columns, len(line) - len(line.lstrip(" "))) :] + "\n" for line in lines)
 
 
 def _standard_library() -> Path:
@@ -242,9 +240,7 @@ def _modules(root: Path) -> Iterator[tuple[str, Path]]:
             yield path.relative_to(root).parts[0].removesuffix(".py"), path
 
 
-def _write(
-    directory: Path, parts: Mapping[str, list[Function]], target: str
-) -> dict[str, object]:
+def _write(directory: Path, parts: Mapping[str, list[Function]], target: str) -> dict[str, object]:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / HEADER).unlink(missing_ok=True)
     sha256: dict[str, str] = {}

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -95,13 +94,57 @@ def sha256_of(path: Path) -> str:
 
 
 class Shard:
-    """Some rows of a store, column by column; a column is decoded when first asked for."""
+    """Some rows of a store, column by column (``core.contracts.Rows``)."""
 
     def __init__(self, source: Path | pa.Table) -> None:
         self._source = source
+        self._read: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        return self._once("ids", lambda: self._numbers("id"))
+
+    @property
+    def prompts(self) -> list[str]:
+        return self._once("prompts", lambda: self._column("prompt").to_pylist())
+
+    @property
+    def completions(self) -> list[str]:
+        return self._once("completions", lambda: self._column("completion").to_pylist())
+
+    @property
+    def texts(self) -> list[str]:
+        return self._once("texts", lambda: [row.text for row in self.rows])
+
+    @property
+    def rows(self) -> list[Row]:
+        """As they were read, extra columns included."""
+        return self._once("rows", self._read_rows)
+
+    @property
+    def tokens(self) -> list[Tokens]:
+        return self._once("tokens", self._read_tokens)
+
+    @property
+    def num_tokens(self) -> NDArray[np.int64]:
+        return self._once("num_tokens", lambda: self._numbers("num_tokens"))
+
+    @property
+    def num_loss_tokens(self) -> NDArray[np.int64]:
+        return self._once("num_loss_tokens", lambda: self._numbers("num_loss_tokens"))
+
+    @property
+    def fingerprints(self) -> list[bytes]:
+        """16 bytes a row; equal for rows that say the same."""
+        return self._once("fingerprints", lambda: self._column("fingerprint").to_pylist())
+
+    def _once(self, name: str, read: Callable[[], Any]) -> Any:
+        if name not in self._read:
+            self._read[name] = read()
+        return self._read[name]
 
     def _column(self, name: str) -> pa.ChunkedArray:
         if isinstance(self._source, Path):
@@ -111,25 +154,7 @@ class Shard:
     def _numbers(self, name: str) -> NDArray[np.int64]:
         return self._column(name).to_numpy().astype(np.int64)
 
-    @cached_property
-    def ids(self) -> NDArray[np.int64]:
-        return self._numbers("id")
-
-    @cached_property
-    def prompts(self) -> list[str]:
-        return self._column("prompt").to_pylist()
-
-    @cached_property
-    def completions(self) -> list[str]:
-        return self._column("completion").to_pylist()
-
-    @cached_property
-    def texts(self) -> list[str]:
-        return [row.text for row in self.rows]
-
-    @cached_property
-    def rows(self) -> list[Row]:
-        """As they were read, extra columns included."""
+    def _read_rows(self) -> list[Row]:
         names = ("id", "file", "number", "kind", "content", "extra")
         columns = [self._column(name).to_pylist() for name in names]
         return [
@@ -137,8 +162,7 @@ class Shard:
             for row_id, file, number, kind, content, extra in zip(*columns, strict=True)
         ]
 
-    @cached_property
-    def tokens(self) -> list[Tokens]:
+    def _read_tokens(self) -> list[Tokens]:
         ids, mask = self._split("input_ids"), self._split("loss_mask")
         truncated = self._column("truncated").to_pylist()
         return [Tokens(*columns) for columns in zip(ids, mask, truncated, strict=True)]
@@ -148,16 +172,3 @@ class Shard:
         values = lists.flatten().to_numpy(zero_copy_only=False)
         borders = np.cumsum([0, *lists.value_lengths().to_pylist()])
         return [values[start:end] for start, end in pairwise(borders)]
-
-    @cached_property
-    def num_tokens(self) -> NDArray[np.int64]:
-        return self._numbers("num_tokens")
-
-    @cached_property
-    def num_loss_tokens(self) -> NDArray[np.int64]:
-        return self._numbers("num_loss_tokens")
-
-    @cached_property
-    def fingerprints(self) -> list[bytes]:
-        """16 bytes a row; equal for rows that say the same."""
-        return self._column("fingerprint").to_pylist()

@@ -73,7 +73,19 @@ def expand(sources: Sequence[str] | str) -> list[SourceFile]:
         raise ValueError("there is no data: no source was given\nhint: name a file or a folder")
     found: dict[str, SourceFile] = {}
     for source in sources:
-        for location in _locations(source):
+        try:
+            locations = list(_locations(source))
+        except ValueError:
+            raise
+        except Exception as error:  # each protocol has its own: no network, no credentials...
+            if not _is_url(source):
+                raise
+            detail = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(
+                f"cannot reach {_shown(source)!r}: {detail}\n"
+                "hint: check the network and the credentials, or copy the data to this machine"
+            ) from error
+        for location in locations:
             key = location if _is_url(location) else str(Path(location).resolve())
             if key not in found:
                 found[key] = _source_file(location)
@@ -87,21 +99,27 @@ def _locations(source: str) -> Iterator[str]:
     elif tree.is_folder(source):
         yield from _folder(tree, source)
     elif _GLOB.search(source):
-        matches = sorted(tree.glob(source))
-        files = [match for match in matches if tree.is_file(match)]
-        for match in matches:
-            if match in files:
-                if len(matches) == 1 or (_format(match) and not _is_hidden(match, source)):
-                    yield match
-            elif "**" not in source:
-                yield from _folder(tree, match)
-        if not matches:
-            raise ValueError(
-                f"nothing matches {_shown(source)!r}\n"
-                "hint: quote the pattern, and check the folder it starts from"
-            )
+        yield from _matches(tree, source)
     else:
         raise ValueError(f"there is no file or folder {_shown(source)!r}\n{_hint(source)}")
+
+
+def _matches(tree: _Local | _Remote, pattern: str) -> list[str]:
+    matches = sorted(tree.glob(pattern))
+    found: list[str] = []
+    for match in matches:
+        if not tree.is_file(match):
+            if "**" not in pattern:
+                found += _folder(tree, match)
+        elif len(matches) == 1 or (_format(match) and not _is_hidden(match, pattern)):
+            found.append(match)
+    if not found:
+        what = "no data file" if matches else "nothing"
+        raise ValueError(
+            f"{what} matches {_shown(pattern)!r}\n"
+            f"hint: quote the pattern; known endings are {', '.join(FORMATS)}, with or without .gz"
+        )
+    return found
 
 
 def _hint(source: str) -> str:
@@ -172,7 +190,7 @@ class _Remote:
             first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
                 f"cannot open {_shown(url)!r}: {first_line}\n"
-                "hint: install the fsspec package of that protocol (s3fs for s3://)"
+                "hint: install the fsspec package of that protocol (s3fs for s3://, aiohttp for http://)"
             ) from None
 
     def is_file(self, path: str) -> bool:

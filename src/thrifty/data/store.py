@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from thrifty.core.budget import PoolStats
 from thrifty.data.pool import BadRow, Row
 from thrifty.data.shard import SCHEMA, Shard, ShardFile, sha256_of, write_shard
 from thrifty.data.tokens import Tokens, tokenize_rows
@@ -60,6 +61,16 @@ class StoreManifest:
     lengths: dict[str, int] = field(default_factory=dict)
     """Histogram: "128" -> examples of 65 to 128 tokens."""
     shards: tuple[ShardFile, ...] = ()
+
+    @property
+    def stats(self) -> PoolStats:
+        """What pricing needs."""
+        return PoolStats(
+            num_examples=self.num_examples,
+            num_tokens=self.num_tokens,
+            max_tokens=self.max_tokens,
+            num_loss_tokens=self.num_loss_tokens,
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StoreManifest:

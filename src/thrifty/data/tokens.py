@@ -14,9 +14,10 @@ Prompt and completion are tokenised as one string, as the model will see them at
 token that straddles the border belongs to the answer. A slow tokenizer has no offsets: there the
 two are tokenised apart.
 
-Too long a row keeps its beginning; of a very long one no more is tokenised than can be kept. Where nothing of the answer is left the row is set aside
-(``prompt_too_long``). The very first token of a row has nothing before it to be predicted from, so
-it never counts as a loss token, whatever its mask says.
+Too long a row keeps its beginning; of a very long text only as much is tokenised as can be kept.
+Where nothing of the answer is left the row is set aside (``prompt_too_long``). The very first token
+of a row has nothing before it to be predicted from, so it never counts as a loss token, whatever
+its mask says.
 
 Special tokens written out in the text (``</s>``) become those tokens, as everywhere in
 transformers. No code of a tokenizer's repository is run.
@@ -38,7 +39,9 @@ from thrifty.data.faults import Fault
 from thrifty.data.pool import BadRow, Row
 
 MAX_CHARACTERS_PER_TOKEN = 32
+"""Characters tokenised per token of ``max_length``; a text that needs more is tokenised whole."""
 MARGIN = 64
+"""Tokens beyond ``max_length`` that a shortened text must give."""
 
 Encoded = tuple[list[int], NDArray[np.bool_]]  # ids, loss mask
 

@@ -23,7 +23,7 @@ class TopK(Picker):
     source: ClassVar[str] = "the usual rule; LESS (arXiv:2402.04333) and others"
 
     def pick(self, candidates: Candidates, max_tokens: float, seed: int) -> Picked:
-        pool = candidates.where(~np.isnan(candidates.scores).all(axis=1))
+        pool = candidates.where(np.flatnonzero(~np.isnan(candidates.scores).all(axis=1)))
         pool = pool.where(best_first(_merged(pool), pool.ids, seed))
         ids = pool.ids[fill(pool.num_tokens, max_tokens)]
         return Picked(ids=ids, weights=np.ones(len(ids), dtype=np.float32))

@@ -18,7 +18,7 @@ from thrifty.core.budget import CONSUMED
 from thrifty.report.inert import visible
 from thrifty.report.words import NAMES, amount
 
-WIDTH = 540
+WIDTH = 470
 """Of a figure, in its own units; text is 12 of them high."""
 BAND = 1.96
 """Standard errors of the forecast band: 95%."""

@@ -14,7 +14,8 @@ from typing import Any
 
 from thrifty.run_folder import RunFolder
 
-_MAX_JSON_BYTES = 64 * 2**20
+MAX_BYTES = 64 * 2**20
+"""Of a file that is read whole; what a run writes here is a thousandth of it."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Files:
         if not path.is_file():
             return None
         try:
-            if path.stat().st_size > _MAX_JSON_BYTES:
+            if path.stat().st_size > MAX_BYTES:
                 raise ValueError("too large")
             found = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(found, dict):

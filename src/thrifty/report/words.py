@@ -212,7 +212,8 @@ def outcome(summary: Mapping[str, Any]) -> str:
         return _change("Test loss", test, test["gain"], test["stderr"], unit)
     if dev["before"] is not None and dev["after"] is not None:
         change = _change("Dev loss", dev, dev["before"] - dev["after"], None, unit)
-        return f"{change} It was not measured on test rows."
+        done = summary["state"] == "done"
+        return f"{change} {'It was not measured on test rows.' if done else 'That is so far.'}"
     return "" if summary["state"] == "planned" else "What training brought is not measured."
 
 

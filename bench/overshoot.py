@@ -1,0 +1,91 @@
+"""Budget overshoot over random budgets of FLOPs, seconds and tokens: how many steps over a limit.
+
+    python bench/overshoot.py [--budgets 50]
+
+Each budget is planned and trained for real on a small model. Over a limit = spent more than it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+from material import heading, small_job
+from thrifty import display, preparation, stages
+from thrifty.core.budget import Budget
+from thrifty.planner import NoPlanFits
+from thrifty.preparation import Asked
+from thrifty.run_folder import RunFolder
+
+
+def quiet(line: str) -> None:
+    """Says nothing."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--budgets", type=int, default=50)
+    options = parser.parse_args()
+    home = Path(tempfile.mkdtemp(prefix="thrifty-overshoot-"))
+    job = small_job(home, rows=600)
+    fixed = {
+        "training.max_length": 128,
+        "training.per_device_train_batch_size": 4,
+        "training.gradient_accumulation_steps": 1,
+        "selection.scorer": "uniform",
+    }
+    rng = random.Random(0)
+    over, shares, refused = {}, {}, 0
+    for number in range(options.budgets):
+        limits = {
+            "flops": 10 ** rng.uniform(9.5, 10.8),
+            "tokens": 10 ** rng.uniform(3.3, 4.6),
+            "seconds": rng.uniform(9, 16),
+        }
+        chosen = rng.sample(sorted(limits), rng.randint(1, 3))
+        budget = Budget(**{name: limits[name] for name in chosen})
+        folder = home / "run"
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            preparation.plan_run(Asked(**job, budget=budget, fixed=fixed), folder, quiet)
+        except NoPlanFits:
+            refused += 1
+            continue
+        with stages.at_work(RunFolder(folder), quiet) as work:
+            stages.select(work, work.main)
+            stages.train(work, work.main)
+            stages.test(work, work.main)
+            spent = work.ledger.spent()
+        used = {name: spent.of(name) / budget.limit(name) for name in chosen}
+        binding = max(used, key=used.get)
+        for name in chosen:
+            over.setdefault(name, 0)
+            over[name] += used[name] > 1
+        shares.setdefault(binding, []).append(used[binding])
+        print(f"{number + 1:>3}  {budget}: {used[binding]:.1%} of {binding}", flush=True)
+    print(
+        heading(f"Overshoot over {options.budgets} random budgets ({refused} refused as too small)")
+    )
+    rows = [
+        (
+            name,
+            str(over[name]),
+            f"{len(shares.get(name, []))}",
+            f"{sum(shares.get(name, [0])) / max(len(shares.get(name, [])), 1):.1%}",
+        )
+        for name in sorted(over)
+    ]
+    print(
+        display.table(
+            ("limit", "runs over it", "runs it bound", "mean share used"), rows, right="lrrr"
+        )
+    )
+    shutil.rmtree(home)
+    return sum(over.values())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,242 @@
+"""`thrifty device`: measure the machine at hand, in some seconds, so that plans hold on it.
+
+Matrix products by size and dtype, memory bandwidth, the launch of an operation; then real training
+steps and forward passes of small Llamas, to which the factors of the roofline (``costs/time.py``)
+are fitted by non-negative least squares of the relative errors. Rounds are interleaved and medians
+taken; repeats that differ by more than 10% are said: the machine is busy.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from thrifty.costs.hardware import DEVICES, Device, keep, load_device
+from thrifty.costs.memory import MemorySetting
+from thrifty.costs.shape import ModelShape
+from thrifty.costs.time import step_terms
+
+ROUNDS = 3
+BUSY = 0.10
+_SIZES = (64, 128, 256, 512, 1024)
+_ROWS = 1024
+_SLOW_SECONDS = 0.1
+
+# hidden, layers, intermediate, vocabulary, batch, sequence: small, so that it stays a few seconds
+_STEPS = (
+    (64, 3, 192, 512, 4, 128),
+    (128, 3, 512, 2048, 4, 256),
+    (128, 3, 512, 2048, 1, 256),
+    (256, 2, 704, 4096, 2, 256),
+    (384, 2, 1024, 2048, 2, 128),
+)
+_CUDA_STEPS = (
+    (512, 4, 1408, 32000, 8, 512),
+    (1024, 4, 2816, 32000, 8, 1024),
+    (2048, 2, 5632, 32000, 4, 2048),
+    (2048, 2, 5632, 32000, 1, 512),
+)
+
+
+def measure_device() -> Device:
+    """Measure this machine and keep the result for plans to come."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    where = "cuda" if cuda else "cpu"
+    device = _bare(torch, where)
+    dtypes = ("float32", "bfloat16")
+    rates = {name: _matmul_rates(torch, where, name) for name in dtypes}
+    device = replace(
+        device,
+        matmul_rates=rates,
+        flops_per_second={name: max(curve.values()) for name, curve in rates.items()},
+        bytes_per_second=_bandwidth(torch, where),
+        operation_seconds=_launch(torch, where),
+    )
+    factors, busy = _fit(torch, where, device)
+    device = replace(device, factors=factors, machine_busy=busy, calibrated=True)
+    keep(device)
+    return device
+
+
+def _bare(torch: Any, where: str) -> Device:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    threads = torch.get_num_threads()
+    if where == "cpu":
+        return replace(
+            load_device(None),
+            name="local",
+            kind="cpu",
+            num_threads=threads,
+            measured_at=now,
+            source=f"measured: {platform.machine()}, torch {torch.__version__}, {threads} threads",
+        )
+    properties = torch.cuda.get_device_properties(0)
+    known = [d for d in DEVICES.values() if d.name.split("-")[0] in properties.name.lower()]
+    return Device(
+        name=known[0].name if known else "local",
+        kind="cuda",
+        memory_bytes=float(properties.total_memory),
+        flops_per_second={"float32": 1.0},
+        bytes_per_second=1.0,
+        operation_seconds=1.0,
+        tdp_watts=known[0].tdp_watts if known else None,
+        num_threads=threads,
+        measured_at=now,
+        source=f"measured: {properties.name}, torch {torch.__version__}",
+    )
+
+
+def _seconds(run: Callable[[], object], torch: Any, where: str) -> float:
+    if where == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if where == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _median(run: Callable[[], object], torch: Any, where: str, least: float = 0.02) -> float:
+    """Seconds of one run: the median of rounds that each last at least ``least``."""
+    run()
+    once = max(_seconds(run, torch, where), 1e-7)
+    times = max(1, int(least / once))
+    found = [
+        _seconds(lambda: [run() for _ in range(times)], torch, where) / times for _ in range(ROUNDS)
+    ]
+    return statistics.median(found)
+
+
+def _matmul_rates(torch: Any, where: str, dtype: str) -> dict[int, float]:
+    sizes = _SIZES if where == "cpu" else (128, 512, 2048, 8192)
+    rows = _ROWS if where == "cpu" else 8192
+    rates: dict[int, float] = {}
+    for size in sizes:
+        kind = getattr(torch, dtype)
+        left = torch.randn(rows, size, device=where, dtype=kind)
+        right = torch.randn(size, size, device=where, dtype=kind)
+        flops = 2.0 * rows * size * size
+        if rates and flops / rates[max(rates)] > _SLOW_SECONDS:
+            break  # emulated on this processor: larger ones only take longer to say so
+        spent = _median(lambda left=left, right=right: left @ right, torch, where)  # type: ignore[misc]
+        rates[size] = flops / spent
+    return rates
+
+
+def _bandwidth(torch: Any, where: str) -> float:
+    """Bytes read and written by an addition too large for any cache."""
+    count = 2**23 if where == "cpu" else 2**28
+    left, right = (torch.ones(count, device=where) for _ in range(2))
+    out = torch.empty_like(left)
+    spent = _median(lambda: torch.add(left, right, out=out), torch, where)
+    return 3 * 4.0 * count / spent
+
+
+def _launch(torch: Any, where: str) -> float:
+    x = torch.ones(8, device=where)
+    return _median(lambda: [x.add_(1.0) for _ in range(100)], torch, where) / 100
+
+
+def _fit(torch: Any, where: str, device: Device) -> tuple[tuple[float, float, float, float], bool]:
+    """Factors of the roofline's terms, and whether repeats of a step differed by over 10%."""
+    from scipy.optimize import nnls
+
+    dtype = "float32" if where == "cpu" else "bfloat16"
+    runs: list[tuple[tuple[float, ...], Callable[[], object]]] = []
+    for sizes in _STEPS if where == "cpu" else _CUDA_STEPS:
+        model, optimizer, batch = _llama(torch, where, dtype, *sizes)
+        shape = ModelShape.from_config(model.config.to_dict())
+        setting = MemorySetting(
+            micro_batch=sizes[4], sequence=sizes[5], dtype=dtype, device_kind=device.kind
+        )
+        plain = replace(setting, masked=False)
+        runs.append(
+            (
+                step_terms(shape, setting, device, "train"),
+                lambda m=model, o=optimizer, b=batch: _train_step(m, o, b),  # type: ignore[misc]
+            )
+        )
+        runs.append(
+            (
+                step_terms(shape, plain, device, "forward"),
+                lambda m=model, b=batch: _forward_step(torch, m, b),  # type: ignore[misc]
+            )
+        )
+    spent = np.zeros((ROUNDS, len(runs)))
+    for _, run in runs:
+        run()
+    for turn in range(ROUNDS):
+        for i, (_, run) in enumerate(runs):
+            spent[turn, i] = _seconds(run, torch, where)
+    measured = np.median(spent, axis=0)
+    busy = bool(np.median(np.ptp(spent, axis=0) / measured) > BUSY)
+    terms = np.array([t for t, _ in runs])
+    # A weak pull to one keeps a factor that these steps do not show from vanishing.
+    pull = 0.05 * np.eye(4)
+    fitted, _ = nnls(
+        np.vstack([terms / measured[:, None], pull]),
+        np.concatenate([np.ones(len(runs)), np.full(4, 0.05)]),
+    )
+    a, b, c, d = (float(f) for f in fitted)
+    return (a, b, c, d), busy
+
+
+def _llama(
+    torch: Any,
+    where: str,
+    dtype: str,
+    hidden: int,
+    layers: int,
+    inner: int,
+    vocabulary: int,
+    batch: int,
+    sequence: int,
+) -> tuple[Any, Any, dict[str, Any]]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, hidden // 32) if where == "cpu" else hidden // 64,
+        max_position_embeddings=sequence,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    generator = torch.random.get_rng_state()
+    model = LlamaForCausalLM(config).to(where, getattr(torch, dtype))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    ids = torch.randint(0, vocabulary, (batch, sequence), device=where)
+    # Two documents a sequence, as in a pack: attention gets its mask.
+    half = torch.arange(sequence, device=where) % (sequence // 2)
+    inputs = {"input_ids": ids, "labels": ids, "position_ids": half.expand(batch, -1)}
+    torch.random.set_rng_state(generator)
+    return model, optimizer, inputs
+
+
+def _train_step(model: Any, optimizer: Any, inputs: dict[str, Any]) -> None:
+    import torch
+
+    model.train()
+    model(**inputs, use_cache=False).loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _forward_step(torch: Any, model: Any, inputs: dict[str, Any]) -> None:
+    model.eval()
+    ids = inputs["input_ids"]
+    with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())

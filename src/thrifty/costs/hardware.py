@@ -1,0 +1,226 @@
+"""Devices: what they can do, what they hold, what they draw and cost, each number with its source.
+
+A known device comes from the table: dense peaks (no sparsity) of the vendor's data sheet. The local
+one comes from `thrifty device`, which measures it and keeps the result in the cache folder; before
+that it is a cautious guess and says so. Prices come from an editable, dated file; an unknown price
+is None, never zero.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+GIB = 2.0**30
+CACHE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A processor that trains, in numbers."""
+
+    name: str
+    kind: Literal["cpu", "cuda"]
+    memory_bytes: float
+    flops_per_second: Mapping[str, float]
+    """By dtype: the peak of large matrix products."""
+    bytes_per_second: float
+    """Memory bandwidth."""
+    operation_seconds: float
+    """What launching an operation takes, however small it is."""
+    tdp_watts: float | None = None
+    source: str = ""
+    matmul_rates: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    """dtype -> smallest dimension -> FLOP/s, as measured; empty: from the peak by rule."""
+    factors: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    """Of the roofline's terms (matrix products, memory-bound, launches, optimizer), as fitted to
+    real steps."""
+    num_threads: int | None = None
+    calibrated: bool = False
+    machine_busy: bool = False
+    """Repeats of the measurement differed by more than 10%."""
+    measured_at: str = ""
+
+
+def _gpu(
+    name: str,
+    memory: float,
+    bf16: float,
+    fp32: float,
+    bandwidth: float,
+    watts: float,
+    source: str,
+) -> Device:
+    """Memory in GiB as the driver reports it, dense TFLOP/s, GB/s, watts."""
+    return Device(
+        name=name,
+        kind="cuda",
+        memory_bytes=memory * GIB,
+        flops_per_second={"bfloat16": bf16 * 1e12, "float32": fp32 * 1e12},
+        bytes_per_second=bandwidth * 1e9,
+        operation_seconds=6e-6,
+        tdp_watts=watts,
+        source=source,
+    )
+
+
+# Usable memory in GiB as the driver reports it; dense bf16 tensor and plain fp32 TFLOP/s; GB/s; W.
+DEVICES = {
+    d.name: d
+    for d in (
+        _gpu("h100-sxm", 79.2, 989, 67, 3350, 700, "NVIDIA H100 data sheet"),
+        _gpu("h100-pcie", 79.2, 756, 51, 2000, 350, "NVIDIA H100 data sheet"),
+        _gpu("h200", 139.8, 989, 67, 4800, 700, "NVIDIA H200 data sheet"),
+        _gpu("b200", 178.4, 2250, 75, 8000, 1000, "NVIDIA Blackwell data sheet"),
+        _gpu("a100-80gb", 79.2, 312, 19.5, 2039, 400, "NVIDIA A100 data sheet"),
+        _gpu("a100-40gb", 39.4, 312, 19.5, 1555, 400, "NVIDIA A100 data sheet"),
+        _gpu("l40s", 44.4, 362, 91.6, 864, 350, "NVIDIA L40S data sheet"),
+        _gpu("l4", 22.0, 121, 30.3, 300, 72, "NVIDIA L4 data sheet"),
+        _gpu("a10g", 22.0, 70, 35, 600, 150, "AWS G5 description; NVIDIA A10 data sheet"),
+        _gpu("v100", 31.7, 0, 15.7, 900, 300, "NVIDIA V100 data sheet; no bf16"),
+        _gpu("t4", 14.7, 0, 8.1, 320, 70, "NVIDIA T4 data sheet; no bf16"),
+        _gpu("rtx3090", 23.7, 71, 35.6, 936, 350, "NVIDIA GA102 whitepaper"),
+        _gpu("rtx4090", 23.6, 165, 82.6, 1008, 450, "NVIDIA Ada whitepaper"),
+        _gpu("rtx5090", 31.4, 210, 104.8, 1792, 575, "NVIDIA RTX Blackwell whitepaper"),
+        _gpu("a6000", 47.5, 155, 38.7, 768, 300, "NVIDIA RTX A6000 data sheet"),
+        _gpu("mi300x", 191.5, 1307, 163.4, 5300, 750, "AMD MI300X data sheet"),
+    )
+}
+ALIASES = {"h100": "h100-sxm", "a100": "a100-80gb", "4090": "rtx4090", "3090": "rtx3090"}
+
+
+def load_device(name: str | None = None) -> Device:
+    """A device of the table, or with None (or "local") this machine as measured.
+
+    Raises ValueError for an unknown name, with the known ones.
+    """
+    if name is None or name == "local":
+        return _local()
+    key = name.lower().replace("_", "-").replace(" ", "")
+    key = ALIASES.get(key, key)
+    if key not in DEVICES:
+        known = ", ".join(sorted({*DEVICES, *ALIASES}))
+        raise ValueError(
+            f"the device {name!r} is not known\n"
+            f"hint: known are {known}; for another one run `thrifty device` on it and plan there, "
+            "or take the nearest of these with --memory and --price"
+        )
+    return DEVICES[key]
+
+
+def cache_folder() -> Path:
+    """Where measurements and the user's prices are kept: THRIFTY_CACHE, or the platform's place."""
+    given = os.environ.get("THRIFTY_CACHE")
+    if given:
+        return Path(given)
+    if sys.platform == "win32":
+        parent = Path(os.environ.get("LOCALAPPDATA") or Path.home())
+    elif sys.platform == "darwin":
+        parent = Path.home() / "Library" / "Caches"
+    else:
+        parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return parent / "thrifty"
+
+
+def _calibration_file() -> Path:
+    return cache_folder() / "device.json"
+
+
+def is_calibrated() -> bool:
+    return _local().calibrated
+
+
+def _local() -> Device:
+    try:
+        values = json.loads(_calibration_file().read_text(encoding="utf-8"))
+        if values.pop("version") != CACHE_VERSION or values.keys() - {
+            f.name for f in fields(Device)
+        }:
+            raise ValueError
+        rates = values.pop("matmul_rates")
+        values["matmul_rates"] = {
+            dtype: {int(size): rate for size, rate in curve.items()}
+            for dtype, curve in rates.items()
+        }
+        return Device(**{**values, "factors": tuple(values["factors"])})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return _cautious()  # none measured, or by another version: measure anew
+
+
+def _cautious() -> Device:
+    return Device(
+        name="local (not measured: run `thrifty device`)",
+        kind="cpu",
+        memory_bytes=_installed_memory(),
+        flops_per_second={"float32": 4e10, "bfloat16": 1e10},
+        bytes_per_second=8e9,
+        operation_seconds=8e-6,
+        source="a cautious guess at one CPU core",
+    )
+
+
+def _installed_memory() -> float:
+    import psutil
+
+    return float(psutil.virtual_memory().total)
+
+
+def keep(device: Device) -> None:
+    """Cache the local device's measurements."""
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".device.json.{os.getpid()}"
+    text = json.dumps({"version": CACHE_VERSION, **asdict(device)}, indent=1)
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(_calibration_file())
+
+
+@lru_cache
+def _price_files() -> tuple[Mapping[str, Any], ...]:
+    """The user's prices first, then those that come with thrifty."""
+    found = []
+    for path in (cache_folder() / "prices.yaml", Path(__file__).with_name("prices.yaml")):
+        if path.is_file():
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            if not isinstance(values, dict) or not isinstance(values.get("devices"), dict):
+                raise ValueError(
+                    f"{path} holds no prices\nhint: devices: {{NAME: {{dollars_per_hour: 2.5}}}}"
+                )
+            found.append(values["devices"])
+    return tuple(found)
+
+
+def dollars_per_hour(device: Device) -> float | None:
+    """The list price of an hour, or None where it is unknown."""
+    for devices in _price_files():
+        entry = devices.get(device.name)
+        if entry is not None:
+            return float(entry["dollars_per_hour"])
+    return None
+
+
+def device_facts(device: Device) -> dict[str, Any]:
+    """What `thrifty device` prints."""
+    return {
+        "name": device.name,
+        "kind": device.kind,
+        "memory_bytes": device.memory_bytes,
+        "flops_per_second": dict(device.flops_per_second),
+        "bytes_per_second": device.bytes_per_second,
+        "operation_seconds": device.operation_seconds,
+        "tdp_watts": device.tdp_watts,
+        "dollars_per_hour": dollars_per_hour(device),
+        "num_threads": device.num_threads,
+        "calibrated": device.calibrated,
+        "machine_busy": device.machine_busy,
+        "measured_at": device.measured_at,
+        "source": device.source,
+    }

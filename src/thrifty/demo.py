@@ -1,0 +1,77 @@
+"""The main job on text that every Python has: its own standard library (``data/corpus.py``).
+
+A tokenizer and a Llama of about a million parameters are made first, from other packages' rows and
+outside the budget, so that the job starts from a model that knows something; then `plan` and `run`
+as for any model and pool, with a control on a uniform choice at the same total FLOPs.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from thrifty import display, pipeline, preparation
+from thrifty.core.budget import Budget
+from thrifty.core.plan import Target
+from thrifty.costs.hardware import cache_folder, is_calibrated
+from thrifty.data.corpus import CorpusFiles, write_corpus
+from thrifty.preparation import Asked, Say
+from thrifty.pretrain import pretrain
+from thrifty.report.summary import summarize, text_summary
+from thrifty.run_folder import RunFolder
+
+BUDGET = Budget(flops=2.2e12, seconds=150.0, memory_bytes=3 * 2**30)
+"""About a minute on one quiet core; the time limit ends the run well on a busy one."""
+SETTINGS = {
+    "training.max_length": 256,
+    "training.learning_rate": 2e-3,
+}
+"""What the planner is not asked: sequences as the base model was made for."""
+
+
+def run(folder: Path, say: Say) -> Path:
+    """Make, plan and run the demo in ``folder``, going on with one that was interrupted."""
+    if not (folder / "plan.yaml").is_file():
+        home = cache_folder() / "demo"
+        say("the corpus: functions of Python's standard library, target: asyncio")
+        corpus = write_corpus(home / "corpus")
+        base = _base_model(home, corpus, say)
+        if not is_calibrated():
+            from thrifty.calibration import measure_device
+
+            say("measuring this machine, once, a few seconds ...")
+            measure_device()
+        asked = Asked(
+            model=str(base),
+            pool=(str(corpus.pool),),
+            targets={
+                corpus.target: Target(
+                    signal=(str(corpus.signal),),
+                    dev=(str(corpus.dev),),
+                    test=(str(corpus.test),),
+                )
+            },
+            budget=BUDGET,
+            control=True,
+            fixed=SETTINGS,
+        )
+        planned, _ = preparation.plan_run(asked, folder, say)
+        print(display.plan_text(planned), end="\n\n", flush=True)
+    pipeline.run(folder, say)
+    print("\n" + text_summary(summarize(RunFolder(folder))))
+    return folder
+
+
+def _base_model(home: Path, corpus: CorpusFiles, say: Say) -> Path:
+    """Cached by what it was made from."""
+    mark = corpus.sha256["pretrain"][:12]
+    base = home / f"base-{mark}"
+    if (base / "config.json").is_file():
+        return base
+    say("pretraining the base model on other packages: once, outside the budget")
+    draft = home / f".{base.name}.new"
+    shutil.rmtree(draft, ignore_errors=True)
+    made = pretrain(corpus.texts("pretrain"), draft)
+    draft.rename(base)
+    say(f"{made.num_parameters:,} parameters, loss {made.losses[0]:.2f} -> {made.losses[-1]:.2f}")
+    return base

@@ -1,0 +1,126 @@
+"""The words: six to twelve lines, and a loss is called a loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.report import runs
+from thrifty.report.summary import summarize, text_summary
+from thrifty.report.words import against_control, headline, off, weighed, with_error
+
+
+def say(path: Path, **more: object) -> str:
+    text = text_summary(summarize(runs.finished(path / "run", **more)))
+    assert 6 <= len(text.splitlines()) <= 12
+    return text
+
+
+def test_a_win(tmp_path: Path) -> None:
+    text = say(tmp_path)
+    assert "beat a uniform choice at the same total FLOPs, scoring included, by 0.0500" in text
+    assert "640 of 5,120 rows" in text
+    assert "9.04 TFLOP of 10 TFLOP (predicted 9.2 TFLOP, -1.7%)" in text
+    assert "2.5100 before, 2.0500 after" in text
+    assert "2.4900 before, 2.0600 after: a gain of +0.4300 ± 0.0110" in text
+    assert "next best uniform" in text
+
+
+def test_a_loss_is_stated(tmp_path: Path) -> None:
+    text = say(tmp_path, difference=-0.05)
+    assert "LOST to a uniform choice" in text
+    assert "selection cost more than it brought" in text
+    assert "beat" not in text
+
+
+def test_noise_is_no_win(tmp_path: Path) -> None:
+    text = say(tmp_path, difference=0.015, stderr=0.01)
+    assert "no difference beyond noise: +0.0150 ± 0.0100" in text
+    assert "did not pay" in text
+
+
+def test_no_control_is_said(tmp_path: Path) -> None:
+    text = say(tmp_path, with_control=False)
+    assert "None was run" in text
+
+
+def test_unknown_price_is_not_printed_as_zero(tmp_path: Path) -> None:
+    assert "$" not in say(tmp_path, price=False)
+
+
+def test_a_loss_that_rose_is_stated(tmp_path: Path) -> None:
+    run, ledger = runs.start(tmp_path / "run", runs.plan())
+    with ledger:
+        runs.train(ledger, losses=(2.0, 2.1, 2.2, 2.3, 2.4, 2.5))
+    sentences = dict(headline(summarize(run)))
+    assert sentences["Brought"].startswith("Dev loss ROSE, from 2.0000 to 2.5000")
+
+
+@pytest.mark.parametrize("began", [False, True])
+def test_a_run_in_progress(tmp_path: Path, began: bool) -> None:
+    run, ledger = runs.start(tmp_path / "run", runs.plan(control=True))
+    with ledger:
+        if began:
+            with pytest.raises(KeyboardInterrupt):
+                runs.train(ledger, losses=(2.5, 2.4), end=False)
+    s = summarize(run)
+    text = text_summary(s)
+    assert 6 <= len(text.splitlines()) <= 12
+    assert "The control has not been run yet" in text
+    if began:
+        assert "Not finished: train stopped (KeyboardInterrupt: signal 2)" in text
+        assert "so far" in dict(headline(s))["Cost"]
+        assert "-8" not in text  # no share of a prediction that is not due yet
+    else:
+        assert "Nothing has been run yet" in text
+        assert "Brought" not in dict(headline(s))
+
+
+def test_without_error_bar_no_victory(tmp_path: Path) -> None:
+    s = summarize(runs.finished(tmp_path / "run"))
+    s["control"] |= {"gain_over_control": 0.05, "gain_over_control_stderr": None}
+    sentence, verdict = against_control(s)
+    assert verdict == "even"
+    assert "may be noise" in sentence
+
+
+def test_terminal_escapes_are_inert(tmp_path: Path) -> None:
+    run, ledger = runs.start(tmp_path / "run", runs.plan())
+    with ledger, pytest.raises(RuntimeError), ledger.stage("train", "full"):
+        raise RuntimeError("\x1b[2J\x1b]0;owned\x07 \u202e" + "x" * 1_000_000)
+    text = text_summary(summarize(run))
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert r"\x1b[2J" in text
+    assert len(text) < 3000
+
+
+def test_small_numbers() -> None:
+    assert off(103.0, 100.0) == "+3.0%"
+    assert off(100.01, 100.0) == "±0%"
+    assert off(500.0, 100.0) == "5 times"
+    assert off(1.0, 0.0) == off(None, 1.0) == "\N{EN DASH}"
+    assert with_error(-0.05, 0.01, signed=True) == "-0.0500 ± 0.0100"
+
+
+def test_no_option_worth_its_price() -> None:
+    option = {
+        "name": "train on",
+        "gain": {"mean": 0.0, "stderr": 0.1, "unit": "nats/token", "source": "history"},
+        "cost": {"flops": 1e15},
+        "note": "",
+    }
+    choice = {
+        "chosen": None,
+        "options": [option],
+        "rates": [1e-16],
+        "resource": "flops",
+        "price": 2e-16,
+        "incumbent": "train on",
+        "z": 1.0,
+    }
+    assert weighed(choice) == (
+        "train on: history gain 0.0000 ± 0.1000 nats/token, at best 0.1 a PFLOP, "
+        "not above the price of 0.2"
+    )

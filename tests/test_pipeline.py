@@ -1,0 +1,370 @@
+"""The main job, end to end on a tiny model: what it leaves, what it spends, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.runs import SMALL, asked, finish, ledger, planned, silent, weights
+from thrifty import checkpoints, pipeline, stages
+from thrifty.core.budget import Budget
+from thrifty.core.ledger import BudgetExceeded
+from thrifty.core.marginal import replay
+from thrifty.planner import NoPlanFits
+from thrifty.preparation import plan_run
+from thrifty.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def done(tiny_model, tiny_data, tmp_path_factory) -> Path:
+    """A finished run with its control and report."""
+    folder = tmp_path_factory.mktemp("runs") / "done"
+    planned(folder, tiny_model, tiny_data, control=True, budget=Budget(flops=1.5e10))
+    pipeline.run(folder, silent)
+    return folder
+
+
+def test_spends_what_was_planned_and_no_more(done):
+    book = ledger(done)
+    spent = book.spent()
+    assert spent.flops <= book.budget.flops
+    assert spent.flops >= 0.95 * book.budget.flops
+    for stage in book.stages():
+        if stage["account"] == "budget" and stage["predicted"]["flops"]:
+            measured = book.spent(stage=stage["name"]).flops
+            assert measured == pytest.approx(stage["predicted"]["flops"], rel=0.02)
+
+
+def test_the_control_has_the_same_total_flops(done):
+    book = ledger(done)
+    own = book.spent(stage="select").flops + book.spent(stage="train").flops
+    control = book.spent(account="control", stage="control-train").flops
+    assert control <= own
+    assert control >= 0.93 * own
+    stage = next(s for s in book.stages() if s["name"] == "control-test")
+    assert stage["detail"]["difference_stderr"] > 0
+
+
+def test_what_it_leaves_loads_with_stock_libraries(done):
+    from datasets import load_from_disk
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(done / "model")
+    tokenizer = AutoTokenizer.from_pretrained(done / "model")
+    ids = torch.tensor([tokenizer("say two and three:")["input_ids"]])
+    assert torch.isfinite(model(input_ids=ids).logits).all()
+    rows = load_from_disk(str(done / "selected" / "data"))
+    lines = (done / "selected" / "selected.jsonl").read_text().splitlines()
+    assert len(rows) == len(lines) > 0
+    assert set(json.loads(lines[0])) >= {"id", "prompt", "completion", "weight", "score_sums"}
+    assert rows[0]["prompt"] == json.loads(lines[0])["prompt"]
+
+
+def test_training_helped_and_selection_found_the_topic(done):
+    evaluations = ledger(done).evaluations()
+    assert evaluations[0]["step"] == 0
+    assert evaluations[-1]["objective"] < evaluations[0]["objective"] - 0.5
+    examples = json.loads((done / "selected" / "examples.json").read_text())
+    assert len(examples["selected"]) == 20
+    assert len(examples["rejected"]) == 20
+    manifest = json.loads((done / "selected" / "manifest.json").read_text())
+    assert 0 < manifest["num_selected"] < manifest["num_candidates"]
+
+
+def test_running_a_finished_run_does_nothing(done):
+    before = ledger(done).charges()
+    model = (done / "model" / "model.safetensors").stat().st_mtime_ns
+    pipeline.run(done, silent)
+    assert ledger(done).charges() == before
+    assert (done / "model" / "model.safetensors").stat().st_mtime_ns == model
+
+
+def test_every_choice_can_be_replayed_from_the_ledger(done):
+    choices = [d["choice"] for d in ledger(done).decisions() if d["choice"]]
+    assert len(choices) >= 2
+    for choice in choices:
+        assert replay(choice).chosen == choice["chosen"]
+        assert list(replay(choice).rates) == pytest.approx(choice["rates"])
+
+
+def test_the_report_is_written(done):
+    page = (done / "report.html").read_text(encoding="utf-8")
+    assert "bm25" in page
+
+
+def test_lora_leaves_an_adapter_that_peft_loads(tiny_model, tiny_data, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "lora"
+    planned(folder, tiny_model, tiny_data, fixed={"training.method": "lora"})
+    finish(folder)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model = PeftModel.from_pretrained(base, folder / "model")
+    assert sum("lora_" in n for n, _ in model.named_parameters()) > 0
+    rows = ledger(folder).evaluations()
+    assert rows[-1]["objective"] < rows[0]["objective"]
+
+
+def test_continued_pretraining_with_replay(tiny_model, tiny_data, tmp_path):
+    folder = tmp_path / "continued"
+    fixed = {
+        "training.replay": [str(tiny_data["pool"])],
+        "training.replay_share": 0.25,
+        "selection.scorer": "uniform",
+        "selection.max_tokens": 1500,
+    }
+    planned(folder, tiny_model, tiny_data, task="continued", fixed=fixed)
+    run = RunFolder(folder)
+    with stages.at_work(run, silent) as work:
+        stages.select(work, work.main)
+        data = stages._training_data(work, work.main)
+        chosen = json.loads((run.selected("budget") / "manifest.json").read_text())["num_tokens"]
+        first_pass = sum(
+            len(data._examples[i].input_ids)
+            for item in range(data.epoch_starts[1])
+            for i in data.members(item)
+        )
+        assert first_pass == pytest.approx(chosen / 0.75, rel=0.05)
+
+
+def test_without_a_target_dev_rows_come_from_the_pool_and_are_not_trained_on(
+    tiny_model, tiny_data, tmp_path
+):
+    folder = tmp_path / "no-target"
+    planned(folder, tiny_model, tiny_data, targets={}, fixed={"selection.scorer": "perplexity"})
+    finish(folder)
+    run = RunFolder(folder)
+    dev = {bytes(p) for p in stages.open_store(run.target("pool", "dev")).shard(0).fingerprints}
+    assert dev
+    import numpy as np
+
+    pool = stages.open_store(run.pool)
+    chosen = pool.take(np.load(run.selected("budget") / "ids.npy"))
+    assert not dev & {bytes(p) for p in chosen.fingerprints}
+
+
+# -- resuming -----------------------------------------------------------------------------------
+
+
+def interrupt_at(monkeypatch, step: int) -> None:
+    """Ask for a pause, as a signal would, once ``step`` is done."""
+    from thrifty.training import PauseCallback
+
+    plain = PauseCallback.on_step_end
+
+    def paused(self, args, state, control, **kwargs):
+        self.asked = self.asked or state.global_step == step
+        plain(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(PauseCallback, "on_step_end", paused)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_an_interrupted_run_resumes_bit_for_bit(
+    method, tiny_model, tiny_data, tmp_path, monkeypatch
+):
+    fixed = {"training.method": method}
+    for name in ("straight", "broken"):
+        planned(tmp_path / name, tiny_model, tiny_data, fixed=fixed)
+    finish(tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 7)
+        with pytest.raises(Exception, match="stopped after step 7"):
+            finish(tmp_path / "broken")
+    assert not (tmp_path / "broken" / "model").exists()
+    finish(tmp_path / "broken")
+    file = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    straight = (tmp_path / "straight" / "model" / file).read_bytes()
+    assert (tmp_path / "broken" / "model" / file).read_bytes() == straight
+    one, other = ledger(tmp_path / "straight"), ledger(tmp_path / "broken")
+    keys = ("step", "objective", "stderr", "by_target", "flops")
+    assert [[e[k] for k in keys] for e in one.evaluations()] == [
+        [e[k] for k in keys] for e in other.evaluations()
+    ]
+    assert other.spent(stage="train").flops == one.spent(stage="train").flops
+    assert other.spent(lost=True).flops == 0
+
+
+def test_work_lost_to_a_torn_checkpoint_is_charged_and_the_run_goes_on(
+    tiny_model, tiny_data, tmp_path, monkeypatch
+):
+    folder = tmp_path / "torn"
+    plan = planned(folder, tiny_model, tiny_data, budget=Budget(flops=2e10))
+    every = plan.training.save_steps
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2 * every + 1)
+        with pytest.raises(Exception, match="stopped"):
+            finish(folder)
+    saved = checkpoints.committed(folder / "checkpoints")
+    newest = saved[-1].path / "model.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(bytes(data))
+    said: list[str] = []
+    finish(folder, said.append)
+    assert any("model.safetensors has changed" in line for line in said)
+    assert any("lost since that checkpoint" in line for line in said)
+    assert (folder / "checkpoints" / f"torn-checkpoint-{2 * every + 1}").is_dir()
+    book = ledger(folder)
+    assert 0 < book.spent(lost=True).flops < book.spent().flops
+    assert book.spent().flops <= book.budget.flops
+    assert [e["step"] for e in book.evaluations()] == sorted(
+        {e["step"] for e in book.evaluations()}
+    )
+
+
+def test_another_base_model_is_refused(tiny_model, tiny_data, tmp_path, monkeypatch):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    folder = tmp_path / "run"
+    planned(folder, model, tiny_data)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        with pytest.raises(Exception, match="stopped"):
+            finish(folder)
+    state = weights(model)
+    state["model.norm.weight"] += 1
+    from safetensors.torch import save_file
+
+    save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="have changed since this run began"):
+        finish(folder)
+
+
+def test_a_second_process_is_refused(tiny_model, tiny_data, tmp_path):
+    folder = tmp_path / "locked"
+    planned(folder, tiny_model, tiny_data)
+    run = RunFolder(folder)
+    refused = pytest.raises(ValueError, match=r"worked on by process \d+ on")
+    with run.working(), refused, run.working():
+        pass
+
+
+# -- budgets and faults -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [Budget(flops=3.3e9), Budget(tokens=3000), Budget(flops=9e9, tokens=5000), Budget(seconds=12)],
+    ids=str,
+)
+def test_no_budget_is_passed(budget, tiny_model, tiny_data, tmp_path):
+    folder = tmp_path / "run"
+    planned(folder, tiny_model, tiny_data, budget=budget)
+    with stages.at_work(RunFolder(folder), silent) as work:
+        stages.select(work, work.main)
+        stages.train(work, work.main)
+        stages.test(work, work.main)
+    spent = ledger(folder).spent()
+    for resource in budget.limited:
+        assert spent.of(resource) <= budget.limit(resource)
+    assert spent.tokens > 0
+
+
+def test_a_budget_for_less_than_a_step_says_the_least(tiny_model, tiny_data, tmp_path):
+    with pytest.raises(NoPlanFits, match=r"smallest plan needs .* of flops but 1 MFLOP is allowed"):
+        planned(tmp_path / "run", tiny_model, tiny_data, budget=Budget(flops=1e6))
+    assert list(tmp_path.iterdir()) == [], "nothing half-written"
+
+
+def test_a_memory_budget_that_holds_no_plan_says_the_least(tiny_model, tiny_data, tmp_path):
+    with pytest.raises(NoPlanFits, match=r"smallest plan needs .*MiB of peak_memory_bytes"):
+        planned(tmp_path / "run", tiny_model, tiny_data, budget=Budget(memory_bytes=1e6))
+
+
+def test_a_budget_lowered_below_what_is_spent_stops_before_training(
+    tiny_model, tiny_data, tmp_path
+):
+    folder = tmp_path / "run"
+    planned(folder, tiny_model, tiny_data)
+    plan = folder / "plan.yaml"
+    plan.write_text(plan.read_text().replace("flops: 6000000000.0", "flops: 1e6", 1))
+    with pytest.raises(BudgetExceeded, match="least that would do"):
+        finish(folder)
+    assert ledger(folder).decisions()[-1]["name"] == "budget"
+
+
+def test_a_gradient_that_is_not_finite_stops_and_the_last_checkpoint_stays(
+    tiny_model, tiny_data, tmp_path, monkeypatch
+):
+    from thrifty.training import BudgetedTrainer
+
+    folder = tmp_path / "run"
+    plan = planned(folder, tiny_model, tiny_data)
+    plain = BudgetedTrainer.training_step
+    bad = plan.training.save_steps + 2
+
+    def poisoned(self, model, inputs, *args, **kwargs):
+        loss = plain(self, model, inputs, *args, **kwargs)
+        if self.state.global_step + 1 == bad:
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("nan"))
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BudgetedTrainer, "training_step", poisoned)
+        with pytest.raises(RuntimeError, match=f"gradient at step {bad} is not finite"):
+            finish(folder)
+    newest, torn = checkpoints.newest_whole(folder / "checkpoints")
+    assert newest.step == plan.training.save_steps
+    assert not torn
+    assert all(torch.isfinite(w).all() for w in weights(newest.path).values())
+    finish(folder)  # without the poison the same command goes on
+    assert all(torch.isfinite(w).all() for w in weights(folder / "model").values())
+
+
+def test_a_reporter_that_raises_does_not_stop_training(tiny_model, tiny_data, tmp_path):
+    from transformers import TrainerCallback
+
+    from thrifty.training import Fenced
+
+    class Broken(TrainerCallback):
+        def on_log(self, *args, **kwargs):
+            raise ConnectionError("no network")
+
+    said: list[str] = []
+    fenced = Fenced(Broken(), said.append)
+    assert fenced.on_log(None, None, None) is None
+    assert fenced.on_log(None, None, None) is None
+    assert said == ["reporting degraded: Broken raised ConnectionError('no network')"]
+
+
+def test_preferences_are_read_but_not_trained_on(tiny_model, tmp_path):
+    rows = [
+        {"prompt": f"say {i}", "chosen": " five plus two", "rejected": " no"} for i in range(30)
+    ]
+    pool = tmp_path / "pairs.jsonl"
+    pool.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    folder = tmp_path / "run"
+    request = asked(tiny_model, {"pool": pool, "signal": pool, "dev": pool, "test": pool})
+    request = type(request)(
+        **{
+            **request.__dict__,
+            "task": "preference",
+            "targets": {},
+            "fixed": {**SMALL, "selection.scorer": "uniform"},
+        }
+    )
+    plan_run(request, folder, silent)
+    with pytest.raises(ValueError, match="training on preferences is not built yet"):
+        finish(folder)
+
+
+def test_a_plan_folder_in_use_is_refused(tiny_model, tiny_data, tmp_path):
+    planned(tmp_path / "run", tiny_model, tiny_data)
+    with pytest.raises(ValueError, match="is in use"):
+        planned(tmp_path / "run", tiny_model, tiny_data)
+
+
+def test_changed_selection_settings_are_noticed(tiny_model, tiny_data, tmp_path):
+    folder = tmp_path / "run"
+    planned(folder, tiny_model, tiny_data)
+    with stages.at_work(RunFolder(folder), silent) as work:
+        stages.select(work, work.main)
+    plan = folder / "plan.yaml"
+    plan.write_text(plan.read_text().replace("scorer: bm25", "scorer: uniform"))
+    with pytest.raises(ValueError, match="made under other settings"):
+        finish(folder)

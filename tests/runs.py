@@ -20,6 +20,8 @@ SMALL = {
     "training.dtype": "float32",
     "training.learning_rate": 3e-3,
     "selection.scorer": "bm25",
+    "training.eval_steps": 10,
+    "training.save_steps": 10,
 }
 
 

@@ -136,7 +136,8 @@ def test_without_a_target_dev_rows_come_from_the_pool_and_are_not_trained_on(
     tiny_model, tiny_data, tmp_path
 ):
     folder = tmp_path / "no-target"
-    planned(folder, tiny_model, tiny_data, targets={}, fixed={"selection.scorer": "perplexity"})
+    changes = {"targets": {}, "budget": Budget(flops=3e10)}
+    planned(folder, tiny_model, tiny_data, **changes, fixed={"selection.scorer": "perplexity"})
     finish(folder)
     run = RunFolder(folder)
     dev = {bytes(p) for p in stages.open_store(run.target("pool", "dev")).shard(0).fingerprints}

@@ -92,7 +92,7 @@ def test_another_request_replaces_the_model(tmp_path: Path) -> None:
 
 def test_a_folder_of_somebody_elses_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(ValueError, match="holds something else[^\n]*\nhint: "):
+    with pytest.raises(ValueError, match=r"holds something else[^\n]*\nhint: "):
         pretrain(TEXTS, tmp_path, **TINY)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
@@ -121,7 +121,7 @@ def test_settings_that_cannot_be(change: dict, message: str, tmp_path: Path) -> 
 
 
 def test_no_text_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no text[^\n]*\nhint: "):
+    with pytest.raises(ValueError, match=r"no text[^\n]*\nhint: "):
         pretrain(["", ""], tmp_path / "model", **TINY)
 
 

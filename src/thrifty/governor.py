@@ -32,6 +32,7 @@ class Governor:
         step_cost: Callable[[], Cost],
         evaluation_cost: Callable[[], Cost],
         checkpoint_cost: Callable[[], Cost],
+        reserved: Callable[[], Cost],
         eval_steps: int,
     ) -> None:
         self._rule = rule
@@ -41,6 +42,7 @@ class Governor:
         self._step_cost = step_cost
         self._evaluation_cost = evaluation_cost
         self._checkpoint_cost = checkpoint_cost
+        self._reserved = reserved
         self._eval_steps = eval_steps
         self._cut = False
         self.scheduler: Any = None
@@ -49,7 +51,7 @@ class Governor:
     # -- how the run ends (asked by BudgetCallback) ----------------------------------------------
 
     def tail(self, step: int) -> tuple[int, Cost]:
-        last = self._evaluation_cost() + self._checkpoint_cost()
+        last = self._evaluation_cost() + self._checkpoint_cost() + self._reserved()
         if self.is_cooling(step):
             return max(self._schedule.end - step, 0), last
         return self._schedule.cooldown_steps, last

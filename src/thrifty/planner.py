@@ -101,7 +101,7 @@ class Candidate:
     step: Cost
     max_steps: int
     num_evaluations: int
-    checkpoint_seconds: float
+    num_saves: int
     epochs: float
     keep_tokens: float
     by_stage: Mapping[str, Cost]
@@ -273,29 +273,28 @@ def _price(
     scoring = _scoring(request, scorer, dtype, sequence)
     if scoring.peak_memory_bytes * MEMORY_MARGIN > limit:
         return "peak_memory_bytes", scoring.peak_memory_bytes * MEMORY_MARGIN
-    micro, evaluation, save = costs.step, costs.evaluation, costs.checkpoint
+    micro = costs.step
     setup = Cost(seconds=SETUP_SECONDS)
     once = scoring + costs.test + setup * (2 if scorer.needs_model else 1)
-    once += (evaluation + save) * 2
-    left = _minus(budget, request.rates.of(once))
     pool_tokens = float(request.pool.num_tokens) if request.pool else math.inf
+    # Steps without watching first, for how much watching a share of them pays; then with it.
+    left = _minus(budget, request.rates.of(once + costs.watching(2, 1)))
     wanted, binding = _affordable(request, micro, left, pool_tokens)
     accumulation = _accumulation(request, wanted * micro_batch, micro_batch)
     step = request.rates.of(micro * accumulation)
-    watch = evaluation + save
-    num_evaluations = _num_evaluations(step, watch, wanted / accumulation)
-    left = _minus(budget, request.rates.of(once + watch * max(num_evaluations - 2, 0)))
+    evaluations, saves = _watch(request, costs, step, wanted / accumulation)
+    left = _minus(budget, request.rates.of(once + costs.watching(evaluations, saves)))
     possible, binding = _affordable(request, step, left, pool_tokens)
     steps = int(possible)
     if request.fixed.get("training.max_steps"):
         steps = min(steps, int(request.fixed["training.max_steps"]))
     if steps < 1:
-        needed = request.rates.of(once + step)
+        needed = request.rates.of(once + costs.watching(evaluations, saves) + step)
         return binding, needed.of(binding) or math.inf
     tokens = steps * step.tokens * PACKING_FILL
     epochs, keep, effective = _keep(scorer.worth, tokens, pool_tokens, request)
     quality, _ = QUALITY[(method, dtype)]
-    training = step * steps + watch * num_evaluations + setup
+    training = step * steps + costs.watching(evaluations, saves) + setup
     return Candidate(
         method=method,
         dtype=dtype,
@@ -309,8 +308,8 @@ def _price(
         peak_memory_bytes=peak,
         step=step,
         max_steps=steps,
-        num_evaluations=num_evaluations,
-        checkpoint_seconds=save.seconds,
+        num_evaluations=evaluations,
+        num_saves=saves,
         epochs=epochs,
         keep_tokens=keep,
         by_stage={
@@ -385,14 +384,25 @@ def _accumulation(request: Request, sequences: float, micro_batch: int) -> int:
     return max(1, batch // micro_batch)
 
 
-def _num_evaluations(step: Cost, watch: Cost, steps: float) -> int:
-    """Evaluations during training, the first and the last included: as many as 10% pays for."""
-    for resource in ("flops", "seconds"):
-        per_step, each = step.of(resource) or 0.0, watch.of(resource) or 0.0
-        if each > 0:
-            paid = EVALUATION_SHARE * per_step * steps / each
-            steps = min(steps, max(paid, 1.0) * 1.0) if paid < 16 else steps
-    return int(max(3, min(16, steps)))
+def _watch(request: Request, costs: Predictions, step: Cost, steps: float) -> tuple[int, int]:
+    """Evaluations, the first and the last included, and checkpoints: as many as their shares of
+    what training takes pay for, unless the user fixed how far apart they are."""
+    training = step * steps
+
+    def paid(share: float, each: Cost, least: int, most: int) -> int:
+        for resource in ("flops", "seconds"):
+            price = each.of(resource) or 0.0
+            if price > 0:
+                most = min(most, int(share * (training.of(resource) or 0.0) / price))
+        return max(least, most)
+
+    evaluations = paid(EVALUATION_SHARE, costs.evaluation, 3, min(16, int(steps) + 1))
+    if apart := request.fixed.get("training.eval_steps"):
+        evaluations = math.ceil(steps / apart) + 1
+    saves = paid(CHECKPOINT_SHARE, costs.checkpoint, 1, evaluations - 1)
+    if apart := request.fixed.get("training.save_steps"):
+        saves = math.ceil(steps / apart)
+    return evaluations, saves
 
 
 def _keep(
@@ -434,9 +444,7 @@ def training_of(chosen: Candidate, request: Request) -> Training:
     c = chosen
     cooldown = int(COOLDOWN_SHARE * c.max_steps)
     eval_steps = max(1, math.ceil(c.max_steps / max(c.num_evaluations - 1, 1)))
-    save_seconds = c.checkpoint_seconds
-    between = max(eval_steps * c.step.seconds, 1e-9)
-    saves_apart = max(1, math.ceil(save_seconds / (CHECKPOINT_SHARE * between)))
+    saves_apart = math.ceil((c.num_evaluations - 1) / c.num_saves)
     rate = LEARNING_RATE * 4096 / request.shape.hidden_size
     if c.method == "lora":
         rate *= 10
@@ -467,6 +475,10 @@ class Predictions:
     evaluation: Cost
     checkpoint: Cost
     test: Cost
+    """Of the base and of the trained model."""
+
+    def watching(self, evaluations: int, saves: int) -> Cost:
+        return self.evaluation * evaluations + self.checkpoint * saves
 
 
 def predictions(

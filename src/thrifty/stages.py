@@ -42,6 +42,10 @@ from thrifty.signals.models import (
 )
 
 
+_LOAD_SECONDS = 2.0
+"""Reserved for loading two models to test, besides their evaluation."""
+
+
 @dataclass(frozen=True)
 class Branch:
     """Where a job's spending goes and what it is trained on."""
@@ -123,6 +127,10 @@ class Work:
     @cached_property
     def dev(self) -> dict[str, Rows]:
         return self.rows("dev")
+
+    @property
+    def has_test(self) -> bool:
+        return bool(self._stores("test"))
 
     def weights(self, names: Mapping[str, Any]) -> dict[str, float]:
         targets = self.plan.targets
@@ -234,6 +242,7 @@ def train(work: Work, branch: Branch) -> None:
             predicted_step=costs.step,
             predicted_evaluation=costs.evaluation,
             predicted_checkpoint=costs.checkpoint,
+            reserved=costs.test + Cost(seconds=_LOAD_SECONDS) if work.has_test else Cost(),
             checkpoints=work.run.checkpoints(branch.account),
             model=folder,
             device=local_device(),
@@ -281,7 +290,7 @@ def test(work: Work, branch: Branch) -> None:
     stages = work.ledger.stages()
     if any(s["name"] == name and s["state"] == "done" for s in stages):
         return
-    part = "test" if work.rows("test") else "dev"
+    part = "test" if work.has_test else "dev"
     if branch is work.main and part == "dev":
         return  # training has measured those already
     rows = work.rows(part)
@@ -291,8 +300,9 @@ def test(work: Work, branch: Branch) -> None:
         name, part, predicted=predicted, account=branch.account, limit=branch.limit
     ) as stage:
         try:
-            with stage.spending("test", predicted) as lease:
+            with stage.spending("load", Cost()):
                 model = _trained(work, branch)
+            with stage.spending("test", predicted) as lease:
                 after = measure(model, work.shape, rows, weights, lease)
                 if branch is work.main:
                     before = measure(work.models.base(), work.shape, rows, weights, lease)

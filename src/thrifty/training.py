@@ -68,6 +68,8 @@ class TrainingJob:
     predicted_step: Cost
     predicted_evaluation: Cost
     predicted_checkpoint: Cost
+    reserved: Cost
+    """What must be left when training ends, for the test."""
     checkpoints: Path
     model: Path
     """Where the best evaluated model is left."""
@@ -96,7 +98,8 @@ def train(job: TrainingJob, stage: Stage) -> Measured:
         job.say(f"resuming from step {step}")
     if lost.flops:
         job.say(f"lost since that checkpoint, and charged: {lost}")
-    trainer = _build(job, stage, newest)
+    with stage.spending("load", Cost(), step=step):
+        trainer = _build(job, stage, newest)
     try:
         with _signals(trainer.pause):
             trainer.train(resume_from_checkpoint=str(newest.path) if newest else None)
@@ -226,6 +229,7 @@ class BudgetedTrainer(Trainer):
             step_cost=lambda: self.budget.step_cost(job.predicted_step),
             evaluation_cost=lambda: self._cost_of("evaluate", job.predicted_evaluation),
             checkpoint_cost=lambda: self._cost_of("checkpoint", job.predicted_checkpoint),
+            reserved=self._reserved,
             eval_steps=job.training.eval_steps,
         )
         self.budget = BudgetCallback(
@@ -269,6 +273,13 @@ class BudgetedTrainer(Trainer):
         seconds = self._seconds[activity] or predicted.seconds
         cost = replace(predicted, seconds=seconds * SECONDS_MARGIN)
         return self._stage.ledger.rates.of(cost)
+
+    def _reserved(self) -> Cost:
+        """What the test will take, at the speed that evaluations here turned out to have."""
+        predicted = self.job.predicted_evaluation.seconds
+        slower = self._seconds["evaluate"] / predicted if predicted else 1.0
+        seconds = self.job.reserved.seconds * max(slower, 1.0) * SECONDS_MARGIN
+        return self._stage.ledger.rates.of(replace(self.job.reserved, seconds=seconds))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         from torch.optim.lr_scheduler import LambdaLR

@@ -280,7 +280,7 @@ from thrifty.core.budget import Cost
 from thrifty.core.ledger import Ledger
 ledger = Ledger({str(path)!r})
 def die():
-    getattr(os, "kill", None)(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+    os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
 """
     done = subprocess.run([sys.executable, "-c", prelude + code], capture_output=True, text=True)
     assert done.returncode != 0

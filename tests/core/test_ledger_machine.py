@@ -192,4 +192,4 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedgerMachine = LedgerMachine.TestCase
-TestLedgerMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestLedgerMachine.settings = settings(max_examples=40, stateful_step_count=30)

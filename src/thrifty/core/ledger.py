@@ -80,7 +80,8 @@ class Ledger:
         self.close()
 
     def set_budget(self, budget: Budget) -> None:
-        """Hold the run to ``budget`` from now on; a change is written down as a decision."""
+        """Hold the run to ``budget`` from now on; a change is written down as a decision. Other
+        processes that have the ledger open hear of it when they open it again."""
         if budget == self.budget:
             return
         with self._journal.transaction():

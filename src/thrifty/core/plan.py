@@ -18,7 +18,7 @@ import yaml
 
 from thrifty.core import typed
 from thrifty.core.budget import Budget
-from thrifty.core.quantities import Dollars, Tokens
+from thrifty.core.quantities import Dollars, Tokens, show
 from thrifty.core.resolve import Spec, name_of, resolve
 
 PLAN_VERSION = 1
@@ -235,7 +235,7 @@ def from_dict(values: Mapping[str, Any]) -> Plan:
     """A checked plan. Raises ValueError that lists every mistake, one a line."""
     if values.get("version", PLAN_VERSION) != PLAN_VERSION:
         raise ValueError(
-            f"the plan has version {values.get('version')!r}, this thrifty reads {PLAN_VERSION}\n"
+            f"the plan has version {show(values['version'])}, this thrifty reads {PLAN_VERSION}\n"
             "hint: use the thrifty version that made it, or plan again"
         )
     problems: list[str] = []
@@ -326,12 +326,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
-    text = repr(value)  # 3e17 is text to YAML 1.1, 3.0e+17 a number
-    if "e" in text:
-        mantissa, _, exponent = text.partition("e")
-        mantissa = mantissa if "." in mantissa else mantissa + ".0"
-        sign = "" if exponent.startswith(("+", "-")) else "+"
-        text = f"{mantissa}e{sign}{exponent}"
+    text = repr(value)
+    if "." not in text:  # 3e+17 is text to YAML 1.1, 3.0e+17 a number
+        text = text.replace("e", ".0e")
     return dumper.represent_scalar("tag:yaml.org,2002:float", text)
 
 

@@ -16,6 +16,7 @@ import reprlib
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Annotated
 
 _DECIMAL = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18, "Z": 1e21}
@@ -40,7 +41,7 @@ class _Notation:
     """Whether several terms add up, as in ``1h30m``."""
 
     def parse(self, value: str | int | float) -> float:
-        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        if isinstance(value, bool) or not isinstance(value, (str, Real)):
             raise self._error(f"{self.what} must be a number with a unit, not {show(value)}")
         if isinstance(value, str):
             total = math.fsum(self._terms(value))

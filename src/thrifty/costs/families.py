@@ -215,9 +215,7 @@ def _qwen3(config: _Config) -> ModelShape:
 def _gemma(config: _Config, *, period: int, softcap: float | None, **switches: Any) -> ModelShape:
     """Every ``period``-th layer attends to all, the others to a window."""
     window = config.window(4096)
-    sliding = [
-        (index + 1) % period != 0 for index in range(config.count("num_hidden_layers", 26))
-    ]
+    sliding = [(index + 1) % period != 0 for index in range(config.count("num_hidden_layers", 26))]
     return _gated(
         config,
         hidden=2304,
@@ -272,9 +270,7 @@ def _phi3(config: _Config) -> ModelShape:
     )
 
 
-def _layer_normed(
-    config: _Config, hidden: int, heads: int, mlp: int, **fields: Any
-) -> ModelShape:
+def _layer_normed(config: _Config, hidden: int, heads: int, mlp: int, **fields: Any) -> ModelShape:
     """A decoder with LayerNorm, a plain mlp and as many key-value heads as heads."""
     if hidden % heads:
         config.fail(f"hidden size {hidden} is not a multiple of {heads} attention heads")

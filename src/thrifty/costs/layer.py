@@ -298,9 +298,7 @@ def _fused_attention(p: Program, q: Tensor, k: Tensor, v: Tensor, out: Size) -> 
     return result
 
 
-def _plain_attention(
-    p: Program, q: Tensor, k: Tensor, v: Tensor, out: Size, eager: bool
-) -> Tensor:
+def _plain_attention(p: Program, q: Tensor, k: Tensor, v: Tensor, out: Size, eager: bool) -> Tensor:
     """Attention maps in memory: eager, or sdpa's reference kernel, which a CPU takes for dropout.
 
     The products run on contiguous copies of q, k and v with all heads.

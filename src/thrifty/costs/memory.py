@@ -46,9 +46,6 @@ cuda: context and cuBLAS workspace of one process, as nvidia-smi shows beyond to
 BATCH_BYTES = 24
 """Of a token of the batch: input_ids, labels and position_ids, 8 each."""
 
-WORKSPACE = {"square": 2.0, "rotate": 1.5, "weigh": 1.0, "gelu_new": 1.0}
-"""Buffers that a backward made of several kernels needs beside the gradients, in outputs."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySetting:
@@ -122,100 +119,100 @@ class MemoryAccount:
         return self.phases[self.peak_phase]
 
 
-class Point(NamedTuple):
-    """An instant of a pass: what autograd keeps, what lives beside it, and of how many weights
-    the backward has left a gradient."""
-
-    kept: Size
-    beside: Size
-    weight_elements: int = 0
-
-    def at(self, tokens: int, keys: int, itemsize: float) -> float:
-        held = self.kept.at(tokens, keys) + self.beside.at(tokens, keys)
-        return held + self.weight_elements * itemsize
-
-
-class Piece(NamedTuple):
-    """A run of operations, as the account needs it."""
-
-    saved: Size
-    """Kept from its forward to its backward."""
-    forward: tuple[Point, ...]
-    recompute: tuple[Point, ...]
-    """Its second forward, when it is recomputed."""
-    backward: tuple[Point, ...]
-    weight_elements: int
-    """Elements that get a gradient."""
-
-
 def account(shape: ModelShape, setting: MemorySetting) -> MemoryAccount:
     """Bytes of one training step in steady state: optimizer states exist from its start."""
-    tokens, keys = setting.tokens, setting.sequence
-    setup = _setup(shape, setting)
-    states = _states(shape, setting)
-    trained, itemsize = states.pop("trained"), states.pop("itemsize")
-    gradients = trained * itemsize
-    accumulating = setting.gradient_accumulation_steps > 1
-    table = shape.head_parameters * itemsize if setup.trains_all else 0.0
-    batch = float(BATCH_BYTES * tokens)
+    step = _Step(shape, setting)
+    return MemoryAccount(
+        phases={"loss": step.loss(), "backward": step.backward(), "optimizer": step.optimizer()}
+    )
 
-    def phase(gradients: float, activations: float, logits: float, temporaries: float):  # noqa: ANN202
-        return states | {
-            "gradients": gradients,
-            "activations": activations,
-            "logits": logits,
-            "temporaries": temporaries + batch,
+
+class _Step:
+    """The amounts that the phases of a training step share."""
+
+    def __init__(self, shape: ModelShape, setting: MemorySetting) -> None:
+        self.shape, self.setting = shape, setting
+        self.setup = _setup(shape, setting)
+        self.tokens, self.keys = setting.tokens, setting.sequence
+        self.states = _states(shape, setting)
+        self.itemsize = _trained_itemsize(setting)
+        self.gradients = _trained(shape, setting) * self.itemsize
+        # While gradients accumulate all exist, and a new one lives only until it is added to its.
+        self.accumulating = setting.gradient_accumulation_steps > 1
+        self.fresh = 0.0 if self.accumulating else self.itemsize
+        self.first, *self.body, self.last = pieces(shape, self.setup)
+        self.input_bytes = float(shape.hidden_size * self.setup.itemsize * self.tokens)
+        self.before = self.bytes(self.first.saved) + self.bytes(_shared(shape, self.setup))
+
+    def bytes(self, size: Size) -> float:
+        return size.at(self.tokens, self.keys)
+
+    def stored(self, piece: Piece) -> float:
+        """What a layer leaves after its forward: all it saves, or its input to recompute from."""
+        return self.input_bytes if self.setting.recompute else self.bytes(piece.saved)
+
+    def highest(self, points: Iterable[Point]) -> Point:
+        return highest(points, self.tokens, self.keys, self.fresh)
+
+    def phase(
+        self, weight_elements: float, activations: float, point: Point, *, of_head: bool = False
+    ) -> dict[str, float]:
+        """The terms at an instant after the backward has left ``weight_elements`` gradients."""
+        weight_elements += point.weight_elements
+        kept, beside = self.bytes(point.kept), self.bytes(point.beside)
+        return self.states | {
+            "gradients": self.gradients if self.accumulating else weight_elements * self.itemsize,
+            "activations": activations + (0.0 if of_head else kept),
+            "logits": kept + beside if of_head else 0.0,
+            "temporaries": BATCH_BYTES * self.tokens + (0.0 if of_head else beside),
         }
 
-    first, *body, last = _pieces(shape, setup)
-    start = total((first.saved, _shared(shape, setup))).at(tokens, keys)
-    kept = [_stored(shape, setup, piece).at(tokens, keys) for piece in body]
+    def loss(self) -> dict[str, float]:
+        """The end of the forward and the start of the backward, or the last layer's forward."""
+        layers = self.before + sum(self.stored(piece) for piece in self.body)
+        point = self.highest((*self.last.forward, *self.last.backward))
+        head = self.phase(0.0, layers, point, of_head=True)
+        if self.setting.recompute:
+            return head
+        top = self.body[-1]
+        point = self.highest(top.forward)
+        return _larger(head, self.phase(0.0, layers - self.stored(top), point))
 
-    activations = start + sum(kept)
-    # While gradients accumulate, a weight's new one lives beside the old only until it is added.
-    fresh = 0.0 if accumulating else itemsize
-    point = _highest((*last.forward, *last.backward), tokens, keys, fresh)
-    so_far = gradients if accumulating else 0.0
-    phases = {
-        "loss": phase(
-            so_far + point.weight_elements * fresh, activations, point.at(tokens, keys, 0.0), 0.0
-        )
-    }
+    def backward(self) -> dict[str, float]:
+        """From the last layer down, each leaving its weights' gradients; then the embedding."""
+        distinct = {id(piece): piece for piece in self.body}
+        again = self.setting.recompute
+        points = {
+            key: self.highest((*piece.recompute, *piece.backward) if again else piece.backward)
+            for key, piece in distinct.items()
+        }
+        best: dict[str, float] = {}
+        activations = self.before + sum(self.stored(piece) for piece in self.body)
+        done = self.last.weight_elements
+        for piece in reversed(self.body):
+            activations -= self.stored(piece)
+            stored = self.input_bytes if again else 0.0
+            best = _larger(best, self.phase(done, activations + stored, points[id(piece)]))
+            done += piece.weight_elements
+        if not self.setup.trains_all:
+            return best
+        # The embedding's gradient is dense. Tied to the head it is added to the head's, whose sum
+        # is a third buffer; while gradients accumulate there is the old one too.
+        copies = (2.0 if self.shape.tie_word_embeddings else 0.0) + self.accumulating
+        end = self.phase(0.0, 0.0, Point())
+        end["gradients"] = self.gradients
+        end["temporaries"] += copies * self.shape.head_parameters * self.itemsize + self.input_bytes
+        return _larger(best, end)
 
-    # From the last layer down. What a layer's backward leaves are its weights' gradients.
-    best: dict[str, float] = {}
-    distinct = {id(piece): piece for piece in body}
-    highest = {
-        key: _highest(
-            (*piece.recompute, *piece.backward) if setup.recompute else piece.backward,
-            tokens,
-            keys,
-            fresh,
-        )
-        for key, piece in distinct.items()
-    }
-    so_far += last.weight_elements * fresh
-    for index in reversed(range(len(body))):
-        piece = body[index]
-        activations -= kept[index]
-        stored = kept[index] if setup.recompute else 0.0
-        point = highest[id(piece)]
-        candidate = phase(
-            so_far + point.weight_elements * fresh,
-            activations + stored + point.kept.at(tokens, keys),
-            0.0,
-            point.beside.at(tokens, keys),
-        )
-        so_far += piece.weight_elements * fresh
-        best = max(best, candidate, key=lambda terms: sum(terms.values()))
-    # The embedding's gradient is dense. Tied to the head it is added to the head's, out of place.
-    copies = (2.0 if shape.tie_word_embeddings else 0.0) + accumulating
-    hidden = shape.hidden_size * setup.itemsize * tokens if table else 0.0
-    candidate = phase(gradients, 0.0, 0.0, copies * table + hidden)
-    phases["backward"] = max(best, candidate, key=lambda terms: sum(terms.values()))
+    def optimizer(self) -> dict[str, float]:
+        end = self.phase(0.0, 0.0, Point())
+        end["gradients"] = self.gradients
+        end["temporaries"] += _optimizer_temporaries(self.shape, self.setting, self.gradients)
+        return end
 
-    phases["optimizer"] = phase(gradients, 0.0, 0.0, _optimizer_temporaries(shape, setting, gradients))
-    return MemoryAccount(phases=phases)
+
+def _larger(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    return max(one, other, key=lambda terms: sum(terms.values()))
 
 
 def forward_account(
@@ -234,19 +231,18 @@ def forward_account(
         micro_batch=batch, sequence=sequence, dtype=dtype, masked=masked, device_kind=device_kind
     )
     setup = _setup(shape, setting, backward=False)
-    tokens, keys = setting.tokens, sequence
-    _, *body, last = _pieces(shape, setup)
-    pieces = {"layers": _highest(body[0].forward, tokens, keys)}
-    if loss:
-        pieces["loss"] = _highest(last.forward, tokens, keys)
+    _, *body, last = pieces(shape, setup)
     weights = float(shape.num_parameters * setup.itemsize)
-    masks = _shared(shape, setup, masks=True).at(tokens, keys)
+    held = BATCH_BYTES * setting.tokens
+    points = {"layers": body[-1].forward} | ({"loss": last.forward} if loss else {})
     phases = {}
-    for name, point in pieces.items():
-        phases[name] = dict.fromkeys(TERMS, 0.0) | {
+    for phase, instants in points.items():
+        most = highest(instants, setting.tokens, sequence).at(setting.tokens, sequence)
+        masks = _shared(shape, setup, held=phase == "layers").at(setting.tokens, sequence)
+        phases[phase] = dict.fromkeys(TERMS, 0.0) | {
             "weights": weights,
-            "activations" if name == "layers" else "logits": point.beside.at(tokens, keys),
-            "temporaries": BATCH_BYTES * tokens + (masks if name == "layers" else 0.0),
+            "activations" if phase == "layers" else "logits": most,
+            "temporaries": held + masks,
         }
     return MemoryAccount(phases=phases)
 
@@ -264,18 +260,15 @@ def checkpoint_bytes(shape: ModelShape, setting: MemorySetting) -> float:
 
     Full fine-tuning saves the model, an adapter only itself.
     """
-    states = _states(shape, setting)
-    return states["trained"] * states["itemsize"] + states["optimizer_states"]
+    weights = _trained(shape, setting) * _trained_itemsize(setting)
+    return weights * (1.0 + OPTIMIZER_STATES[setting.optimizer])
 
 
 def saved_bytes(shape: ModelShape, setting: MemorySetting) -> float:
-    """What autograd keeps at the end of the forward: activations and the loss's log-probabilities."""
-    tokens, keys = setting.tokens, setting.sequence
-    setup = _setup(shape, setting)
-    first, *body, last = _pieces(shape, setup)
-    sizes = [_stored(shape, setup, piece) for piece in body]
-    sizes += [first.saved, last.saved, _shared(shape, setup, masks=False)]
-    return total(sizes).at(tokens, keys)
+    """What autograd keeps at the end of the forward, the loss's log-probabilities included."""
+    step = _Step(shape, setting)
+    kept = sum(step.stored(piece) for piece in step.body)
+    return step.before + kept + step.bytes(step.last.saved)
 
 
 def _setup(shape: ModelShape, setting: MemorySetting, *, backward: bool = True) -> Setup:
@@ -292,21 +285,28 @@ def _setup(shape: ModelShape, setting: MemorySetting, *, backward: bool = True) 
     )
 
 
+def _trained(shape: ModelShape, setting: MemorySetting) -> int:
+    """Elements that get a gradient."""
+    return (
+        shape.num_parameters if setting.adapter is None else setting.adapter.num_parameters(shape)
+    )
+
+
+def _trained_itemsize(setting: MemorySetting) -> int:
+    return ITEMSIZE[setting.dtype if setting.adapter is None else setting.adapter_dtype]
+
+
 def _states(shape: ModelShape, setting: MemorySetting) -> dict[str, float]:
-    """The terms that hold whatever the batch; and how many elements are trained, of what size."""
-    terms: dict[str, float] = dict.fromkeys(TERMS, 0.0)
-    terms["weights"] = float(shape.num_parameters * ITEMSIZE[setting.dtype])
-    trained, itemsize = float(shape.num_parameters), ITEMSIZE[setting.dtype]
-    if setting.adapter is not None:
-        trained, itemsize = setting.adapter.num_parameters(shape), ITEMSIZE[setting.adapter_dtype]
-        terms["adapter"] = float(trained * itemsize)
-    terms["optimizer_states"] = trained * itemsize * OPTIMIZER_STATES[setting.optimizer]
-    return terms | {"trained": float(trained), "itemsize": float(itemsize)}
+    """The terms that hold whatever the batch."""
+    trained = float(_trained(shape, setting) * _trained_itemsize(setting))
+    return dict.fromkeys(TERMS, 0.0) | {
+        "weights": float(shape.num_parameters * ITEMSIZE[setting.dtype]),
+        "adapter": 0.0 if setting.adapter is None else trained,
+        "optimizer_states": trained * OPTIMIZER_STATES[setting.optimizer],
+    }
 
 
-def _optimizer_temporaries(
-    shape: ModelShape, setting: MemorySetting, gradients: float
-) -> float:
+def _optimizer_temporaries(shape: ModelShape, setting: MemorySetting, gradients: float) -> float:
     """Unfused AdamW: on CUDA (foreach) a copy of everything, on a CPU two of the largest tensor."""
     if setting.fused:
         return 0.0
@@ -315,120 +315,19 @@ def _optimizer_temporaries(
     if setting.adapter is not None:
         widest = max(max(each.in_features, each.out_features) for each in shape.linears)
         return 2.0 * setting.adapter.rank * widest * ITEMSIZE[setting.adapter_dtype]
-    largest = max(shape.head_parameters, *(each.in_features * each.out_features for each in shape.linears))
+    largest = max(
+        shape.head_parameters, *(each.in_features * each.out_features for each in shape.linears)
+    )
     return 2.0 * largest * ITEMSIZE[setting.dtype]
 
 
-def _shared(shape: ModelShape, setup: Setup, *, masks: bool | None = None) -> Size:
+def _shared(shape: ModelShape, setup: Setup, *, held: bool = False) -> Size:
     """What all layers share: rotary cos and sin, and the masks where something holds them."""
     kinds = 2 if 0 < shape.num_sliding_layers < shape.num_layers else 1
     tables = kinds if shape.model_type == "gemma3_text" else 1
     token = tables * 2.0 * shape.rotary_dim * setup.itemsize if setup.backward else 0.0
-    # During the forward the model holds its masks, under recomputation until the backward is done.
-    holds = setup.recompute if masks is None else masks
+    # The model holds its masks during the forward; a recomputation needs them to its end.
     eager = shape.attention == "eager"
     builds = (setup.masked and shape.model_type != "opt") or setup.window_masked or eager
-    return Size(token, kinds * (setup.itemsize if eager else 1.0) if builds and holds else 0.0)
-
-
-def _stored(shape: ModelShape, setup: Setup, piece: Piece) -> Size:
-    """What a layer leaves after its forward: all it saves, or its input when it is recomputed."""
-    return Size(float(shape.hidden_size * setup.itemsize)) if setup.recompute else piece.saved
-
-
-def _highest(points: Iterable[Point], tokens: int, keys: int, itemsize: float = 0.0) -> Point:
-    """The instant that holds most; ``itemsize``: of the weight gradients that it adds."""
-    return max(points, key=lambda point: point.at(tokens, keys, itemsize))
-
-
-@lru_cache(maxsize=2048)
-def _pieces(shape: ModelShape, setup: Setup) -> tuple[Piece, ...]:
-    """The embedding, every layer, the head. Equal layers are the same object."""
-    known: dict[int, Piece] = {}
-    programs = (embedding(shape, setup), *layers(shape, setup), head(shape, setup))
-    for operations in programs:
-        if id(operations) not in known:
-            known[id(operations)] = _piece(operations)
-    return tuple(known[id(operations)] for operations in programs)
-
-
-def _piece(operations: tuple[Operation, ...]) -> Piece:
-    backward, waiting = _backward_points(operations)
-    return Piece(
-        saved=total(tensor.size for tensor in saved(operations).values()),
-        forward=_forward_points(operations),
-        recompute=_forward_points(operations, waiting),
-        backward=backward,
-        weight_elements=sum(each.weight_elements for each in operations if each.trained),
-    )
-
-
-def _forward_points(
-    operations: Sequence[Operation], waiting: Size | None = None
-) -> tuple[Point, ...]:
-    """Each operation with its inputs and output alive; a tensor dies after its last reader.
-
-    ``waiting``: gradients that wait meanwhile, in a recomputation, whose input is stored already.
-    """
-    last = {t.name: i for i, each in enumerate(operations) for t in (*each.reads, each.writes)}
-    keeping = saved(operations)
-    kept: dict[str, Size] = {}
-    live: dict[str, Size] = {}
-    points = []
-    executed = operations if waiting is None else recomputed(operations)
-    for index, each in enumerate(executed):
-        for tensor in (*each.reads, each.writes, *each.saves):
-            (kept if tensor.name in keeping else live)[tensor.name] = tensor.size
-        if waiting is not None:
-            live["waiting"] = waiting
-            live.pop("input", None)
-            kept.pop("input", None)
-        points.append(Point(total(kept.values()), total(live.values())))
-        live = {name: size for name, size in live.items() if last.get(name, -1) > index}
-    return tuple(points)
-
-
-def _backward_points(operations: Sequence[Operation]) -> tuple[tuple[Point, ...], Size]:
-    """The operations in reverse, each with the gradients it reads and writes alive. What it saved
-    goes once the last operation that shares it is done.
-
-    Also the gradients alive when it first needs something saved, which starts a recomputation.
-    """
-    holders: dict[str, int] = {}
-    for each in operations:
-        for tensor in each.saves:
-            holders[tensor.name] = holders.get(tensor.name, 0) + 1
-    kept = {name: tensor.size for name, tensor in saved(operations).items()}
-    out = operations[-1].writes
-    gradients = {out.name: out.size}
-    points, done, waiting = [Point(Size(), Size())], 0, None
-    for each in reversed(operations):
-        if not each.writes.grad or each.writes.name not in gradients:
-            continue
-        if each.packs and waiting is None:
-            waiting = total(gradients.values())
-        written = _gradients_written(each)
-        work = each.writes.size.times(WORKSPACE.get(each.kind, 0.0))
-        beside = total((*gradients.values(), *written.values(), work))
-        done += each.weight_elements if each.trained else 0
-        points.append(Point(total(kept.values()), beside, done))
-        del gradients[each.writes.name]
-        for name, size in written.items():
-            gradients[name] = max(size, gradients.get(name, Size()))
-        for tensor in each.saves:
-            holders[tensor.name] -= 1
-            if not holders[tensor.name]:
-                del kept[tensor.name]
-    return tuple(points), waiting or Size()
-
-
-def _gradients_written(operation: Operation) -> dict[str, Size]:
-    """The gradient buffers that an operation's backward fills. A sum hands its own on instead: the
-    first of equal size takes it over."""
-    needing = {tensor.name: tensor.size for tensor in operation.reads if tensor.grad}
-    if operation.kind != "add":
-        return needing
-    handed = [name for name, size in needing.items() if size == operation.writes.size]
-    return {
-        name: Size() if name in handed[1:] else size for name, size in needing.items()
-    }
+    masks = kinds * (setup.itemsize if eager else 1.0)
+    return Size(token, masks if builds and (held or setup.recompute) else 0.0)

@@ -54,15 +54,16 @@ _SETTINGS = {
     "legend.fancybox": False,
     "legend.fontsize": 11,
 }
+_BARS: dict[str, Any] = {"marker": "o", "markersize": 3.5, "capsize": 2.5}
 _SCALES = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1.0, ""))
 
 
 def loss_figure(summary: Mapping[str, Any]) -> str:
     """Dev loss against FLOPs with error bars, the forecast band and the start of the cool-down."""
-    history = [e for e in summary["evaluations"] if e["loss"] is not None]
+    history = _known(summary["evaluations"])
     if not history:
         return ""
-    control = (summary["control"] or {}).get("evaluations") or []
+    control = _known((summary["control"] or {}).get("evaluations") or [])
     forecasts = _forecasts(summary["decisions"])
     unit = visible(summary["objective"]["unit"], 20)
     scale, prefix = _scale(max(e["flops"] for e in [*history, *control]))
@@ -71,12 +72,13 @@ def loss_figure(summary: Mapping[str, Any]) -> str:
         axes = figure.add_subplot()
         if forecasts:
             x = [f["flops"] / scale for f in forecasts]
-            low = [f["loss"] - BAND * f["loss_stderr"] for f in forecasts]
-            high = [f["loss"] + BAND * f["loss_stderr"] for f in forecasts]
-            axes.fill_between(
-                x, low, high, color=_SERIES[1], alpha=0.22, linewidth=0, label="forecast, 95%"
+            y = [f["loss"] for f in forecasts]
+            margin = [BAND * f["loss_stderr"] for f in forecasts]
+            low, high = ([b + s * m for b, m in zip(y, margin, strict=True)] for s in (-1, 1))
+            axes.fill_between(x, low, high, color=_SERIES[1], alpha=0.22, linewidth=0)
+            axes.errorbar(
+                x, y, yerr=margin, color=_SERIES[1], elinewidth=1, label="forecast, 95%", **_BARS
             )
-            axes.plot(x, [f["loss"] for f in forecasts], color=_SERIES[1], linewidth=1.2)
         if control:
             axes.plot(
                 [e["flops"] / scale for e in control],
@@ -92,15 +94,11 @@ def loss_figure(summary: Mapping[str, Any]) -> str:
             # The first error is of the loss itself, the others of the change: not one kind of bar.
             yerr=[0.0, *((e["stderr"] or 0.0) for e in history[1:])],
             color=_SERIES[0],
-            ecolor=_SERIES[0],
-            marker="o",
-            markersize=4,
             linewidth=1.6,
-            elinewidth=1.2,
-            capsize=2.5,
             label="this run, measured",
+            **_BARS,
         )
-        losses = [e["loss"] for e in [*history, *control] if e["loss"] is not None]
+        losses = [e["loss"] for e in [*history, *control]]
         room = 0.12 * (max(losses) - min(losses)) or 0.05
         axes.set_ylim(min(losses) - room, max(losses) + 1.6 * room)
         if summary["cooldown"]:
@@ -214,7 +212,8 @@ def predicted_figure(summary: Mapping[str, Any]) -> str:
             most = max(*measured, *predicted)
             axes.barh(rows, measured, color=_SERIES[0], height=0.46, linewidth=0)
             for row, value in zip(rows, predicted, strict=True):
-                axes.plot([value, value], [row - 0.36, row + 0.36], color=_INK, linewidth=1.6)
+                if value:
+                    axes.plot([value, value], [row - 0.36, row + 0.36], color=_INK, linewidth=1.6)
             axes.set_xlim(0, 1.05 * most)
             axes.set_xticks([0, most], ["0", amount(most, resource)])
             axes.get_xticklabels()[-1].set_ha("right")
@@ -268,17 +267,24 @@ def _finite(value: Any) -> bool:
     return number and abs(value) < 1e300
 
 
-def _forecasts(decisions: Sequence[Mapping[str, Any]]) -> list[Mapping[str, float]]:
+def _known(evaluations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [e for e in evaluations if e["loss"] is not None and e["flops"] is not None]
+
+
+def forecast_of(decision: Mapping[str, Any]) -> dict[str, float] | None:
+    """The forecast that ``decision`` rested on, where it made a whole one."""
+    detail = decision["detail"]
+    found = detail.get("forecast") if isinstance(detail, Mapping) else None
+    keys = ("flops", "loss", "loss_stderr", "gain", "gain_stderr")
+    if not isinstance(found, Mapping) or not all(_finite(found.get(key)) for key in keys):
+        return None
+    return {key: found[key] for key in keys}
+
+
+def _forecasts(decisions: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     """What the run's own decisions rested on, in order of FLOPs."""
-    found = [
-        d["detail"]["forecast"]
-        for d in decisions
-        if d["account"] == "budget" and not d["undone"] and isinstance(d["detail"], Mapping)
-        if isinstance(d["detail"].get("forecast"), Mapping)
-    ]
-    keys = ("flops", "loss", "loss_stderr")
-    whole = [f for f in found if all(_finite(f.get(key)) for key in keys)]
-    return sorted(whole, key=lambda f: f["flops"])
+    own = [d for d in decisions if d["account"] == "budget" and not d["undone"]]
+    return sorted(filter(None, map(forecast_of, own)), key=lambda f: f["flops"])
 
 
 def _scale(most: float) -> tuple[float, str]:

@@ -110,7 +110,7 @@ def _inert(value: Any) -> Any:
 def _number(value: Any) -> str:
     """Three significant digits, or a dash."""
     known = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return f"{value:.3g}" if known else words.UNKNOWN
+    return words.short(value) if known else words.UNKNOWN
 
 
 def _score(value: Any) -> str:
@@ -136,18 +136,20 @@ def _resources(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _decisions(decisions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Those that weighed options against each other, those taken while a stage ran, and the plan's
-    values with their rules."""
+    """Those of the planner and others that weighed options against each other, those taken while a
+    stage ran, and the plan's values with their rules."""
     weighed, taken, rules = [], [], []
     own = [d for d in decisions if d["account"] == "budget"]
     for decision in own:
         choice = decision["choice"]
-        if choice and len(choice["options"]) > 1:
+        if choice and (decision["stage"] is None or len(choice["options"]) > 1):
             weighed.append({**decision, "why": words.weighed(choice), "options": _options(choice)})
         elif decision["chosen"] is None and choice is None:
             rules.append(decision)
         else:
-            taken.append({**decision, "options": _options(choice) if choice else []})
+            forecast = figures.forecast_of(decision)
+            options = _options(choice) if choice else []
+            taken.append({**decision, "options": options, "forecast": forecast})
     half = _SHOWN_DECISIONS // 2
     left_out = max(len(taken) - 2 * half, 0)
     return {

@@ -82,7 +82,12 @@ def rate(value: Any, resource: str) -> str:
     """A gain per unit of ``resource``, in units that people use: per PFLOP, per M tokens."""
     if not isinstance(value, (int, float)):
         return UNKNOWN
-    return f"{value * PER.get(resource, (1.0, ''))[0]:.3g}"
+    return short(value * PER.get(resource, (1.0, ""))[0])
+
+
+def short(value: float) -> str:
+    """Three significant digits: ``0.00123``, ``12,300``."""
+    return f"{float(f'{value:.3g}'):,.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
 def _capital(text: str) -> str:
@@ -305,11 +310,10 @@ def _loss_line(loss: Mapping[str, Any], unit: str) -> str:
 
 
 def _why(summary: Mapping[str, Any]) -> str:
-    """The first weighed decision's numbers, else the plan's own reason for its scorer."""
+    """The planner's own choice in numbers, else the plan's reason for its scorer."""
     for decision in summary["decisions"]:
-        choice = decision["choice"]
-        if choice and len(choice.get("options", ())) > 1:
-            return weighed(choice)
+        if decision["choice"] and decision["stage"] is None:
+            return weighed(decision["choice"])
     return visible(summary["why"].get("selection.scorer", ""), 240)
 
 

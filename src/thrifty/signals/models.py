@@ -137,13 +137,15 @@ def load_model(folder: Path, dtype: str, device: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     check_index(folder)
+    # The one family that transformers gives no SDPA: its scores are capped before the softmax.
+    attention = "eager" if read_shape(folder).model_type == "gemma2" else "sdpa"
     if not list(folder.glob("*.safetensors")):
         weights_sha256(folder)  # says what is missing
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
-            attn_implementation="sdpa",
+            attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,

@@ -1,0 +1,253 @@
+"""The command: what it prints, where, its exit codes, and what it leaves after a mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import write_jsonl
+from tests.runs import ledger, planned
+from thrifty.cli import main
+from thrifty.core.budget import Budget
+
+
+@pytest.fixture
+def arguments(tiny_model, tiny_data):
+    """A good `plan` command without its output folder."""
+    return [
+        "plan",
+        "--model",
+        str(tiny_model),
+        "--pool",
+        str(tiny_data["pool"]),
+        "--target",
+        f"sums={tiny_data['signal']}",
+        "--dev",
+        f"sums={tiny_data['dev']}",
+        "--flops",
+        "6e9",
+        "--set",
+        "training.max_length=64",
+        "--scorer",
+        "bm25",
+    ]
+
+
+def replaced(arguments: list[str], option: str, value: str | None) -> list[str]:
+    """The command with one option's value changed, or the option left out."""
+    place = arguments.index(option)
+    return [*arguments[:place], *([option, value] if value else []), *arguments[place + 2 :]]
+
+
+def test_plan_run_report(arguments, tmp_path, capsys):
+    run = str(tmp_path / "run")
+    assert main([*arguments, "--json", "-o", run]) == 0
+    out, err = capsys.readouterr()
+    plan = json.loads(out)
+    assert set(plan) >= {"model", "chosen", "predicted", "binding", "num_combinations"}
+    assert set(plan["predicted"]) >= {
+        "peak_memory_bytes",
+        "peak_memory_bytes_by_term",
+        "flops",
+        "seconds",
+        "dollars",
+    }
+    total = sum(plan["predicted"]["peak_memory_bytes_by_term"].values())
+    assert total == pytest.approx(plan["predicted"]["peak_memory_bytes"])
+    assert plan["model"]["num_parameters"] == 26_784 or plan["model"]["num_parameters"] > 0
+    assert "900 rows" in err
+    assert main(["run", run]) == 0
+    out, err = capsys.readouterr()
+    assert "dev loss" in out
+    assert "report:" in err
+    assert main(["report", run, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["spent"]["flops"] <= report["budget"]["flops"]
+    assert report["dev_loss"]["after"] < report["dev_loss"]["before"]
+    assert main(["report", run]) == 0
+    assert Path(capsys.readouterr().out.strip()).is_file()
+
+
+def test_plan_prints_candidates_and_reasons(arguments, tmp_path, capsys):
+    assert main([*arguments, "-o", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "combinations fit" in out
+    assert "peak memory, predicted" in out
+    assert "training.cooldown_steps" in out
+
+
+def test_methods_lists_every_kind(capsys):
+    assert main(["methods", "--json"]) == 0
+    methods = json.loads(capsys.readouterr().out)
+    kinds = {m["kind"] for m in methods}
+    assert kinds == {"scorer", "filter", "picker", "stopping"}
+    assert all(set(m) == {"name", "kind", "summary", "cost_class", "source"} for m in methods)
+    assert main(["methods"]) == 0
+    assert "bm25" in capsys.readouterr().out
+
+
+def test_a_known_device(capsys):
+    assert main(["device", "h100", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["memory_bytes"] > 70 * 2**30
+    assert facts["dollars_per_hour"] > 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "code", "says"),
+    [
+        ("--flops", "3e17x", 4, "unknown unit 'x'"),
+        ("--flops", "0", 4, "more than zero"),
+        ("--flops", "-3000", 4, "more than zero"),
+        ("--flops", "1e6", 3, "the smallest plan needs"),
+        ("--model", "./nowhere", 4, "there is no model folder ./nowhere"),
+        ("--model", "no-such/model", 4, "not in the local cache"),
+        ("--pool", "missing.jsonl", 4, "missing.jsonl"),
+        ("--target", "sums=missing.jsonl", 4, "missing.jsonl"),
+        ("--scorer", "bm26", 4, "did you mean bm25?"),
+        ("--set", "training.max_lenght=64", 4, "did you mean max_length?"),
+        ("--set", "training.max_length=4096", 4, "longer than the model's context of 128"),
+        ("--set", "training.seed", 4, "cannot read --set"),
+    ],
+)
+def test_bad_input_is_one_clear_error(option, value, code, says, arguments, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main([*replaced(arguments, option, value), "-o", str(folder)]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    last = err[err.index("error: ") :]
+    assert says in last
+    assert "hint: " in last or "did you mean" in last
+    assert list(tmp_path.iterdir()) == [], "nothing half-written"
+
+
+def test_a_scorer_that_needs_a_target_refuses_without_one(arguments, tmp_path, capsys):
+    command = replaced(replaced(arguments, "--target", None), "--dev", None)
+    assert main([*command, "-o", str(tmp_path / "run")]) == 4
+    assert "scorer bm25 needs a target" in capsys.readouterr().err
+
+
+def test_an_unknown_model_type(arguments, tiny_model, tmp_path, capsys):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "mystery"}))
+    command = replaced(arguments, "--model", str(model))
+    assert main([*command, "-o", str(tmp_path / "run")]) == 4
+    assert "mystery" in capsys.readouterr().err
+
+
+def test_a_missing_tokenizer(arguments, tiny_model, tmp_path, capsys):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    command = replaced(arguments, "--model", str(model))
+    assert main([*command, "-o", str(tmp_path / "run")]) == 4
+    assert "tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pool_with_no_valid_row_and_an_empty_target(arguments, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{not json}\n[1]\n")
+    assert main([*replaced(arguments, "--pool", str(bad)), "-o", str(tmp_path / "run")]) == 4
+    assert "none of the 2 rows can be used" in capsys.readouterr().err
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    command = replaced(arguments, "--target", f"sums={empty}")
+    assert main([*command, "-o", str(tmp_path / "run")]) == 4
+    assert "no rows" in capsys.readouterr().err
+
+
+def test_one_target_row_steers_selection_and_training(arguments, tmp_path, capsys):
+    one = write_jsonl(tmp_path / "one.jsonl", [{"prompt": "add two", "completion": " three plus"}])
+    command = replaced(replaced(arguments, "--target", f"sums={one}"), "--dev", None)
+    assert main([*command, "-o", str(tmp_path / "run")]) == 0
+    assert "too few rows to split" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("edit", "code", "says"),
+    [
+        (lambda text: text.replace("max_steps:", "max_step:"), 4, "did you mean max_steps?"),
+        (lambda text: "- just\n- a list\n", 4, "holds no plan"),
+        (lambda text: text.replace("version: 1", "version: 9"), 4, "has version 9"),
+        (lambda text: text.replace("scorer: bm25", "scorer: bm99"), 4, "no scorer 'bm99'"),
+        (lambda text: text.replace("{", "{{") + "\n: : :", 4, "not valid YAML"),
+    ],
+)
+def test_a_plan_edited_into_nonsense(edit, code, says, tiny_model, tiny_data, tmp_path, capsys):
+    planned(tmp_path / "run", tiny_model, tiny_data)
+    file = tmp_path / "run" / "plan.yaml"
+    file.write_text(edit(file.read_text()))
+    assert main(["run", str(tmp_path / "run")]) == code
+    assert says in capsys.readouterr().err
+
+
+def test_usage_errors(capsys):
+    assert main([]) == 2
+    with pytest.raises(SystemExit) as exit_:
+        main(["plan"])
+    assert exit_.value.code == 2
+    assert main(["run", "nowhere"]) == 4
+    assert "there is no run folder" in capsys.readouterr().err
+
+
+# -- as a process -------------------------------------------------------------------------------
+
+
+def start(*command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "thrifty", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for(check, seconds: float = 90.0) -> None:
+    end = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < end, "it never came to that"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX here")
+def test_ctrl_c_then_kill_then_the_same_command_goes_on(tiny_model, tiny_data, tmp_path):
+    """SIGINT finishes the step, saves and says how to go on; SIGKILL loses no spending; the weights
+    at the end are those of a run that nobody touched."""
+    fixed = {"training.max_steps": 120, "training.save_steps": 30, "training.eval_steps": 30}
+    for name in ("straight", "broken"):
+        planned(tmp_path / name, tiny_model, tiny_data, budget=Budget(flops=1e11), fixed=fixed)
+    broken = tmp_path / "broken"
+    straight = start("run", str(tmp_path / "straight"))
+    process = start("run", str(broken))
+    wait_for(lambda: len(ledger(broken).evaluations()) >= 1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 5, err
+    assert "which is saved" in err
+    assert "the same command goes on from there" in err
+    process = start("run", str(broken))
+    wait_for(lambda: any("checkpoint-30" in p.name for p in broken.glob("checkpoints/*")))
+    process.kill()
+    process.communicate()
+    process = start("run", str(broken))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    _, err = straight.communicate(timeout=120)
+    assert straight.returncode == 0, err
+    models = [tmp_path / n / "model" / "model.safetensors" for n in ("straight", "broken")]
+    assert models[0].read_bytes() == models[1].read_bytes()
+    one, other = ledger(tmp_path / "straight"), ledger(broken)
+    assert other.spent(lost=False).flops == pytest.approx(one.spent().flops, rel=1e-9)
+    assert other.spent().flops <= other.budget.flops

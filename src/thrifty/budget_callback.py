@@ -226,7 +226,7 @@ class BudgetCallback(TrainerCallback):
         self._owned.callback(ledger.close)
         ledger.set_budget(self.budget)
         ledger.recover()
-        stage = self._owned.enter_context(ledger.stage("train", "callback"))
+        stage = self._owned.enter_context(ledger.stage("train", "callback", reopen=True))
         stage.roll_back(step, f"training goes on from step {step}")
         return stage
 

@@ -286,6 +286,7 @@ def _price(
     left = _minus(budget, request.rates.of(once + costs.watching(evaluations, saves)))
     possible, binding = _affordable(request, step, left, pool_tokens)
     steps = int(possible)
+    evaluations, saves = _watch(request, costs, step, steps)
     if request.fixed.get("training.max_steps"):
         steps = min(steps, int(request.fixed["training.max_steps"]))
     if steps < 1:

@@ -30,6 +30,8 @@ from thrifty.core.ledger import Stage
 from thrifty.core.plan import Plan
 from thrifty.core.resolve import name_of, parse_spec, resolve
 from thrifty.data.store import Store
+from thrifty.signals.models import local_device
+from thrifty.signals.peak_memory import peak_noted
 
 MANIFEST = "manifest.json"
 _SHOWN_ROWS = 20
@@ -139,10 +141,11 @@ def _score(job: SelectionJob, scorer: Scorer, folder: Path, stage: Stage) -> Non
     if scorer.needs_model:
         with stage.spending("load", Cost()):
             job.models.base()
-    with stage.spending("prepare", Cost()) as lease:
+    with stage.spending("prepare", Cost()) as lease, peak_noted(lease, local_device()):
         state = scorer.prepare(job.pool, signals, job.models, lease)
     for i in todo:
-        with stage.spending("score", job.predicted * (1 / len(files)), step=i) as lease:
+        share = job.predicted * (1 / len(files))
+        with stage.spending("score", share, step=i) as lease, peak_noted(lease, local_device()):
             shard = job.pool.shard(i)
             scores = scorer.score(shard, state, lease)
             expected = (len(shard), max(len(signals), 1))

@@ -40,7 +40,7 @@ from thrifty.signals.models import (
     locate,
     weights_sha256,
 )
-
+from thrifty.signals.peak_memory import peak_noted
 
 _LOAD_SECONDS = 2.0
 """Reserved for loading two models to test, besides their evaluation."""
@@ -302,7 +302,7 @@ def test(work: Work, branch: Branch) -> None:
         try:
             with stage.spending("load", Cost()):
                 model = _trained(work, branch)
-            with stage.spending("test", predicted) as lease:
+            with stage.spending("test", predicted) as lease, peak_noted(lease, local_device()):
                 after = measure(model, work.shape, rows, weights, lease)
                 if branch is work.main:
                     before = measure(work.models.base(), work.shape, rows, weights, lease)

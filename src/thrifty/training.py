@@ -39,6 +39,7 @@ from thrifty.evaluation import Measured, measure
 from thrifty.governor import Governor
 from thrifty.schedule import WarmupStableDecay
 from thrifty.signals.models import load_model
+from thrifty.signals.peak_memory import memory_bytes
 
 SECONDS_MARGIN = 1.5
 """Reserved for an evaluation or a checkpoint over what the last one took."""
@@ -100,6 +101,7 @@ def train(job: TrainingJob, stage: Stage) -> Measured:
         job.say(f"lost since that checkpoint, and charged: {lost}")
     with stage.spending("load", Cost(), step=step):
         trainer = _build(job, stage, newest)
+        stage.detail["level_bytes"] = memory_bytes(job.device)  # training's rise is above it
     try:
         with _signals(trainer.pause):
             trainer.train(resume_from_checkpoint=str(newest.path) if newest else None)
@@ -119,7 +121,8 @@ def train(job: TrainingJob, stage: Stage) -> Measured:
     assert best is not None, "training ends with an evaluated checkpoint"
     last = checkpoints.committed(job.checkpoints)[-1]
     if best.step != last.step:
-        reason = f"dev loss {best.dev_loss:.4f} at step {best.step}, {last.dev_loss} at {last.step}"
+        ended = "not evaluated" if last.dev_loss is None else f"{last.dev_loss:.4f}"
+        reason = f"dev loss {best.dev_loss:.4f} at step {best.step}, {ended} at step {last.step}"
         stage.decide("which model to keep", f"step {best.step}", reason, step=last.step)
     stage.detail.update(steps=last.step, best_step=best.step)
     _publish(best.path, job.model)

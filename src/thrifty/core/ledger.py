@@ -102,8 +102,10 @@ class Ledger:
         account: str = "budget",
         limit: Budget | None = None,
         resume: bool = True,
+        reopen: bool = False,
     ) -> Iterator[Stage]:
-        """Open a stage, or go on with the unfinished one of that name and method.
+        """Open a stage, or go on with the unfinished one of that name and method; with ``reopen``
+        with a finished one too.
 
         Spending on any ``account`` other than "budget" (a control run, say) is journalled beside
         it and limited by ``limit`` alone. An exception leaves the stage open with its reason: it
@@ -114,8 +116,8 @@ class Ledger:
         with self._journal.transaction():
             unfinished = self._journal.rows(
                 "SELECT id FROM stages WHERE name = ? AND method = ? AND account = ? "
-                "AND state != 'done' ORDER BY id DESC LIMIT 1",
-                tuple(identity.values()),
+                "AND (state != 'done' OR ?) ORDER BY id DESC LIMIT 1",
+                (*identity.values(), reopen),
             )
             if resume and unfinished:
                 stage_id = unfinished[0]["id"]

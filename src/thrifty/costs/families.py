@@ -1,8 +1,8 @@
 """How each model family spells its sizes: ``config.json`` -> ``ModelShape``.
 
 One function a family. Keys that are missing take the default of the family's config class in
-transformers 5.x, as ``AutoConfig`` does; counts that contradict each other are errors. ``gemma3`` is
-read for its text part alone.
+transformers 5.x, as ``AutoConfig`` does; counts that contradict each other are errors. ``gemma3``
+is read for its text part alone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _Config:
 
     def fail(self, what: str) -> NoReturn:
         raise ValueError(
-            f"{self.model_type} config: {what}\nhint: compare with the model's published config.json"
+            f"{self.model_type} config: {what}\nhint: compare with the published config.json"
         )
 
     def get(self, name: str, default: Any = None) -> Any:

@@ -2,17 +2,18 @@
 
 Only matrix products count, 2 FLOPs a multiply-add. A linear of ``in x out`` over T tokens takes
 
-    forward 2 T in out,   its input's gradient the same again,   its weight's gradient the same again
+    forward 2 T in out;  its input's gradient the same again;  its weight's the same again
 
 so that a trained layer costs 3 times its forward, a frozen one 2, and one below the lowest trained
 weight 1: its backward never runs. Attention is dense, T x S, as eager attention executes it and as
 ``torch.utils.flop_counter.FlopCounterMode`` counts it; ``causal=True`` counts half of it, what an
 ideal causal kernel needs. Lengths are those executed, padding included.
 
-Recomputation (``torch.utils.checkpoint``, not reentrant, a decoder layer at a time, as transformers
-sets it up) runs a layer's forward again up to its last saved tensor: the product after that, usually
-the last linear of the layer, is skipped, and the head is never recomputed. Under it transformers makes
-the embedding's output require a gradient, so the backward reaches the first layer whatever is frozen.
+Recomputation (``torch.utils.checkpoint``, not reentrant, one decoder layer at a time, which is what
+transformers sets up) runs a layer's forward again up to its last saved tensor: the product after
+that, usually the layer's last linear, is skipped, and the head is never recomputed. Under it
+transformers makes the embedding's output require a gradient, so the backward reaches the first
+layer whatever is frozen.
 
 Exact for the products counted; norms, activations, softmax and the optimizer are not counted.
 """

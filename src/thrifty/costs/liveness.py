@@ -2,8 +2,8 @@
 
 In the forward a tensor lives from the operation that writes it to the last that reads it, and what
 autograd keeps lives on. In the backward the operations run in reverse: each holds the gradient it
-reads and those it writes, and what it kept goes once the last operation that shares it is done. Under
-recomputation the gradients that wait at a layer's output live beside its second forward.
+reads and those it writes, and what it kept goes once the last operation that shares it is done.
+Under recomputation the gradients that wait at a layer's output live beside its second forward.
 
 Limits: buffers inside a kernel are not seen, except the few of ``WORKSPACE``.
 """
@@ -42,9 +42,9 @@ class Piece(NamedTuple):
     saved: Size
     """Kept from its forward to its backward."""
     forward: tuple[Point, ...]
-    recompute: tuple[Point, ...]
-    """Its second forward, when it is recomputed."""
     backward: tuple[Point, ...]
+    recompute: tuple[Point, ...]
+    """Its second forward and its backward, when its input is stored to recompute the rest."""
     weight_elements: int
     """Elements that get a gradient."""
 
@@ -67,11 +67,12 @@ def pieces(shape: ModelShape, setup: Setup) -> tuple[Piece, ...]:
 
 def _piece(operations: Sequence[Operation]) -> Piece:
     backward, waiting = _backward_points(operations)
+    again = _forward_points(operations, len(recomputed(operations)), waiting)
     return Piece(
         saved=total(tensor.size for tensor in saved(operations).values()),
         forward=_forward_points(operations, len(operations)),
-        recompute=_forward_points(operations, len(recomputed(operations)), waiting),
         backward=backward,
+        recompute=again + _backward_points(operations, stored=True)[0],
         weight_elements=sum(each.weight_elements for each in operations if each.trained),
     )
 
@@ -97,13 +98,20 @@ def _forward_points(
     return tuple(points)
 
 
-def _backward_points(operations: Sequence[Operation]) -> tuple[tuple[Point, ...], Size]:
-    """Also the gradients alive when something saved is first needed, which starts a recomputation."""
+def _backward_points(
+    operations: Sequence[Operation], *, stored: bool = False
+) -> tuple[tuple[Point, ...], Size]:
+    """Also the gradients alive when something saved is first needed: then a layer is recomputed.
+
+    ``stored``: its input is stored elsewhere.
+    """
     holders: dict[str, int] = {}
     for each in operations:
         for tensor in each.saves:
             holders[tensor.name] = holders.get(tensor.name, 0) + 1
     kept = {name: tensor.size for name, tensor in saved(operations).items()}
+    if stored and "input" in kept:
+        kept["input"] = Size()
     result = next(each.writes for each in reversed(operations) if each.kind != "hold")
     gradients = {result.name: result.size}
     points, done, waiting = [Point()], 0, None

@@ -6,27 +6,26 @@ A step has three phases, and its peak is the largest of them, never their sum:
     backward   weights + optimizer + gradients so far + activations not yet consumed + temporaries
     optimizer  weights + optimizer + gradients + what the optimizer allocates
 
-What autograd keeps of each layer, and which gradient buffers live beside it in the backward, is read
-off the layer's operations (``layer.py``), so recomputation, adapters, masks, dropout and dtypes need no
-rules of their own here. For a bf16 Llama layer without a mask it comes to the known
-T (20 h + 4 kv + 8 f + 4 a + 8).
+What autograd keeps of each layer, and which buffers live beside it, is read off the layer's
+operations (``layer.py``, ``liveness.py``), so that recomputation, adapters, masks, dropout and
+dtypes need no rules of their own here. For T tokens, a bf16 Llama layer without a mask comes to the
+known T (20 h + 4 kv + 8 f + 4 a + 8).
 
 Counted are bytes that PyTorch allocates. Not counted: what the allocator reserves on top, files in
-the page cache, data loader workers. On a CPU the resident set also holds ``runtime_bytes`` and, with
-glibc's default malloc, 12-24% of fragmentation (none with MALLOC_MMAP_THRESHOLD_=65536).
+the page cache, data loader workers. On a CPU the resident set also holds ``RUNTIME_BYTES`` and,
+with glibc's default malloc, 12-24% of fragmentation (none with MALLOC_MMAP_THRESHOLD_=65536).
 
 Limits: AdamW; one device; no autocast (the model itself has ``dtype``), quantisation or offload.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import NamedTuple
 
-from thrifty.costs.layer import Setup, embedding, head, layers
-from thrifty.costs.operations import Adapter, Operation, Size, recomputed, saved, total
+from thrifty.costs.layer import Setup
+from thrifty.costs.liveness import Piece, Point, highest, pieces
+from thrifty.costs.operations import Adapter, Size
 from thrifty.costs.shape import ITEMSIZE, ModelShape
 
 TERMS = (
@@ -41,7 +40,7 @@ TERMS = (
 
 RUNTIME_BYTES = {"cpu": 360 * 2**20, "cuda": 520 * 2**20}
 """Calibrated, not derived. cpu: resident set of Python with torch, transformers and peft loaded.
-cuda: context and cuBLAS workspace of one process, as nvidia-smi shows beyond torch's reserved bytes."""
+cuda: a process's context and cuBLAS workspace, which nvidia-smi shows beyond torch's own bytes."""
 
 BATCH_BYTES = 24
 """Of a token of the batch: input_ids, labels and position_ids, 8 each."""
@@ -183,7 +182,7 @@ class _Step:
         distinct = {id(piece): piece for piece in self.body}
         again = self.setting.recompute
         points = {
-            key: self.highest((*piece.recompute, *piece.backward) if again else piece.backward)
+            key: self.highest(piece.recompute if again else piece.backward)
             for key, piece in distinct.items()
         }
         best: dict[str, float] = {}

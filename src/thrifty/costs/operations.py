@@ -8,8 +8,8 @@ Sizes grow with the tokens T = batch x sequence, those of attention maps also wi
     bytes = T (token + map S)
 
 Where a gradient is needed, autograd's rules apply (PyTorch's derivatives.yaml): a matrix product
-keeps its input only if its weight is trained; ``a * b`` keeps b if a needs a gradient; SiLU and GELU
-keep their input; ReLU, tanh and softmax their output. What needs no gradient keeps nothing.
+keeps its input only if its weight is trained; ``a * b`` keeps b if a needs a gradient; SiLU and
+GELU keep their input; ReLU, tanh and softmax their output. What needs no gradient keeps nothing.
 
 Limits: eager PyTorch, without torch.compile, fused kernels from the hub, or autocast.
 """
@@ -73,7 +73,7 @@ class Operation:
     saves: tuple[Tensor, ...] = ()
     """What stays until this operation's backward."""
     packs: str = ""
-    """When autograd packs a tensor for it, a weight included: ``before`` it computes or ``after``."""
+    """When autograd packs a tensor of it, weights included: ``before`` it computes or ``after``."""
     forward: tuple[Product, ...] = ()
     backward: tuple[Product, ...] = ()
     weight_elements: int = 0
@@ -241,9 +241,11 @@ class Program:
         x = self.cast(x, self.itemsize, itemsize)
         low = self.product(x, inputs, self.adapter.rank, trained=True, itemsize=itemsize)
         high = self.product(low, self.adapter.rank, outputs, trained=True, itemsize=itemsize)
+        high, same = self.apply("scale", high), out
         if self.on_cpu:  # a CPU kernel of mixed dtypes makes a wide copy first, CUDA does not
-            out = self.cast(out, self.itemsize, max(itemsize, self.itemsize))
-        both = self.add(self.apply("scale", high), out)
+            same = self.cast(out, self.itemsize, max(itemsize, self.itemsize))
+        both = self.add(high, same)
+        self.hold(out)
         return self.cast(both, max(itemsize, self.itemsize), self.itemsize)
 
     def norm(self, x: Tensor, width: int) -> Tensor:

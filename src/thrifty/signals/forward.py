@@ -134,9 +134,7 @@ def forward_cost(
 
 
 def _peak(shape: ModelShape, batch: int, sequence: int, dtype: str, device: Any) -> float:
-    account = forward_account(
-        shape, batch, sequence, dtype, masked=False, device_kind=device.kind
-    )
+    account = forward_account(shape, batch, sequence, dtype, masked=False, device_kind=device.kind)
     return account.peak_memory_bytes
 
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from thrifty.core.budget import Cost
+from thrifty.core.contracts import Meter
 
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -37,6 +42,14 @@ def peak_memory_bytes(device: str) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return float(peak if sys.platform == "darwin" else peak * 1024)
+
+
+@contextmanager
+def peak_noted(lease: Meter, device: str) -> Iterator[None]:
+    """Tick ``lease`` with the peak of the block."""
+    reset_peak(device)
+    yield
+    lease.tick(Cost(peak_memory_bytes=peak_memory_bytes(device)), steps=0)
 
 
 def memory_bytes(device: str) -> float:

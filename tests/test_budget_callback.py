@@ -1,0 +1,214 @@
+"""``BudgetCallback`` in other people's Trainers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from thrifty import BudgetCallback
+from thrifty.core.ledger import BudgetExceeded, Ledger
+from thrifty.costs.flops import train_flops
+from thrifty.costs.shape import read_shape
+
+
+class Rows(Dataset):
+    """Random token sequences of 24 tokens."""
+
+    def __init__(self, lengths=(24,)):
+        self.lengths = lengths
+
+    def __len__(self) -> int:
+        return 400
+
+    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
+        length = self.lengths[item % len(self.lengths)]
+        ids = torch.randint(2, 300, (length,), generator=torch.Generator().manual_seed(item))
+        return {"input_ids": ids, "labels": ids}
+
+
+def trainer(model_folder: Path, output: Path, callback: BudgetCallback, rows=None, **arguments):
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    settings = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 30,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        **arguments,
+    }
+    return Trainer(
+        model=AutoModelForCausalLM.from_pretrained(model_folder),
+        args=TrainingArguments(output_dir=str(output), **settings),
+        train_dataset=rows or Rows(),
+        eval_dataset=torch.utils.data.Subset(Rows(), range(16)),
+        callbacks=[callback],
+    )
+
+
+@pytest.fixture
+def step_flops(tiny_model):
+    return train_flops(read_shape(tiny_model), 4, 24)
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_stops_before_the_step_that_would_pass_the_limit(steps, step_flops, tiny_model, tmp_path):
+    budget = BudgetCallback(flops=(steps + 0.5) * step_flops)
+    run = trainer(tiny_model, tmp_path, budget)
+    run.train()
+    assert run.state.global_step == steps
+    with Ledger(tmp_path / "ledger.sqlite", read_only=True) as ledger:
+        assert ledger.spent().flops == pytest.approx(steps * step_flops)
+        assert ledger.spent().tokens == steps * 4 * 24
+        assert ledger.reserved().flops == 0
+
+
+def test_gradient_accumulation_counts_every_micro_batch(step_flops, tiny_model, tmp_path):
+    budget = BudgetCallback(flops=6.5 * step_flops)
+    run = trainer(tiny_model, tmp_path, budget, gradient_accumulation_steps=2)
+    run.train()
+    assert run.state.global_step == 3
+
+
+def test_tokens_and_time_limit_too(tiny_model, tmp_path):
+    run = trainer(tiny_model, tmp_path / "tokens", BudgetCallback(tokens=500))
+    run.train()
+    assert run.state.global_step == 5
+    run = trainer(
+        tiny_model, tmp_path / "time", BudgetCallback(hours="1s"), max_steps=100_000, rows=Rows()
+    )
+    run.train()
+    with Ledger(tmp_path / "time" / "ledger.sqlite", read_only=True) as ledger:
+        assert 0 < ledger.spent().seconds <= 1
+
+
+def test_a_resumed_run_goes_on_from_what_was_spent(step_flops, tiny_model, tmp_path):
+    limit = 7.5 * step_flops
+    first = trainer(
+        tiny_model,
+        tmp_path,
+        BudgetCallback(flops=limit),
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=4,
+    )
+    first.train()
+    second = trainer(tiny_model, tmp_path, BudgetCallback(flops=limit), max_steps=30)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert second.state.global_step == 7
+    with Ledger(tmp_path / "ledger.sqlite", read_only=True) as ledger:
+        assert ledger.spent().flops == pytest.approx(7 * step_flops)
+        assert ledger.spent(lost=True).flops == 0
+
+
+def test_starting_over_in_the_same_folder_books_the_first_run_as_lost(
+    step_flops, tiny_model, tmp_path
+):
+    trainer(tiny_model, tmp_path, BudgetCallback(flops=9.5 * step_flops), max_steps=4).train()
+    again = trainer(tiny_model, tmp_path, BudgetCallback(flops=9.5 * step_flops), max_steps=30)
+    again.train()
+    assert again.state.global_step == 5
+    with Ledger(tmp_path / "ledger.sqlite", read_only=True) as ledger:
+        assert ledger.spent(lost=True).flops == pytest.approx(4 * step_flops)
+
+
+def test_less_than_one_step_is_refused(tiny_model, tmp_path):
+    tight = BudgetCallback(tokens=10)
+    run = trainer(tiny_model, tmp_path, tight)
+    run.args.max_length = 24
+    with pytest.raises(BudgetExceeded, match="not one training step fits the tokens"):
+        run.train()
+
+
+def test_with_lora_the_cheaper_backward_is_counted(tiny_model, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    from thrifty.costs.flops import Adapter
+
+    run = trainer(tiny_model, tmp_path, BudgetCallback(flops="1e15"), max_steps=3)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    run.model = run.model_wrapped = get_peft_model(run.model, config)
+    run.train()
+    adapter = Adapter(rank=4, targets=("q_proj", "v_proj"))
+    want = 3 * train_flops(read_shape(tiny_model), 4, 24, adapter=adapter)
+    with Ledger(tmp_path / "ledger.sqlite", read_only=True) as ledger:
+        assert ledger.spent().flops == pytest.approx(want)
+
+
+def test_evaluation_is_charged(step_flops, tiny_model, tmp_path):
+    run = trainer(
+        tiny_model,
+        tmp_path,
+        BudgetCallback(flops="1e15"),
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    run.train()
+    with Ledger(tmp_path / "ledger.sqlite", read_only=True) as ledger:
+        assert ledger.spent().flops > 4.2 * step_flops
+
+
+def test_a_loss_that_is_not_finite_raises(tiny_model, tmp_path):
+    run = trainer(tiny_model, tmp_path, BudgetCallback(flops="1e15"))
+    run.model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="gradient at step 1 is not finite"):
+        run.train()
+
+
+def test_one_line_in_trl(tiny_model, tmp_path):
+    from datasets import Dataset as Table
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [{"prompt": f"add {i}", "completion": " two plus five"} for i in range(64)]
+    arguments = SFTConfig(
+        output_dir=str(tmp_path),
+        max_length=32,
+        max_steps=20,
+        per_device_train_batch_size=4,
+        report_to="none",
+        save_strategy="no",
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    limit = 4.5 * train_flops(read_shape(tiny_model), 4, 32)
+    run = SFTTrainer(
+        model=str(tiny_model),
+        args=arguments,
+        train_dataset=Table.from_list(rows),
+        callbacks=[BudgetCallback(flops=limit)],
+    )
+    run.train()
+    with Ledger(tmp_path / "ledger.sqlite", read_only=True) as ledger:
+        assert 0 < ledger.spent().flops <= limit
+    assert 3 < run.state.global_step < 20
+
+
+def test_an_unknown_architecture_counts_by_the_usual_rule(tiny_model, tmp_path):
+    from thrifty.signals.metering import PassMeter
+
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 4)
+            self.config = type("Config", (), {"to_dict": lambda self: {"model_type": "odd"}})()
+
+        def forward(self, input_ids):
+            return input_ids
+
+    model = Odd()
+    meter = PassMeter(model)
+    meter.attach()
+    model(input_ids=torch.zeros(2, 3, dtype=torch.long))
+    assert not meter.exact
+    assert meter.take().flops == 6 * 20 * 6
+    json.dumps(meter.take().to_dict())

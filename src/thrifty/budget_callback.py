@@ -169,7 +169,7 @@ class BudgetCallback(TrainerCallback):
         assert lease is not None
         assert meter is not None
         used = meter.take()
-        lease.tick(used)
+        lease.tick(used, steps=1)
         self._step_upper = replace(
             self._step_upper,
             flops=max(self._step_upper.flops, used.flops),
@@ -304,6 +304,7 @@ class BudgetCallback(TrainerCallback):
         over = self._fits(1, after)
         if over is not None:
             least = (self._spent_before + self._next_step() + after).of(over) or 0.0
+            least *= 1.005  # so that the printed three digits suffice
             raise BudgetExceeded(
                 f"not one training step fits the {over} that is left\n"
                 f"hint: the least that would do is {quantities.FORMATS[over](least)}",
@@ -334,4 +335,4 @@ class BudgetCallback(TrainerCallback):
             self._lease = None
 
     def _note_peak(self, lease: Lease) -> None:
-        lease.tick(Cost(peak_memory_bytes=peak_memory_bytes(self._device)), steps=0)
+        lease.tick(Cost(peak_memory_bytes=peak_memory_bytes(self._device)))

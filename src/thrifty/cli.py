@@ -97,10 +97,9 @@ def _free_name(parent: str) -> str:
 
 
 def _asked(options: argparse.Namespace) -> Any:
-    import yaml
-
     from thrifty.core import quantities
     from thrifty.core.budget import Budget
+    from thrifty.core.plan import parse_override
     from thrifty.preparation import Asked
 
     budget = Budget(
@@ -110,12 +109,7 @@ def _asked(options: argparse.Namespace) -> Any:
         dollars=_read(options.dollars, quantities.parse_dollars),
         tokens=_read(options.tokens, quantities.parse_tokens),
     )
-    fixed = {}
-    for pair in options.set or ():
-        key, sign, text = pair.partition("=")
-        if not sign:
-            raise ValueError(f"cannot read --set {pair!r}\nhint: --set training.seed=1")
-        fixed[key] = yaml.safe_load(text)
+    fixed = dict(parse_override(pair) for pair in options.set or ())
     if options.scorer:
         fixed["selection.scorer"] = options.scorer
     return Asked(
@@ -172,6 +166,7 @@ def _run(options: argparse.Namespace) -> None:
     from thrifty.report.summary import summarize, text_summary
     from thrifty.run_folder import RunFolder
 
+    display.quiet_libraries()
     report = pipeline.run(options.run, display.say, tuple(options.set or ()))
     print(text_summary(summarize(RunFolder(Path(options.run)))))
     display.say(f"\nreport: {report}")
@@ -181,6 +176,7 @@ def _select(options: argparse.Namespace) -> None:
     from thrifty import display, pipeline
     from thrifty.run_folder import RunFolder
 
+    display.quiet_libraries()
     pipeline.select(options.run, display.say, tuple(options.set or ()))
     print(RunFolder(Path(options.run)).selected("budget"))
 
@@ -189,6 +185,7 @@ def _train(options: argparse.Namespace) -> None:
     from thrifty import display, pipeline
     from thrifty.run_folder import RunFolder
 
+    display.quiet_libraries()
     pipeline.train(options.run, display.say, tuple(options.set or ()))
     print(RunFolder(Path(options.run)).model("budget"))
 
@@ -249,6 +246,7 @@ def _device(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from thrifty import demo, display
 
+    display.quiet_libraries()
     folder = demo.run(Path(options.output), display.say)
     display.say(f"\nreport: {folder / 'report.html'}")
 

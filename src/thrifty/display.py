@@ -132,3 +132,12 @@ def _candidate_json(c: Candidate) -> dict[str, Any]:
 def methods_text(methods: Sequence[Mapping[str, str]]) -> str:
     rows = [(m["kind"], m["name"], m["cost_class"], m["summary"], m["source"]) for m in methods]
     return table(("kind", "name", "cost", "what it does", "source"), rows)
+
+
+def quiet_libraries() -> None:
+    """No progress bars of loading and saving, which say nothing; warnings and errors stay."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()

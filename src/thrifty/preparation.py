@@ -53,6 +53,7 @@ class Asked:
 
 def quick_plan(asked: Asked) -> tuple[planner.Planned, planner.Request]:
     """Plan from the model's config alone: no pool, no tokenizer, no weights, nothing written."""
+    _check_fixed(asked)
     folder, _ = locate(asked.model, asked.revision, weights=False)
     request = _request(asked, read_shape(folder))
     return planner.search(request), request
@@ -66,6 +67,7 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, Pla
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is in use\nhint: choose another -o, or delete it first")
+    _check_fixed(asked)
     model_folder, revision = locate(asked.model, asked.revision, weights=False)
     shape = read_shape(model_folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -87,6 +89,25 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, Pla
         shutil.rmtree(draft.path, ignore_errors=True)
         raise
     return planned, plan
+
+
+def _check_fixed(asked: Asked) -> None:
+    """Raise ValueError for keys that the user set to what no plan can have, before all else."""
+    fixed = dict(asked.fixed)
+    fixed.setdefault("training.max_steps", 10**9)
+    fixed.setdefault("training.save_steps", fixed.get("training.eval_steps", 1))
+    skeleton = Plan(
+        task=asked.task,
+        model=ModelSource(path=asked.model),
+        pool=PoolSource(sources=asked.pool or ("none yet",)),
+        targets=dict(asked.targets),
+        budget=asked.budget,
+    )
+    values = plans.to_dict(skeleton)
+    for key, value in fixed.items():
+        if (key, value) != ("selection.scorer", "auto"):
+            plans.put(values, key, value)
+    plans.from_dict(values)
 
 
 @dataclass(frozen=True)

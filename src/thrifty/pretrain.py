@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from torch.utils.data import Dataset
     from transformers import PreTrainedTokenizerFast
 
 RECORD = "pretraining.json"
@@ -66,7 +65,7 @@ def pretrain(
     A directory that holds this very model already, by its record, is returned as it is. The
     vocabulary is smaller than ``vocab_size`` where the texts have too few different pairs.
     """
-    texts = [text for text in texts if text]
+    texts = [text for text in ([texts] if isinstance(texts, str) else texts) if text]
     _check(texts, vocab_size, hidden_size, num_layers, sequence_length, batch_size, steps)
     directory = Path(directory).absolute()
     request = {
@@ -107,11 +106,12 @@ def pretrain(
     tokenizer.save_pretrained(draft)
     shutil.rmtree(draft / "trainer", ignore_errors=True)
 
+    drawn = steps * min(batch_size, len(sequences))
     made = Pretrained(
         directory=directory,
         num_parameters=trainer.model.num_parameters(),
-        num_tokens=steps * batch_size * sequence_length,
-        epochs=steps * batch_size / len(sequences),
+        num_tokens=drawn * sequence_length,
+        epochs=drawn / len(sequences),
         losses=tuple(row["loss"] for row in trainer.state.log_history if "loss" in row),
     )
     record = {"request": request, "made": {**asdict(made), "directory": None}}
@@ -153,9 +153,7 @@ def train_tokenizer(
     )
 
 
-def _sequences(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, sequence_length: int
-) -> torch.Tensor:
+def _sequences(texts: Sequence[str], tokenizer: Any, sequence_length: int) -> torch.Tensor:
     """int64 [num_sequences, sequence_length]: all texts end to end, the last odd part left out."""
     import torch
 
@@ -174,11 +172,7 @@ def _sequences(
 
 
 def _new_model(
-    tokenizer: PreTrainedTokenizerFast,
-    hidden_size: int,
-    num_layers: int,
-    sequence_length: int,
-    seed: int,
+    tokenizer: Any, hidden_size: int, num_layers: int, sequence_length: int, seed: int
 ) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -211,10 +205,8 @@ def _trainer(
     show_progress: bool,
 ) -> Any:
     import torch
-    from torch.utils.data import StackDataset
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
-    data: Dataset[dict[str, torch.Tensor]] = StackDataset(input_ids=sequences, labels=sequences)
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         max_steps=steps,
@@ -238,6 +230,7 @@ def _trainer(
         use_cpu=not torch.cuda.is_available(),
         seed=seed,
     )
+    data = [{"input_ids": sequence, "labels": sequence} for sequence in sequences]
     trainer = Trainer(model=model, args=arguments, train_dataset=data)
     trainer.remove_callback(PrinterCallback)
     if show_progress:
@@ -247,7 +240,7 @@ def _trainer(
 
 def _progress_bar() -> Any:
     """A bar on standard error with the latest loss."""
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
     from transformers import TrainerCallback
 
     class ProgressBar(TrainerCallback):

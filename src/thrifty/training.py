@@ -160,7 +160,7 @@ def _build(
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         optim="adamw_torch_fused",
-        gradient_checkpointing=training.activation_checkpointing,
+        activation_checkpointing=training.activation_checkpointing,
         eval_strategy="steps",
         eval_steps=training.eval_steps,
         eval_on_start=newest is None,

@@ -52,7 +52,7 @@ def test_reserve_run_settle(ledger, clock):
         assert ledger.left() == {"flops": 700}
         for _ in range(3):
             clock.now += 2
-            lease.tick(Cost(flops=40, tokens=5, seconds=99, peak_memory_bytes=7))
+            lease.tick(Cost(flops=40, tokens=5, seconds=99, peak_memory_bytes=7), steps=1)
         assert lease.used == Cost(flops=120, tokens=15, seconds=6, peak_memory_bytes=7)
         lease.settle()
         assert ledger.reserved() == Cost()
@@ -70,7 +70,7 @@ def test_reserve_run_settle(ledger, clock):
 def test_what_does_not_fit_is_refused(ledger):
     with ledger.stage("train", "full") as stage:
         with stage.spending("train", Cost(flops=600)) as lease:
-            lease.tick(Cost(flops=600))
+            lease.tick(Cost(flops=600), steps=1)
         with pytest.raises(BudgetExceeded) as refusal:
             stage.lease("train", Cost(flops=500))
         assert refusal.value.resource == "flops"
@@ -94,7 +94,7 @@ def test_reservations_count_against_the_limit(ledger):
 def test_memory_is_held_not_consumed(ledger):
     with ledger.stage("train", "full") as stage:
         with stage.spending("train", Cost(peak_memory_bytes=2**30)) as lease:
-            lease.tick(Cost(peak_memory_bytes=9 * 2**30))  # measured above the limit
+            lease.tick(Cost(peak_memory_bytes=9 * 2**30), steps=1)  # measured above the limit
         with stage.spending("pick", Cost(peak_memory_bytes=2**30)):
             pass  # what it once was takes nothing from what comes
         with pytest.raises(BudgetExceeded) as refusal:
@@ -107,13 +107,13 @@ def test_memory_is_held_not_consumed(ledger):
 def test_settling_is_idempotent(ledger, clock):
     with ledger.stage("train", "full") as stage:
         lease = stage.lease("train", Cost(flops=10))
-        lease.tick(Cost(flops=7))
+        lease.tick(Cost(flops=7), steps=1)
         clock.now += 1
         used = lease.settle()
         clock.now += 1
         assert lease.settle() == used == lease.used
         with pytest.raises(AssertionError):
-            lease.tick(Cost(flops=1))  # would be counted nowhere
+            lease.tick(Cost(flops=1), steps=1)  # would be counted nowhere
     assert ledger.spent().flops == 7
     assert len(ledger.charges()) == 1
 
@@ -121,10 +121,10 @@ def test_settling_is_idempotent(ledger, clock):
 @pytest.mark.parametrize("cost", [Cost(flops=math.nan), Cost(flops=-1), Cost(tokens=math.nan)])
 def test_a_tick_that_is_no_amount_is_refused(ledger, cost):
     with ledger.stage("train", "full") as stage, stage.spending("train", Cost(flops=9)) as lease:
-        lease.tick(Cost(flops=5))
+        lease.tick(Cost(flops=5), steps=1)
         with pytest.raises(ValueError, match="\nhint: "):
-            lease.tick(cost)
-        lease.tick(Cost(flops=2))
+            lease.tick(cost, steps=1)
+        lease.tick(Cost(flops=2), steps=1)
     assert ledger.spent().flops == 7
 
 
@@ -143,7 +143,7 @@ def test_one_lease_of_a_stage_at_a_time(ledger):
 def test_thrown_away_work_is_charged_as_lost(ledger):
     with ledger.stage("train", "full") as stage:
         lease = stage.lease("train", Cost(flops=10))
-        lease.tick(Cost(flops=4))
+        lease.tick(Cost(flops=4), steps=1)
         lease.settle(lost=True)
     assert ledger.spent().flops == ledger.spent(lost=True).flops == 4
     assert ledger.spent(lost=False).flops == 0
@@ -154,7 +154,7 @@ def test_spending_can_be_asked_by_stage_and_activity(ledger):
         with ledger.stage(name, "x") as stage:
             for activity in ("work", "evaluate"):
                 with stage.spending(activity, Cost(flops=100)) as lease:
-                    lease.tick(Cost(flops=flops))
+                    lease.tick(Cost(flops=flops), steps=1)
     assert ledger.spent(stage="select").flops == 6
     assert ledger.spent(activity="evaluate").flops == 53
     assert ledger.spent(stage="train", activity="evaluate").flops == 50
@@ -166,7 +166,7 @@ def test_spending_can_be_asked_by_stage_and_activity(ledger):
 def test_an_unfinished_stage_is_resumed_in_its_row(ledger):
     with suppress(KeyError), ledger.stage("train", "full", predicted=Cost(flops=5)) as stage:
         lease = stage.lease("train", Cost(flops=10))
-        lease.tick(Cost(flops=4))
+        lease.tick(Cost(flops=4), steps=1)
         raise KeyError("x")
     (row,) = ledger.stages()
     assert (row["state"], row["detail"]) == ("stopped", {"reason": "KeyError: 'x'"})
@@ -174,7 +174,7 @@ def test_an_unfinished_stage_is_resumed_in_its_row(ledger):
     with ledger.stage("train", "full", predicted=Cost(flops=6)) as stage:
         assert ledger.stages()[0]["state"] == "open"
         with stage.spending("train", Cost(flops=10)) as lease:
-            lease.tick(Cost(flops=3))
+            lease.tick(Cost(flops=3), steps=1)
     (row,) = ledger.stages()
     assert (row["state"], row["predicted"]["flops"], row["measured"]["flops"]) == ("done", 5, 7)
     with ledger.stage("train", "full"):
@@ -192,10 +192,10 @@ def test_another_method_or_a_fresh_start_is_another_stage(ledger):
 def test_stages_nest_and_each_has_its_own_lease(ledger):
     with ledger.stage("train", "full") as outer:
         lease = outer.lease("train", Cost(flops=100))
-        lease.tick(Cost(flops=1))
+        lease.tick(Cost(flops=1), steps=1)
         with ledger.stage("select", "bm25") as inner, inner.spending("score", Cost()) as scoring:
-            scoring.tick(Cost(flops=20))
-        lease.tick(Cost(flops=2))
+            scoring.tick(Cost(flops=20), steps=1)
+        lease.tick(Cost(flops=2), steps=1)
     assert ledger.spent(stage="train").flops == 3
     assert ledger.spent(stage="select").flops == 20
     assert [row["state"] for row in ledger.stages()] == ["done", "done"]
@@ -213,7 +213,7 @@ def test_a_stage_is_not_opened_inside_itself(ledger):
 def test_a_control_run_is_journalled_outside_the_budget(ledger):
     with ledger.stage("train", "full", account="control", limit=Budget(flops=5000)) as stage:
         with stage.spending("train", Cost(flops=4000)) as lease:
-            lease.tick(Cost(flops=4000))
+            lease.tick(Cost(flops=4000), steps=1)
         with pytest.raises(BudgetExceeded):
             stage.lease("train", Cost(flops=1001))
         assert stage.spent().flops == 4000
@@ -265,7 +265,7 @@ def test_a_budget_of_dollars_refuses_an_unknown_price(path):
                 stage.lease("train", Cost(seconds=1))
             assert refusal.value.resource == "dollars"
             with stage.spending("api", Cost(dollars=0.5)) as lease:  # has a price of its own
-                lease.tick(Cost(dollars=0.25))
+                lease.tick(Cost(dollars=0.25), steps=1)
         assert ledger.spent().dollars == 0.25
 
 
@@ -297,7 +297,7 @@ with ledger.stage("train", "full") as train, ledger.stage("select", "less") as s
     two = select.lease("score", Cost(flops=100, dollars=9))
     for _ in range(3):  # in turn: neither may overwrite the other's count
         time.sleep(0.01)
-        one.tick(Cost(flops=1, tokens=2, peak_memory_bytes=3))
+        one.tick(Cost(flops=1, tokens=2, peak_memory_bytes=3), steps=1)
         two.tick(Cost(flops=10, dollars=1), steps=0)
     die()
 """,
@@ -329,7 +329,7 @@ def test_without_a_whole_counter_the_reservation_is_charged(path, damage):
         path,
         """
 with ledger.stage("train", "full") as stage:
-    stage.lease("train", Cost(flops=100)).tick(Cost(flops=1))
+    stage.lease("train", Cost(flops=100)).tick(Cost(flops=1), steps=1)
     die()
 """,
     )
@@ -345,9 +345,9 @@ with ledger.stage("train", "full") as stage:
 def test_recovering_leaves_ones_own_leases_alone(ledger, path):
     with ledger.stage("train", "full") as stage:
         lease = stage.lease("train", Cost(flops=10))
-        lease.tick(Cost(flops=1))
+        lease.tick(Cost(flops=1), steps=1)
         assert ledger.recover() == Cost()
-        lease.tick(Cost(flops=1))
+        lease.tick(Cost(flops=1), steps=1)
         assert len(counters(path)) == 1
     assert ledger.spent(lost=False).flops == 2
     assert counters(path) == []
@@ -356,10 +356,10 @@ def test_recovering_leaves_ones_own_leases_alone(ledger, path):
 def test_a_lease_booked_by_another_process_is_reported(ledger, path):
     with suppress(RuntimeError), ledger.stage("train", "full") as stage:
         lease = stage.lease("train", Cost(flops=10))
-        lease.tick(Cost(flops=3))
+        lease.tick(Cost(flops=3), steps=1)
         with Ledger(path) as other:
             other.recover()
-        lease.tick(Cost(flops=3))
+        lease.tick(Cost(flops=3), steps=1)
         with pytest.raises(RuntimeError, match="two processes work on one run"):
             lease.settle()
     assert ledger.spent(lost=True).flops == 3  # charged once
@@ -416,7 +416,7 @@ def test_rolling_back_loses_what_came_after_the_step(ledger):
 def test_rolling_back_one_stage_leaves_the_others(ledger):
     for name in ("select", "train"):
         with ledger.stage(name, "x") as stage, stage.spending("work", Cost(), step=5) as lease:
-            lease.tick(Cost(flops=2))
+            lease.tick(Cost(flops=2), steps=1)
     with ledger.stage("train", "x", resume=False) as stage:
         assert stage.roll_back(0, "fresh").flops == 0
     assert ledger.spent(lost=True) == Cost()
@@ -458,7 +458,7 @@ def test_half_a_ledger_of_a_crash_is_replaced(path):
 def test_a_file_name_may_hold_anything(tmp_path):
     path = tmp_path / "a b#c?d%20[e].sqlite"
     with Ledger.create(path, BUDGET) as ledger, ledger.stage("train", "full") as stage:
-        stage.lease("train", Cost(flops=1)).tick(Cost(flops=1))
+        stage.lease("train", Cost(flops=1)).tick(Cost(flops=1), steps=1)
     with Ledger(path) as ledger:
         ledger.recover()
         assert ledger.spent().flops == 1
@@ -513,11 +513,11 @@ def test_reading_goes_on_while_another_writes(ledger, path):
     with Ledger(path, read_only=True) as reader:
         with ledger.stage("train", "full") as stage:
             with stage.spending("train", Cost(flops=10)) as lease:
-                lease.tick(Cost(flops=5))
+                lease.tick(Cost(flops=5), steps=1)
             assert reader.spent().flops == 5
             lease = stage.lease("train", Cost(flops=10))
             with ledger._journal.transaction():  # in the middle of a write
-                lease.tick(Cost(flops=5))
+                lease.tick(Cost(flops=5), steps=1)
                 lease.settle()
                 assert reader.spent().flops == 5
         assert reader.spent().flops == 10
@@ -548,7 +548,7 @@ def test_a_transaction_is_all_or_nothing(ledger):
 def test_a_full_disk_is_an_oserror_and_nothing_is_half_written(ledger):
     with ledger.stage("train", "full") as stage:
         lease = stage.lease("train", Cost(flops=10))
-        lease.tick(Cost(flops=5))
+        lease.tick(Cost(flops=5), steps=1)
         (pages,) = ledger._journal._db.execute("PRAGMA page_count").fetchone()
         ledger._journal._db.execute(f"PRAGMA max_page_count = {pages}")
         with pytest.raises(OSError, match="No space left") as full:
@@ -562,7 +562,7 @@ def test_a_locked_ledger_charges_nothing_and_can_be_asked_again(ledger, path):
     ledger._journal._db.execute("PRAGMA busy_timeout = 20")
     with ledger.stage("train", "full") as stage:
         lease = stage.lease("train", Cost(flops=10))
-        lease.tick(Cost(flops=5))
+        lease.tick(Cost(flops=5), steps=1)
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             with pytest.raises(sqlite3.OperationalError, match="locked"):

@@ -30,7 +30,7 @@ with ledger.stage("train", "full") as stage:
     while True:
         lease = stage.lease("train", Cost(flops=5), step=step)
         for _ in range(5):
-            lease.tick(Cost(flops=1))
+            lease.tick(Cost(flops=1), steps=1)
             os.write(diary, b".")  # the worker's own count
         lease.settle()
         step += 5
@@ -74,7 +74,7 @@ with Ledger(path) as ledger, ledger.stage(name, "x") as stage:
                 break
             continue
         used = draw(0, upper)
-        lease.tick(Cost(flops=used))
+        lease.tick(Cost(flops=used), steps=1)
         lease.settle()
         spent += used
 print(spent)
@@ -110,7 +110,7 @@ def test_ticks_per_second(tmp_path):
         with stage.spending("train", step * num_ticks) as lease:
             start = time.perf_counter()
             for _ in range(num_ticks):
-                lease.tick(step)
+                lease.tick(step, steps=1)
             ticks = num_ticks / (time.perf_counter() - start)
         start = time.perf_counter()
         for _ in range(num_leases):

@@ -78,7 +78,7 @@ class Models(Protocol):
 class Meter(Protocol):
     """Where a method that computes reports what it did."""
 
-    def tick(self, cost: Cost, *, steps: int = 1) -> None: ...
+    def tick(self, cost: Cost, *, steps: int = 0) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)

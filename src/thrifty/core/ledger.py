@@ -5,7 +5,7 @@ transaction, so that concurrent spenders can never pass a limit together:
 
     with ledger.stage("train", "full", predicted=cost) as stage:
         lease = stage.lease("train", upper_bound, step=0)   # raises BudgetExceeded
-        lease.tick(step_cost)                               # no fsync: a memory-mapped counter
+        lease.tick(step_cost, steps=1)                      # no fsync: a memory-mapped counter
         lease.settle()                                      # one charge, as measured
 
 A lease that nobody settled (a crash) is settled by ``recover`` from its counter and marked lost:

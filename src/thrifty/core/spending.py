@@ -133,7 +133,7 @@ class Lease:
             return self._settled
         return replace(self._ticked, seconds=time.monotonic() - self._start)
 
-    def tick(self, cost: Cost, *, steps: int = 1) -> None:
+    def tick(self, cost: Cost, *, steps: int = 0) -> None:
         """Count ``cost`` (its seconds are ignored: the clock knows). Survives the process."""
         assert self._settled is None, "a settled lease counts no more"
         total = self._ticked + cost

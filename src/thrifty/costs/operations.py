@@ -197,7 +197,7 @@ class Program:
         return self.emit("multiply", reads, a.size, saves=kept, packs=packs, passes=passes)
 
     def add(self, residual: Tensor, branch: Tensor) -> Tensor:
-        """The sum; its backward hands the same gradient to both."""
+        """The sum. Its backward hands the same gradient to both; ``residual`` uses it last."""
         size = max(residual.size, branch.size)
         return self.emit("add", (residual, branch), size, passes=(1.0, 1.0))
 
@@ -244,7 +244,7 @@ class Program:
         high, same = self.apply("scale", high), out
         if self.on_cpu:  # a CPU kernel of mixed dtypes makes a wide copy first, CUDA does not
             same = self.cast(out, self.itemsize, max(itemsize, self.itemsize))
-        both = self.add(high, same)
+        both = self.add(same, high)
         self.hold(out)
         return self.cast(both, max(itemsize, self.itemsize), self.itemsize)
 

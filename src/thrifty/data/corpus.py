@@ -131,7 +131,7 @@ def write_corpus(directory: Path | str, *, target: str = TARGET, seed: int = 0) 
     return CorpusFiles(
         directory=directory,
         target=target,
-        python=request["python"],
+        python=_python(),
         num_rows=header["num_rows"],
         num_target_rows_in_pool=header["num_target_rows_in_pool"],
         sha256=header["sha256"],

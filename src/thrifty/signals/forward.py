@@ -95,7 +95,7 @@ def example_losses(
                 ).view(keep.shape)
                 nll[batch] = (loss.double() * keep).sum(1).cpu().numpy()
                 count[batch] = keep.sum(1).cpu().numpy()
-                meter.tick(Cost(flops=forward_flops(shape, *ids.shape)), steps=0)
+                meter.tick(Cost(flops=forward_flops(shape, *ids.shape)))
     finally:
         model.train(training)
     return Losses(nll, count)

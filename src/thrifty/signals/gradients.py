@@ -68,7 +68,7 @@ def example_gradients(
                 loss = torch.nn.functional.cross_entropy(logits[keep], ids[:, 1:][keep])
                 gradients = torch.autograd.grad(loss, wanted)
             flops = gradient_score_flops(shape, *ids.shape, last_layers=1)
-            meter.tick(Cost(flops=flops), steps=0)
+            meter.tick(Cost(flops=flops))
             yield torch.cat([g.float().flatten() for g in gradients])
     finally:
         for p, required in before:

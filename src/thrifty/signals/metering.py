@@ -28,7 +28,7 @@ class PassMeter:
             self._shape = None
         self.exact = self._shape is not None
         self._adapter = _adapter_of(model)
-        self._recompute = bool(getattr(inner, "is_gradient_checkpointing", False))
+        self._recompute = _recomputes(inner)
         self._num_parameters = sum(p.numel() for p in model.parameters())
         self._used = Cost()
         self._handle: Any = None
@@ -73,6 +73,15 @@ class PassMeter:
         """What was counted since the last call."""
         used, self._used = self._used, Cost()
         return used
+
+
+def _recomputes(model: Any) -> bool:
+    """Whether the model was told to recompute activations; the name changed in transformers 5."""
+    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
+        told = getattr(model, name, None)
+        if told is not None:
+            return bool(told)
+    return False
 
 
 def _adapter_of(model: Any) -> Adapter | None:

@@ -49,7 +49,7 @@ def peak_noted(lease: Meter, device: str) -> Iterator[None]:
     """Tick ``lease`` with the peak of the block."""
     reset_peak(device)
     yield
-    lease.tick(Cost(peak_memory_bytes=peak_memory_bytes(device)), steps=0)
+    lease.tick(Cost(peak_memory_bytes=peak_memory_bytes(device)))
 
 
 def memory_bytes(device: str) -> float:

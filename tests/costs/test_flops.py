@@ -1,0 +1,134 @@
+"""The closed forms against torch's FlopCounterMode on the same step: they must be equal."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from published import PUBLISHED, TINY, VARIANTS
+from torch.utils.flop_counter import FlopCounterMode
+from tracing import batch, build
+
+from thrifty.costs.flops import (
+    Adapter,
+    decode_flops,
+    forward_flops,
+    gradient_score_flops,
+    score_flops,
+    train_flops,
+)
+from thrifty.costs.shape import ModelShape
+
+ROWS, SEQUENCE = 2, 16
+THREE = {
+    name: config | ({"n_layer": 3} if config["model_type"] == "gpt2" else {"num_hidden_layers": 3})
+    for name, config in (TINY | VARIANTS).items()
+}
+
+
+def counted(run) -> int:
+    # On a CPU fused attention counts as nothing, so every model here is eager.
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def step(config, **options) -> int:
+    model = build(config, attention="eager", **options)
+    return counted(lambda: model(**batch(ROWS, SEQUENCE)).loss.backward())
+
+
+@pytest.mark.parametrize("name", TINY | VARIANTS)
+def test_full_training(name):
+    config = (TINY | VARIANTS)[name]
+    shape = ModelShape.from_config(config)
+    for recompute in (False, True) if name in TINY else (True,):
+        measured = step(config, recompute=recompute)
+        assert train_flops(shape, ROWS, SEQUENCE, recompute=recompute) == measured
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", TINY)
+def test_adapters(family, recompute):
+    shape = ModelShape.from_config(THREE[family])
+    for adapter in (Adapter(rank=4), Adapter(rank=2, targets=shape.lora_targets[:1], layers=(1,))):
+        measured = step(THREE[family], adapter=adapter, recompute=recompute)
+        predicted = train_flops(shape, ROWS, SEQUENCE, adapter=adapter, recompute=recompute)
+        assert predicted == measured, adapter
+
+
+def test_query_and_value_adapters():
+    adapter = Adapter(rank=4, targets=("q_proj", "v_proj"))
+    shape = ModelShape.from_config(THREE["llama"])
+    assert train_flops(shape, ROWS, SEQUENCE, adapter=adapter) == step(
+        THREE["llama"], adapter=adapter
+    )
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_forward(family):
+    shape, model = ModelShape.from_config(THREE[family]), build(THREE[family], attention="eager")
+    inputs = batch(ROWS, SEQUENCE)
+    with torch.no_grad():
+        assert forward_flops(shape, ROWS, SEQUENCE) == counted(lambda: model(**inputs))
+        hidden = counted(lambda: model.base_model(input_ids=inputs["input_ids"]))
+    assert score_flops(shape, ROWS, SEQUENCE, logits=False) == hidden
+
+
+@pytest.mark.parametrize("name", [*TINY, "mistral-window", "gemma2-window", "opt-post-projected"])
+def test_decoding(name):
+    shape, model = ModelShape.from_config(THREE[name]), build(THREE[name], attention="eager").eval()
+    model.config.use_cache = True
+    for prompt, generated in ((10, 1), (10, 12), (20, 3)):
+        ids = torch.ones(ROWS, prompt, dtype=torch.long)
+        measured = counted(
+            lambda ids=ids, generated=generated: model.generate(
+                ids, max_new_tokens=generated, min_new_tokens=generated, do_sample=False
+            )
+        )
+        assert decode_flops(shape, ROWS, prompt, generated) == measured
+    assert decode_flops(shape, ROWS, 10, 0) == 0
+
+
+@pytest.mark.parametrize("last_layers", [1, 2])
+def test_gradients_of_the_last_layers(last_layers):
+    shape, model = ModelShape.from_config(THREE["llama"]), build(THREE["llama"], attention="eager")
+    model.requires_grad_(False)
+    model.model.layers[-last_layers:].requires_grad_(True)
+    measured = counted(lambda: model(**batch(ROWS, SEQUENCE)).loss.backward())
+    predicted = gradient_score_flops(shape, ROWS, SEQUENCE, last_layers=last_layers)
+    assert predicted == measured
+    with pytest.raises(ValueError, match="last_layers must be from 1 to 3"):
+        gradient_score_flops(shape, ROWS, SEQUENCE, last_layers=4)
+
+
+def test_a_known_model_by_hand():
+    shape = ModelShape.from_config(PUBLISHED["Llama-3-8B"])
+    body = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 128256 * 4096
+    tokens, sequence = 2 * 2048, 2048
+    attention = 32 * 2 * 4096 * sequence
+    assert forward_flops(shape, 2, sequence) == 2 * tokens * (body + attention)
+    assert train_flops(shape, 2, sequence) == 3 * forward_flops(shape, 2, sequence)
+    assert forward_flops(shape, 2, sequence, causal=True) == tokens * (
+        2 * body + attention * (sequence + 1) / sequence
+    )
+
+
+def test_unknown_targets_and_layers_are_errors():
+    shape = ModelShape.from_config(TINY["gpt2"])
+    with pytest.raises(ValueError, match="its linears are c_attn, c_proj, c_fc"):
+        train_flops(shape, 1, 8, adapter=Adapter(targets=("q_proj",)))
+    with pytest.raises(ValueError, match="layers count from 0 to 1"):
+        train_flops(shape, 1, 8, adapter=Adapter(layers=(2,)))
+    with pytest.raises(ValueError, match="rank must be at least 1"):
+        Adapter(rank=0)
+
+
+def test_a_price_takes_microseconds():
+    shape, adapter = ModelShape.from_config(PUBLISHED["Llama-3-8B"]), Adapter()
+    train_flops(shape, 1, 2048, adapter=adapter)
+    start = time.perf_counter()
+    for sequence in range(1, 501):
+        train_flops(shape, 1, sequence, adapter=adapter)
+    assert time.perf_counter() - start < 0.1

@@ -1,0 +1,89 @@
+"""Models to measure the closed forms against: tiny, on the CPU, run as the trainer runs them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from thrifty.costs.operations import Adapter
+from thrifty.costs.shape import ModelShape
+
+
+def build(
+    config: dict[str, Any],
+    *,
+    dtype: str = "float32",
+    adapter: Adapter | None = None,
+    adapter_dtype: str = "float32",
+    recompute: bool = False,
+    attention: str | None = None,
+) -> torch.nn.Module:
+    """A model in training mode, with PEFT's adapter and transformers' checkpointing if asked."""
+    fields = dict(config)
+    options = {} if attention is None else {"attn_implementation": attention}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(fields.pop("model_type"), **fields),
+        dtype=getattr(torch, dtype),
+        **options,
+    )
+    model.config.use_cache = False
+    plain = model
+    if adapter is not None:
+        from peft import LoraConfig, get_peft_model
+
+        targets = adapter.targets or ModelShape.from_config(config).lora_targets
+        layers = None if adapter.layers is None else list(adapter.layers)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's remarks on Conv1D
+            model = get_peft_model(
+                model,
+                LoraConfig(
+                    r=adapter.rank, target_modules=list(targets), layers_to_transform=layers
+                ),
+                autocast_adapter_dtype=adapter_dtype == "float32",
+            )
+    if recompute:
+        plain.activation_checkpointing_enable()
+    return model.train()
+
+
+def batch(rows: int, sequence: int, *, masked: bool = False) -> dict[str, torch.Tensor]:
+    """Packed rows: masked ones hold two documents each, the others one."""
+    ids = torch.ones(rows, sequence, dtype=torch.long)
+    positions = torch.arange(sequence).repeat(rows, 1)
+    if masked:
+        positions %= sequence // 2 + 1
+    return {"input_ids": ids, "labels": ids, "position_ids": positions}
+
+
+def saved_bytes(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+    """Bytes of the distinct buffers that autograd keeps after a forward, parameters excluded."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            held.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**inputs)
+    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+
+def allocated_peak(run: Any) -> int:
+    """The most bytes alive during ``run`` above the level at its start, as the allocator reports
+    them to the profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as seen:
+        run()
+    level = peak = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            peak = max(peak, level)
+    return peak

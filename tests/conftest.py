@@ -79,12 +79,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """pool.jsonl: 300 rows of each of three topics; signal, dev and test rows about sums."""
+    """pool.jsonl: 300 rows of each of three topics (small_pool: 150 of them); signal, dev and test
+    rows about sums."""
     folder = tmp_path_factory.mktemp("tiny-data")
     pool = [row for topic in _WORDS for row in sentences(topic, 300, 1)]
     random.Random(0).shuffle(pool)
     return {
         "pool": write_jsonl(folder / "pool.jsonl", pool),
+        "small_pool": write_jsonl(folder / "small_pool.jsonl", pool[:150]),
         "signal": write_jsonl(folder / "signal.jsonl", sentences("sums", 12, 2)),
         "dev": write_jsonl(folder / "dev.jsonl", sentences("sums", 16, 3)),
         "test": write_jsonl(folder / "test.jsonl", sentences("sums", 16, 4)),

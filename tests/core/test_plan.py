@@ -68,7 +68,6 @@ plans = st.builds(
             Target,
             signal=st.lists(st.text(), min_size=1).map(tuple),
             weight=amounts,
-            floor=st.none() | st.floats(-1e3, 1e3),
         ),
         max_size=2,
     ),

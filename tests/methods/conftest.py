@@ -39,13 +39,13 @@ def build(source: Path, folder: Path, model: Path, shard_rows: int) -> Store:
 
 @pytest.fixture(scope="session")
 def pool(tiny_model: Path, tiny_data: dict[str, Path], tmp_path_factory) -> Store:
-    return build(tiny_data["pool"], tmp_path_factory.mktemp("pool"), tiny_model, 250)
+    return build(tiny_data["small_pool"], tmp_path_factory.mktemp("pool"), tiny_model, 40)
 
 
 @pytest.fixture(scope="session")
 def whole_pool(tiny_model: Path, tiny_data: dict[str, Path], tmp_path_factory) -> Store:
     """The same rows in one shard."""
-    return build(tiny_data["pool"], tmp_path_factory.mktemp("whole"), tiny_model, 4096)
+    return build(tiny_data["small_pool"], tmp_path_factory.mktemp("whole"), tiny_model, 4096)
 
 
 @pytest.fixture(scope="session")

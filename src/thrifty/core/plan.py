@@ -71,8 +71,6 @@ class Target:
     dev: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
     weight: float = 1.0
-    floor: float | None = None
-    """The most nats a token by which this target may end worse than the base; None = no floor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +118,7 @@ class Training:
     """Tokens of a packed sequence; a longer example is cut."""
     max_steps: int = 1
     epochs: float = 1.0
-    """Times that the kept tokens are gone through in ``max_steps``."""
+    """Times that the kept tokens are gone through; follows from ``max_steps``, which decides."""
     learning_rate: float = 2e-4
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0

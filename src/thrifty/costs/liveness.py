@@ -23,17 +23,16 @@ WORKSPACE = {"square": 2.0, "rotate": 1.5, "weigh": 1.0, "gelu_new": 1.0}
 
 
 class Point(NamedTuple):
-    """An instant: what autograd keeps, what lives beside it, and of how many weights the backward
-    has left a gradient."""
+    """An instant of a pass."""
 
     kept: Size = Size()
+    """What autograd keeps."""
     beside: Size = Size()
-    weight_elements: int = 0
-
-    def at(self, tokens: int, keys: int, itemsize: float = 0.0) -> float:
-        """Bytes; ``itemsize``: of the weight gradients."""
-        held = self.kept.at(tokens, keys) + self.beside.at(tokens, keys)
-        return held + self.weight_elements * itemsize
+    """What lives beside it."""
+    done: int = 0
+    """Elements of the weights whose gradient the backward has left by now."""
+    fresh: int = 0
+    """Those of them whose gradient is made at this instant."""
 
 
 class Piece(NamedTuple):
@@ -49,9 +48,17 @@ class Piece(NamedTuple):
     """Elements that get a gradient."""
 
 
-def highest(points: Iterable[Point], tokens: int, keys: int, itemsize: float = 0.0) -> Point:
-    """The instant that holds most."""
-    return max(points, key=lambda point: point.at(tokens, keys, itemsize))
+def highest(
+    points: Iterable[Point], tokens: int, keys: int, done: float = 0.0, fresh: float = 0.0
+) -> Point:
+    """The instant that holds most; ``done``, ``fresh``: bytes of an element of their gradients."""
+
+    def held(point: Point) -> float:
+        token = point.kept.token + point.beside.token
+        keyed = point.kept.map + point.beside.map
+        return tokens * (token + keyed * keys) + point.done * done + point.fresh * fresh
+
+    return max(points, key=held)
 
 
 @lru_cache(maxsize=2048)
@@ -122,9 +129,10 @@ def _backward_points(
             waiting = total(gradients.values())
         written = _gradients_written(each)
         work = each.writes.size.times(WORKSPACE.get(each.kind, 0.0))
-        done += each.weight_elements if each.trained else 0
+        fresh = each.weight_elements if each.trained else 0
+        done += fresh
         beside = total((*gradients.values(), *written.values(), work))
-        points.append(Point(total(kept.values()), beside, done))
+        points.append(Point(total(kept.values()), beside, done, fresh))
         del gradients[each.writes.name]
         for name, size in written.items():
             gradients[name] = max(size, gradients.get(name, Size()))

@@ -262,7 +262,7 @@ class Program:
             )
         wide = self.cast(x, self.itemsize, 4)
         square = self.apply("square", wide, keeps="input", passes=(1.0, 3.0))
-        mean = self.apply("mean", square, share=1.0 / width, passes=(width, width))
+        mean = self.apply("mean", square, share=1.0 / width)
         inverse = self.apply("rsqrt", mean, keeps="output", passes=(2.0, 3.0))
         normal = self.multiply(wide, inverse)
         if self.shape.norm == "gemma":

@@ -2,16 +2,15 @@
 
 Matrix products by size and dtype, memory bandwidth, the launch of an operation; then real training
 steps and forward passes of small Llamas, to which the factors of the roofline (``costs/time.py``)
-are fitted by non-negative least squares of the relative errors. Rounds are interleaved and medians
-taken; repeats that differ by more than 10% are said: the machine is busy.
+are fitted by non-negative least squares of the relative errors. Of kernels the fastest round
+counts, of steps, interleaved, the median; if these differ by more than 10% the machine is busy.
 """
 
 from __future__ import annotations
 
 import platform
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -24,10 +23,11 @@ from thrifty.costs.shape import ModelShape
 from thrifty.costs.time import step_terms
 
 ROUNDS = 3
+KERNEL_ROUNDS = 5
 BUSY = 0.10
-_SIZES = (64, 128, 256, 512, 1024)
+_SIZES = (16, 64, 128, 256, 512, 1024)
 _ROWS = 1024
-_SLOW_SECONDS = 0.1
+_SLOW_SECONDS = 0.03
 
 # hidden, layers, intermediate, vocabulary, batch, sequence: small, so that it stays a few seconds
 _STEPS = (
@@ -52,8 +52,7 @@ def measure_device() -> Device:
     cuda = torch.cuda.is_available()
     where = "cuda" if cuda else "cpu"
     device = _bare(torch, where)
-    dtypes = ("float32", "bfloat16")
-    rates = {name: _matmul_rates(torch, where, name) for name in dtypes}
+    rates = _matmul_rates(torch, where)
     device = replace(
         device,
         matmul_rates=rates,
@@ -105,30 +104,45 @@ def _seconds(run: Callable[[], object], torch: Any, where: str) -> float:
     return time.perf_counter() - start
 
 
-def _median(run: Callable[[], object], torch: Any, where: str, least: float = 0.02) -> float:
-    """Seconds of one run: the median of rounds that each last at least ``least``."""
-    run()
-    once = max(_seconds(run, torch, where), 1e-7)
-    times = max(1, int(least / once))
-    found = [
-        _seconds(lambda: [run() for _ in range(times)], torch, where) / times for _ in range(ROUNDS)
-    ]
-    return statistics.median(found)
+def _fastest(
+    runs: Sequence[Callable[[], object]], torch: Any, where: str, least: float = 0.01
+) -> list[float]:
+    """Seconds of each run: the fastest of interleaved rounds, each of at least ``least`` a run.
+
+    Whatever else runs can only slow them; how busy the machine is shows in the steps.
+    """
+    times = []
+    for run in runs:
+        run()
+        times.append(max(1, int(least / max(_seconds(run, torch, where), 1e-7))))
+    fastest = [float("inf")] * len(runs)
+    for _ in range(KERNEL_ROUNDS):
+        for i, (run, n) in enumerate(zip(runs, times, strict=True)):
+            spent = _seconds(lambda run=run, n=n: [run() for _ in range(n)], torch, where) / n  # type: ignore[misc]
+            fastest[i] = min(fastest[i], spent)
+    return fastest
 
 
-def _matmul_rates(torch: Any, where: str, dtype: str) -> dict[int, float]:
-    sizes = _SIZES if where == "cpu" else (128, 512, 2048, 8192)
+def _matmul_rates(torch: Any, where: str) -> dict[str, dict[int, float]]:
+    """FLOP/s by dtype and smallest dimension."""
+    sizes = _SIZES if where == "cpu" else (16, 128, 512, 2048, 8192)
     rows = _ROWS if where == "cpu" else 8192
-    rates: dict[int, float] = {}
-    for size in sizes:
-        kind = getattr(torch, dtype)
-        left = torch.randn(rows, size, device=where, dtype=kind)
-        right = torch.randn(size, size, device=where, dtype=kind)
-        flops = 2.0 * rows * size * size
-        if rates and flops / rates[max(rates)] > _SLOW_SECONDS:
-            break  # emulated on this processor: larger ones only take longer to say so
-        spent = _median(lambda left=left, right=right: left @ right, torch, where)  # type: ignore[misc]
-        rates[size] = flops / spent
+    chosen: list[tuple[str, int]] = []
+    runs: list[Callable[[], object]] = []
+    for dtype in ("float32", "bfloat16"):
+        for size in sizes:
+            kind = getattr(torch, dtype)
+            left = torch.randn(rows, size, device=where, dtype=kind)
+            right = torch.randn(size, size, device=where, dtype=kind)
+            run = lambda left=left, right=right: left @ right  # type: ignore[misc] # noqa: E731
+            run()
+            chosen.append((dtype, size))
+            runs.append(run)
+            if _seconds(run, torch, where) > _SLOW_SECONDS:
+                break  # emulated on this processor: larger ones only take longer to say so
+    rates: dict[str, dict[int, float]] = {}
+    for (dtype, size), spent in zip(chosen, _fastest(runs, torch, where), strict=True):
+        rates.setdefault(dtype, {})[size] = 2.0 * rows * size * size / spent
     return rates
 
 
@@ -137,13 +151,14 @@ def _bandwidth(torch: Any, where: str) -> float:
     count = 2**23 if where == "cpu" else 2**28
     left, right = (torch.ones(count, device=where) for _ in range(2))
     out = torch.empty_like(left)
-    spent = _median(lambda: torch.add(left, right, out=out), torch, where)
+    (spent,) = _fastest([lambda: torch.add(left, right, out=out)], torch, where)
     return 3 * 4.0 * count / spent
 
 
 def _launch(torch: Any, where: str) -> float:
     x = torch.ones(8, device=where)
-    return _median(lambda: [x.add_(1.0) for _ in range(100)], torch, where) / 100
+    (spent,) = _fastest([lambda: [x.add_(1.0) for _ in range(100)]], torch, where)
+    return spent / 100
 
 
 def _fit(torch: Any, where: str, device: Device) -> tuple[tuple[float, float, float, float], bool]:
@@ -180,11 +195,12 @@ def _fit(torch: Any, where: str, device: Device) -> tuple[tuple[float, float, fl
     measured = np.median(spent, axis=0)
     busy = bool(np.median(np.ptp(spent, axis=0) / measured) > BUSY)
     terms = np.array([t for t, _ in runs])
-    # A weak pull to one keeps a factor that these steps do not show from vanishing.
-    pull = 0.05 * np.eye(4)
+    # Products and memory traffic grow together in these steps: a pull to one keeps either from
+    # taking the other's share, and a weaker one what they hardly show from vanishing.
+    pull = np.array([0.3, 0.3, 0.05, 0.1])
     fitted, _ = nnls(
-        np.vstack([terms / measured[:, None], pull]),
-        np.concatenate([np.ones(len(runs)), np.full(4, 0.05)]),
+        np.vstack([terms / measured[:, None], np.diag(pull)]),
+        np.concatenate([np.ones(len(runs)), pull]),
     )
     a, b, c, d = (float(f) for f in fitted)
     return (a, b, c, d), busy

@@ -69,9 +69,12 @@ def measure(
     rows: Mapping[str, Rows],
     weights: Mapping[str, float],
     meter: Meter,
+    max_tokens: int | None = None,
 ) -> Measured:
     """Evaluate ``model`` on every target's rows. Raises ValueError where a loss is not finite."""
-    found = {name: example_losses(model, shape, r.tokens, meter) for name, r in rows.items()}
+    found = {
+        name: example_losses(model, shape, r.tokens, meter, max_tokens) for name, r in rows.items()
+    }
     for name, losses in found.items():
         if not np.isfinite(losses.objective):
             raise ValueError(

@@ -346,12 +346,14 @@ def _scoring(request: Request, scorer: Scorer, dtype: str, sequence: int) -> Cos
 
 
 def _rows_cost(
-    shape: ModelShape, device: Device, stats: PoolStats | None, dtype: str, sequence: int
+    shape: ModelShape, device: Device, stats: PoolStats | None, training: Training
 ) -> Cost:
+    """Of evaluating rows in batches no larger than a training pass, inside whose peak it stays."""
     if stats is None:
         return Cost()
-    cost = forward_cost(shape, stats, device, dtype, sequence)
-    return replace(cost, peak_memory_bytes=0.0)  # inside the training step's peak
+    most, length = training.micro_batch_tokens, training.max_length
+    cost = forward_cost(shape, stats, device, training.dtype, length, most)
+    return replace(cost, peak_memory_bytes=0.0)
 
 
 def _minus(budget: Budget, spent: Cost) -> Budget:
@@ -524,9 +526,9 @@ def predictions(
     return Predictions(
         memory=memory,
         step=micro * training.gradient_accumulation_steps,
-        evaluation=_rows_cost(shape, device, dev, training.dtype, sequence),
+        evaluation=_rows_cost(shape, device, dev, training),
         checkpoint=Cost(seconds=save),
-        test=_rows_cost(shape, device, test, training.dtype, sequence) * 2,
+        test=_rows_cost(shape, device, test, training) * 2,
     )
 
 
@@ -555,6 +557,7 @@ def _reasons(request: Request, chosen: Candidate, choice: Choice) -> dict[str, s
     limit = request.budget.memory_bytes or device.memory_bytes
     sequences = c.per_device_train_batch_size * c.gradient_accumulation_steps
     quality, why_quality = QUALITY[(c.method, c.dtype)]
+    asked = {key: f"{value}: as asked" for key, value in request.fixed.items()}
     epochs_rule = "at most 4 passes: repeated tokens are worth 93% of fresh ones by then"
     return {
         "selection.scorer": f"{c.scorer}: {choice.reason}",
@@ -585,4 +588,5 @@ def _reasons(request: Request, chosen: Candidate, choice: Choice) -> dict[str, s
         "training.eval_steps": (
             f"{c.num_evaluations} evaluations: at most {EVALUATION_SHARE:.0%} of the budget"
         ),
+        **asked,
     }

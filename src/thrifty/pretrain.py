@@ -245,7 +245,7 @@ def _progress_bar() -> Any:
 
     class ProgressBar(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.bar = tqdm(total=state.max_steps, desc="pretraining", unit="step")
+            self.bar = tqdm(total=state.max_steps, desc="pretraining", unit="step", disable=None)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.bar.update(state.global_step - self.bar.n)

@@ -296,6 +296,7 @@ def test(work: Work, branch: Branch) -> None:
     rows = work.rows(part)
     weights = work.weights(rows)
     predicted = work.predicted(branch.plan).test if branch is work.main else Cost()
+    most = branch.plan.training.micro_batch_tokens
     with work.ledger.stage(
         name, part, predicted=predicted, account=branch.account, limit=branch.limit
     ) as stage:
@@ -303,9 +304,9 @@ def test(work: Work, branch: Branch) -> None:
             with stage.spending("load", Cost()):
                 model = _trained(work, branch)
             with stage.spending("test", predicted) as lease, peak_noted(lease, local_device()):
-                after = measure(model, work.shape, rows, weights, lease)
+                after = measure(model, work.shape, rows, weights, lease, most)
                 if branch is work.main:
-                    before = measure(work.models.base(), work.shape, rows, weights, lease)
+                    before = measure(work.models.base(), work.shape, rows, weights, lease, most)
         except BudgetExceeded as refusal:
             line = str(refusal).partition("\n")[0]
             stage.decide("test or not", "not", f"what is left does not pay for it: {line}")

@@ -309,7 +309,14 @@ class BudgetedTrainer(Trainer):
         step = self.state.global_step
         upper = self._cost_of("evaluate", self.job.predicted_evaluation)
         with self.budget.activity("evaluate", upper, step=step) as lease:
-            found = measure(self.model, self._shape, self.job.dev, self.job.weights, lease)
+            found = measure(
+                self.model,
+                self._shape,
+                self.job.dev,
+                self.job.weights,
+                lease,
+                self.job.training.micro_batch_tokens,
+            )
             self._seconds["evaluate"] = lease.used.seconds
         stderr = found.stderr(self._measured)
         self._measured = found

@@ -133,6 +133,11 @@ class Training:
     seed: int = 0
     report_to: tuple[str, ...] = ()
 
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Of a training pass; evaluations keep to it, so that their memory stays within its own."""
+        return self.per_device_train_batch_size * self.max_length
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import yaml
 
 GIB = 2.0**30
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,11 +132,11 @@ class _Step:
 
     def __init__(self, shape: ModelShape, setting: MemorySetting) -> None:
         self.shape, self.setting = shape, setting
-        self.setup = _setup(shape, setting)
+        self.setup = setup_of(shape, setting)
         self.tokens, self.keys = setting.tokens, setting.sequence
         self.states = _states(shape, setting)
-        self.itemsize = _trained_itemsize(setting)
-        self.gradients = _trained(shape, setting) * self.itemsize
+        self.itemsize = trained_itemsize(setting)
+        self.gradients = num_trained(shape, setting) * self.itemsize
         # While gradients accumulate all exist, and a new one lives until it is added to the old.
         self.accumulating = setting.gradient_accumulation_steps > 1
         self.first, *self.body, self.last = pieces(shape, self.setup)
@@ -231,7 +231,7 @@ def forward_account(
     setting = MemorySetting(
         micro_batch=batch, sequence=sequence, dtype=dtype, masked=masked, device_kind=device_kind
     )
-    setup = _setup(shape, setting, backward=False)
+    setup = setup_of(shape, setting, backward=False)
     _, *body, last = pieces(shape, setup)
     weights = float(shape.num_parameters * setup.itemsize)
     held = BATCH_BYTES * setting.tokens
@@ -261,7 +261,7 @@ def checkpoint_bytes(shape: ModelShape, setting: MemorySetting) -> float:
 
     Full fine-tuning saves the model, an adapter only itself.
     """
-    weights = _trained(shape, setting) * _trained_itemsize(setting)
+    weights = num_trained(shape, setting) * trained_itemsize(setting)
     return weights * (1.0 + OPTIMIZER_STATES[setting.optimizer])
 
 
@@ -272,7 +272,7 @@ def saved_bytes(shape: ModelShape, setting: MemorySetting) -> float:
     return step.before + kept + step.bytes(step.last.saved)
 
 
-def _setup(shape: ModelShape, setting: MemorySetting, *, backward: bool = True) -> Setup:
+def setup_of(shape: ModelShape, setting: MemorySetting, *, backward: bool = True) -> Setup:
     return Setup(
         itemsize=ITEMSIZE[setting.dtype],
         adapter_itemsize=ITEMSIZE[setting.adapter_dtype],
@@ -286,20 +286,20 @@ def _setup(shape: ModelShape, setting: MemorySetting, *, backward: bool = True) 
     )
 
 
-def _trained(shape: ModelShape, setting: MemorySetting) -> int:
+def num_trained(shape: ModelShape, setting: MemorySetting) -> int:
     """Elements that get a gradient."""
     return (
         shape.num_parameters if setting.adapter is None else setting.adapter.num_parameters(shape)
     )
 
 
-def _trained_itemsize(setting: MemorySetting) -> int:
+def trained_itemsize(setting: MemorySetting) -> int:
     return ITEMSIZE[setting.dtype if setting.adapter is None else setting.adapter_dtype]
 
 
 def _states(shape: ModelShape, setting: MemorySetting) -> dict[str, float]:
     """The terms that hold whatever the batch."""
-    trained = float(_trained(shape, setting) * _trained_itemsize(setting))
+    trained = float(num_trained(shape, setting) * trained_itemsize(setting))
     return dict.fromkeys(TERMS, 0.0) | {
         "weights": float(shape.num_parameters * ITEMSIZE[setting.dtype]),
         "adapter": 0.0 if setting.adapter is None else trained,

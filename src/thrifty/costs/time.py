@@ -2,32 +2,57 @@
 
     t = a * sum over products of FLOPs / rate(smallest dimension)      matrix products
       + b * bytes through memory / bandwidth                           norms, activations, loss
-      + c * number of operations * launch time                         what rules small models
+      + c * number of kernels * launch time                            what rules small models
       + d * bytes of weights, gradients and moments / bandwidth        the optimizer
 
-Rates, bandwidth and launch time are the device's; a, b, c, d were fitted to real steps by
-`thrifty device` (1 for a device from the table, whose rates are its peaks times an efficiency that
-grows with the smallest dimension: 0.55 from 2,048 on).
+The work is read off the operations that a step executes (``layer.py``), so that recomputation,
+adapters, masks and a large vocabulary cost what they cost. Rates, bandwidth and launch time are the
+device's; a, b, c, d were fitted to real steps by `thrifty device` (1 for a device from the table,
+whose rates are its peaks times an efficiency that grows with the smallest dimension: 0.55 from
+2,048 on). On a CPU an exponential counts as the memory traffic that takes as long, and a buffer
+above glibc's mmap threshold pays for its page faults each time it is allocated.
+
+Limits: products and memory traffic do not overlap; no communication, no data loading.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from thrifty.costs.flops import forward_flops, train_flops
 from thrifty.costs.hardware import Device
-from thrifty.costs.memory import ITEMSIZE, MemorySetting
+from thrifty.costs.layer import Setup, embedding, head, layers
+from thrifty.costs.memory import MemorySetting, num_trained, setup_of, trained_itemsize
+from thrifty.costs.operations import Operation, Product, Size, recomputed
 from thrifty.costs.shape import ModelShape
 
 LARGE_EFFICIENCY = 0.55
 """Share of the peak that large matrix products of real training reach (MFU of well-run jobs)."""
 _LARGE = 2048
-_OPERATIONS_PER_LAYER = 34
-"""Forward, a Llama layer in eager transformers; the backward launches about twice as many."""
-_OPERATIONS_BESIDE = 40
+ATTENTION_EFFICIENCY = 0.55
+"""Of fused attention beside a matrix product of its head size, as measured on CPUs."""
+CAUSAL_BLOCK = 256
+"""Keys that a causal kernel handles at once; beyond it, it skips those to come."""
+
+CPU_PASSES: dict[str, tuple[float, float]] = {
+    "silu": (4.0, 5.0),
+    "gelu": (4.5, 5.0),
+    "gelu_pytorch_tanh": (6.0, 6.0),
+    "gelu_new": (2.5, 1.0),
+    "tanh": (13.0, 2.0),
+    "log_softmax": (3.0, 3.0),
+    "softmax": (3.0, 3.0),
+    "layer_norm": (5.0, 2.0),
+    "noise": (40.0, 0.0),
+}
+"""Time of these kernels, forward and backward, in copies of their tensors; measured on AVX2."""
+MMAP_THRESHOLD = 32 * 2**20
+FAULT_SECONDS = 1e-9
+"""Per byte of a CPU buffer above glibc's largest mmap threshold: its pages are new every time."""
 
 
 def step_seconds(
@@ -56,57 +81,93 @@ def step_terms(
     shape: ModelShape, setting: MemorySetting, device: Device, kind: Literal["train", "forward"]
 ) -> tuple[float, float, float, float]:
     """Seconds of the four terms before their factors."""
-    tokens, size = setting.tokens, ITEMSIZE[setting.dtype]
-    batch, sequence = setting.micro_batch, setting.sequence
-    products = _forward_products(shape, tokens, sequence, setting.dtype, device)
-    passes = 1.0
-    trained = 0.0
-    if kind == "train":
-        forward = forward_flops(shape, batch, sequence)
-        whole = train_flops(
-            shape, batch, sequence, adapter=setting.adapter, recompute=setting.recompute
-        )
-        products *= whole / forward
-        passes = 3.0 + setting.recompute
-        trained = float(
-            shape.num_parameters if setting.adapter is None else _adapter_size(shape, setting)
-        )
-    hidden, inner = shape.hidden_size, shape.intermediate_size
-    elements = shape.num_layers * (14 * hidden + 4 * inner) + 3 * hidden
-    moved = tokens * (elements * size + 4 * 4 * shape.vocab_size) * passes
-    if setting.masked:
-        moved += passes * shape.num_layers * shape.num_attention_heads * tokens * sequence * size
-    launches = (_OPERATIONS_PER_LAYER * shape.num_layers + _OPERATIONS_BESIDE) * passes
-    optimizer = trained * size * 7 / device.bytes_per_second
+    train = kind == "train"
+    work = _work(shape, setup_of(shape, setting, backward=train))
+    tokens, sequence = setting.tokens, setting.sequence
+    keys = sequence if setting.masked else min(sequence, (sequence + CAUSAL_BLOCK) / 2)
+    products = 0.0
+    for product, times in work.products.items():
+        flops, dimension = _product(product, tokens, keys)
+        speed = rate(device, setting.dtype, dimension)
+        products += times * flops / (speed * (ATTENTION_EFFICIENCY if product.heads else 1.0))
+    moved = work.moved.at(tokens, sequence) + work.moved_weights
+    memory = moved / device.bytes_per_second
+    if device.kind == "cpu":
+        sizes = [(size.at(tokens, sequence), n) for size, n in work.written.items()]
+        sizes += work.gradients.items()
+        memory += FAULT_SECONDS * sum(size * n for size, n in sizes if size > MMAP_THRESHOLD)
+    trained = num_trained(shape, setting) * trained_itemsize(setting) if train else 0.0
     return (
         products,
-        moved / device.bytes_per_second,
-        launches * device.operation_seconds,
-        optimizer,
+        memory,
+        work.kernels * device.operation_seconds,
+        7.0 * trained / device.bytes_per_second,
     )
 
 
-def _adapter_size(shape: ModelShape, setting: MemorySetting) -> float:
-    assert setting.adapter is not None
-    names = setting.adapter.targets or shape.lora_targets
-    wanted = [x for x in shape.linears if x.name in names]
-    sides = sum(x.in_features + x.out_features for x in wanted)
-    return float(shape.num_layers * setting.adapter.rank * sides)
+class Work(NamedTuple):
+    """What a step does, independent of its tokens."""
+
+    products: Counter[Product]
+    moved: Size
+    """Read and written by elementwise kernels."""
+    moved_weights: float
+    written: Counter[Size]
+    """Buffers allocated."""
+    gradients: Counter[float]
+    """Weight gradients allocated, bytes of each."""
+    kernels: float
 
 
-def _forward_products(
-    shape: ModelShape, tokens: int, sequence: int, dtype: str, device: Device
-) -> float:
-    """Seconds of a forward pass's matrix products."""
-    seconds = 0.0
-    for linear in shape.linears:
-        flops = 2.0 * tokens * linear.in_features * linear.out_features * shape.num_layers
-        seconds += flops / rate(device, dtype, min(linear.in_features, linear.out_features))
-    head = 2.0 * tokens * shape.hidden_size * shape.vocab_size
-    seconds += head / rate(device, dtype, min(shape.hidden_size, shape.vocab_size))
-    width = shape.num_attention_heads * shape.head_dim
-    attention = 4.0 * tokens * sequence * width * shape.num_layers
-    return seconds + attention / rate(device, dtype, shape.head_dim)
+@lru_cache(maxsize=1024)
+def _work(shape: ModelShape, setup: Setup) -> Work:
+    products: Counter[Product] = Counter()
+    written: Counter[Size] = Counter()
+    gradients: Counter[float] = Counter()
+    token = keyed = kernels = weights = 0.0
+
+    def add(operation: Operation, *, backward: bool) -> None:
+        nonlocal token, keyed, kernels, weights
+        done = operation.backward if backward else operation.forward
+        products.update(done)
+        passes = operation.passes[backward]
+        kernels += passes + len(done)
+        if setup.on_cpu:
+            passes *= CPU_PASSES.get(operation.kind, (1.0, 1.0))[backward]
+        for tensor in (*operation.reads, operation.writes):
+            token += passes * tensor.size.token
+            keyed += passes * tensor.size.map
+        if not backward:
+            written[operation.writes.size] += 1
+            return
+        written.update(tensor.size for tensor in operation.reads if tensor.grad)
+        if operation.trained:
+            size = operation.weight_elements * setup.itemsize
+            gradients[size] += 1
+            weights += size if operation.kind == "embedding" else 0.0  # filled with zeros first
+
+    body = tuple(layers(shape, setup))
+    for operations in (embedding(shape, setup), *body, head(shape, setup)):
+        for operation in operations:
+            if operation.kind == "hold":
+                continue
+            add(operation, backward=False)
+            if operation.writes.grad:
+                add(operation, backward=True)
+    if setup.recompute:
+        for operations in body:
+            for operation in recomputed(operations):
+                if operation.kind != "hold":
+                    add(operation, backward=False)
+    return Work(products, Size(token, keyed), weights, written, gradients, kernels)
+
+
+def _product(product: Product, tokens: int, keys: float) -> tuple[float, int]:
+    """FLOPs and smallest dimension."""
+    if product.heads:
+        return 2.0 * product.heads * product.inner * tokens * keys, product.inner
+    flops = 2.0 * tokens * product.inner * product.columns
+    return flops, min(tokens, product.inner, product.columns)
 
 
 def rate(device: Device, dtype: str, dimension: int) -> float:
@@ -121,10 +182,11 @@ def rate(device: Device, dtype: str, dimension: int) -> float:
 
 
 def _interpolated(curve: Mapping[int, float], dimension: int) -> float:
-    """Between measured sizes in log-log, flat beyond them."""
+    """Between measured sizes in log-log; below the smallest falling with the root, as the thin
+    products of attention and LoRA do; flat above the largest."""
     sizes = sorted(curve)
     if dimension <= sizes[0]:
-        return curve[sizes[0]]
+        return curve[sizes[0]] * (dimension / sizes[0]) ** 0.5
     for low, high in pairwise(sizes):
         if dimension <= high:
             share = math.log(dimension / low) / math.log(high / low)

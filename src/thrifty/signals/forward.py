@@ -70,11 +70,16 @@ def batch_tokens(vocab_size: int) -> int:
 
 
 def example_losses(
-    model: Any, shape: ModelShape, examples: Sequence[Tokens], meter: Meter
+    model: Any,
+    shape: ModelShape,
+    examples: Sequence[Tokens],
+    meter: Meter,
+    max_tokens: int | None = None,
 ) -> Losses:
     """Each example's loss under ``model``, in evaluation mode, whatever mode it was in.
 
-    Ticks ``meter`` with the FLOPs of every batch as padded.
+    Ticks ``meter`` with the FLOPs of every batch as padded; a batch has at most ``max_tokens``
+    (one example at least), by default as many as keep its logits small.
     """
     import torch
 
@@ -86,7 +91,7 @@ def example_losses(
     try:
         with torch.inference_mode():
             lengths = [len(e.input_ids) for e in examples]
-            most = max(batch_tokens(shape.vocab_size), max(lengths, default=1))
+            most = max(max_tokens or batch_tokens(shape.vocab_size), max(lengths, default=1))
             for batch in padded_batches(lengths, most):
                 ids, keep = _padded([examples[i] for i in batch], device)
                 logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
@@ -115,14 +120,19 @@ def _padded(examples: Sequence[Tokens], device: Any) -> tuple[Any, Any]:
 
 
 def forward_cost(
-    shape: ModelShape, stats: PoolStats, device: Any, dtype: str, max_length: int
+    shape: ModelShape,
+    stats: PoolStats,
+    device: Any,
+    dtype: str,
+    max_length: int,
+    max_tokens: int | None = None,
 ) -> Cost:
     """Predicted cost of ``example_losses`` over rows like ``stats``, all taken at their mean
     length, and padded by what batches of like lengths pad on average."""
     if not stats.num_examples:
         return Cost()
     length = max(1, min(round(stats.mean_tokens), max_length))
-    examples = max(1, batch_tokens(shape.vocab_size) // length)
+    examples = max(1, (max_tokens or batch_tokens(shape.vocab_size)) // length)
     batches = stats.num_examples / examples
     longest = min(stats.max_tokens, max_length)
     peak = max(examples * length, longest)

@@ -1,13 +1,13 @@
 """Predicted against measured: FLOPs, seconds and memory of real training steps.
 
-    MALLOC_MMAP_THRESHOLD_=65536 python bench/accuracy.py [--rounds 3]
+    python bench/accuracy.py [--rounds 3]
 
-Per setting, rounds of calibration (`thrifty device`) and of measured steps are interleaved, since
-the machine's speed drifts. FLOPs are checked against ``torch.utils.flop_counter`` under eager
-attention, which counts all of it. Memory is the rise of the peak over the level after loading the
-model: of the resident set on a CPU (MALLOC_MMAP_THRESHOLD_=65536, or freed blocks stay resident),
-of the allocator on a GPU. Repeats that differ by more than 10% print 'machine busy'; such a row is
-no measurement.
+FLOPs are checked against ``torch.utils.flop_counter`` under eager attention, which counts it all.
+Seconds: rounds of calibration (`thrifty device`) and of measured steps are interleaved, since the
+machine's speed drifts; repeats that differ by more than 10% print 'machine busy', and such a row is
+no measurement. Memory, each setting in a process of its own: the rise of the peak over the level
+after loading the model, of the resident set on a CPU (with MALLOC_MMAP_THRESHOLD_=65536, or freed
+blocks stay resident), of the allocator on a GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import gc
 import os
 import statistics
+import subprocess
 import sys
 import time
 
@@ -79,78 +80,103 @@ def counted_flops(sizes, batch, sequence):
     return counter.get_total_flops()
 
 
+def prepared(number, where):
+    """Model, optimizer, inputs, shape and setting of a row."""
+    *sizes, batch, sequence = SETTINGS[number]
+    torch.manual_seed(0)
+    model = llama(*sizes, sequence).to(where)
+    shape = ModelShape.from_config(model.config.to_dict())
+    setting = MemorySetting(
+        micro_batch=batch, sequence=sequence, dtype="float32", device_kind=where
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    return model, optimizer, inputs_of(sizes[3], batch, sequence, where), shape, setting
+
+
+def measured_rise(number, where):
+    """Bytes above the level after loading, over two steps; run in a process of its own."""
+    model, optimizer, inputs, _, _ = prepared(number, where)
+    gc.collect()
+    level = memory_bytes(where)
+    reset_peak(where)
+    step(model, optimizer, inputs)
+    step(model, optimizer, inputs)
+    return peak_memory_bytes(where) - level
+
+
+def rise_in_child(number):
+    command = [sys.executable, __file__, "--memory-of", str(number)]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def timed(number, where):
+    """Median seconds of three steps after two."""
+    model, optimizer, inputs, _, _ = prepared(number, where)
+    found = []
+    for _ in range(5):
+        start = time.perf_counter()
+        step(model, optimizer, inputs)
+        if where == "cuda":
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found[2:])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory-of", type=int)
     options = parser.parse_args()
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    if where == "cpu" and os.environ.get("MALLOC_MMAP_THRESHOLD_") != "65536":
-        print("set MALLOC_MMAP_THRESHOLD_=65536 before starting", file=sys.stderr)
-        return 2
-    rows, worst = [], 0.0
-    predicted: dict[int, list[float]] = {}
-    seconds: dict[int, list[float]] = {}
-    memory = {}
+    if options.memory_of is not None:
+        print(measured_rise(options.memory_of, where))
+        return 0
+    numbers = range(len(SETTINGS))
+    ratios = {number: [] for number in numbers}
+    seconds = {number: [] for number in numbers}
+    told = {number: [] for number in numbers}
     busy = False
     for turn in range(options.rounds):
-        device = measure_device()
-        busy = busy or device.machine_busy
-        for number, (*sizes, batch, sequence) in enumerate(SETTINGS):
-            torch.manual_seed(0)
-            model = llama(*sizes, sequence).to(where)
-            shape = ModelShape.from_config(model.config.to_dict())
-            setting = MemorySetting(
-                micro_batch=batch, sequence=sequence, dtype="float32", device_kind=where
-            )
-            inputs = inputs_of(sizes[3], batch, sequence, where)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-            gc.collect()
-            level = memory_bytes(where)
-            reset_peak(where)
-            step(model, optimizer, inputs)
-            step(model, optimizer, inputs)
-            rise = peak_memory_bytes(where) - level
-            weights = sum(p.numel() * p.element_size() for p in model.parameters())
-            terms = account(shape, setting)
-            memory[number] = (terms.peak_memory_bytes - weights, rise, terms.by_term)
-            found = []
-            for _ in range(3):
-                start = time.perf_counter()
-                step(model, optimizer, inputs)
-                if where == "cuda":
-                    torch.cuda.synchronize()
-                found.append(time.perf_counter() - start)
-            seconds.setdefault(number, []).append(statistics.median(found))
-            predicted.setdefault(number, []).append(step_seconds(shape, setting, device))
-            del model, optimizer, inputs
+        for number in numbers:
+            device = measure_device()
+            busy = busy or device.machine_busy
+            _, _, _, shape, setting = prepared(number, where)
+            found = timed(number, where)
+            predicted = step_seconds(shape, setting, device)
+            seconds[number].append(found)
+            told[number].append(predicted)
+            ratios[number].append(predicted / found)
         print(f"round {turn + 1} of {options.rounds}", file=sys.stderr)
-    for number, (*sizes, batch, sequence) in enumerate(SETTINGS):
-        shape = ModelShape.from_config(llama(*sizes, sequence).config.to_dict())
-        flops = train_flops(shape, batch, sequence)
-        counted = counted_flops(sizes, batch, sequence)
-        ratio = statistics.median(
-            p / s for p, s in zip(predicted[number], seconds[number], strict=True)
-        )
-        spread = (max(seconds[number]) - min(seconds[number])) / statistics.median(seconds[number])
-        worst = max(worst, abs(ratio - 1))
-        told, rise, terms = memory[number]
+    rows = []
+    for number in numbers:
+        *sizes, batch, sequence = SETTINGS[number]
+        model, _, _, shape, setting = prepared(number, where)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        del model
+        off = train_flops(shape, batch, sequence) / counted_flops(sizes, batch, sequence) - 1
+        middle = statistics.median(seconds[number])
+        spread = (max(seconds[number]) - min(seconds[number])) / middle
+        terms = account(shape, setting)
+        rise, predicted_rise = rise_in_child(number), terms.peak_memory_bytes - weights
         rows.append(
             (
                 f"{sizes[0]} x {sizes[1]}, {shape.num_parameters / 1e6:.1f}M, {batch} x {sequence}",
-                f"{flops / counted - 1:+.2%}",
-                f"{statistics.median(predicted[number]):.3f}",
-                f"{statistics.median(seconds[number]):.3f}",
-                f"{ratio - 1:+.0%}",
-                "machine busy" if spread > 0.1 else f"{spread:.0%}",
-                quantities.format_bytes(terms["activations"]),
-                quantities.format_bytes(told),
+                f"{off:+.2%}",
+                f"{statistics.median(told[number]):.3f}",
+                f"{middle:.3f}",
+                f"{statistics.median(ratios[number]) - 1:+.0%}",
+                f"{spread:.0%}" + (", machine busy" if spread > 0.1 else ""),
+                quantities.format_bytes(terms.by_term["activations"]),
+                quantities.format_bytes(predicted_rise),
                 quantities.format_bytes(rise),
-                f"{told / rise - 1:+.1%}",
+                f"{predicted_rise / rise - 1:+.1%}",
             )
         )
     print(heading("Predicted against measured, a training step"))
     if busy:
-        print("machine busy during calibration: repeats differed by more than 10%")
+        print("machine busy during a calibration: repeats differed by more than 10%")
     headers = ("width x layers, size, batch", "FLOPs", "s pred.", "s meas.", "off", "repeats")
     headers += ("activations", "rise pred.", "rise meas.", "off")
     print(display.table(headers, rows, right="lrrrrrrrrr"))

@@ -369,3 +369,31 @@ def test_changed_selection_settings_are_noticed(tiny_model, tiny_data, tmp_path)
     plan.write_text(plan.read_text().replace("scorer: bm25", "scorer: uniform"))
     with pytest.raises(ValueError, match="made under other settings"):
         finish(folder)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_same_command_goes_on(
+    tiny_model, tiny_data, tmp_path, monkeypatch, capsys
+):
+    from thrifty.cli import main
+
+    folder = tmp_path / "run"
+    planned(folder, tiny_model, tiny_data)
+    plain = checkpoints.commit
+
+    def full(path, details):
+        if details["step"] == 20:
+            raise OSError(28, "No space left on device", str(path / "model.safetensors"))
+        plain(path, details)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "commit", full)
+        assert main(["run", str(folder)]) == 5
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert "the same command then goes on" in error
+    newest, torn = checkpoints.newest_whole(folder / "checkpoints")
+    assert newest is not None
+    assert newest.step == 10
+    assert torn == ["checkpoint-20 was never committed"]
+    assert main(["run", str(folder)]) == 0
+    assert ledger(folder).spent().flops <= ledger(folder).budget.flops

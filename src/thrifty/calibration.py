@@ -230,7 +230,8 @@ def _llama(
         use_cache=False,
     )
     generator = torch.random.get_rng_state()
-    model = LlamaForCausalLM(config).to(where, getattr(torch, dtype))
+    model: Any = LlamaForCausalLM(config)
+    model = model.to(where, getattr(torch, dtype))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     ids = torch.randint(0, vocabulary, (batch, sequence), device=where)
     # Two documents a sequence, as in a pack: attention gets its mask.

@@ -54,9 +54,9 @@ def pretrain(
     hidden_size: int = 128,
     num_layers: int = 3,
     sequence_length: int = 256,
-    batch_size: int = 8,
-    steps: int = 120,
-    learning_rate: float = 3e-3,
+    batch_size: int = 2,
+    steps: int = 320,
+    learning_rate: float = 2e-3,
     seed: int = 0,
     show_progress: bool = True,
 ) -> Pretrained:

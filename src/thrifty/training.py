@@ -39,7 +39,7 @@ from thrifty.evaluation import Measured, measure
 from thrifty.governor import Governor
 from thrifty.schedule import WarmupStableDecay
 from thrifty.signals.models import load_model
-from thrifty.signals.peak_memory import memory_bytes
+from thrifty.signals.peak_memory import memory_bytes, release_free_memory
 
 SECONDS_MARGIN = 1.5
 """Reserved for an evaluation or a checkpoint over what the last one took."""
@@ -100,6 +100,7 @@ def train(job: TrainingJob, stage: Stage) -> Measured:
     if lost.flops:
         job.say(f"lost since that checkpoint, and charged: {lost}")
     with stage.spending("load", Cost(), step=step):
+        release_free_memory()
         trainer = _build(job, stage, newest)
         stage.detail["level_bytes"] = memory_bytes(job.device)  # training's rise is above it
     try:

@@ -326,7 +326,7 @@ def _gpt_neox(config: _Config) -> ModelShape:
     hidden = config.count("hidden_size", 6144)
     heads = config.count("num_attention_heads", 64)
     mlp = config.count("intermediate_size", 24576)
-    biased = ("dense_h_to_4h", "dense_4h_to_h")
+    biased: tuple[str, ...] = ("dense_h_to_4h", "dense_4h_to_h")
     if config.get("attention_bias", True):
         biased += ("query_key_value", "dense")
     return _layer_normed(

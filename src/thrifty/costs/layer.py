@@ -252,21 +252,20 @@ def _attention(p: Program, x: Tensor, force_eager: bool) -> Tensor:
         if fused and shape.rotary_dim:
             attended = p.apply("copy", attended)
     result = p.linear(out, attended)
-    p.hold(x, q, k, v)
+    p.hold(x, q, k, v)  # local variables of the attention's forward
     return result
 
 
 def _rotate(p: Program, x: Tensor, size: Size) -> Tensor:
     """Rotary embedding, x cos + rotate_half(x) sin; cos and sin are shared by all layers."""
     packs = "before" if x.grad else ""
-    return p.emit("rotate", (x,), size, packs=packs, passes=(5.0, 9.0))
+    passes = (5.0, 9.0)  # products, slices, a negation, a concatenation, a sum
+    return p.emit("rotate", (x,), size, packs=packs, passes=passes)
 
 
-def _products(p: Program, q: Tensor, k: Tensor, v: Tensor) -> dict[str, tuple[Product, ...]]:
-    """Attention's two products in each head, and those of its backward that are needed."""
-    one = Product(p.shape.head_dim, 1, p.shape.num_attention_heads)
-    needed = q.grad + k.grad + v.grad + (q.grad or k.grad)
-    return {"forward": (one, one), "backward": (one,) * needed}
+def _attention_product(p: Program) -> Product:
+    """Queries x keys, or weights x values: the same number of FLOPs."""
+    return Product(p.shape.head_dim, 1, p.shape.num_attention_heads)
 
 
 def _fused_attention(p: Program, q: Tensor, k: Tensor, v: Tensor, out: Size) -> Tensor:
@@ -282,9 +281,7 @@ def _fused_attention(p: Program, q: Tensor, k: Tensor, v: Tensor, out: Size) -> 
     result = Tensor(p.name(), out, grad)
     logsumexp = Tensor(f"{p.name()} logsumexp", Size(4.0 * shape.num_attention_heads))
     kept = (q, k, v, result, logsumexp, *extra) if grad else ()
-    products = _products(p, q, k, v)
-    if grad:  # one kernel computes dq, dk and dv whichever is needed, from the scores again
-        products["backward"] = (products["forward"][0],) * 5
+    one = (_attention_product(p),)
     p.operations.append(
         Operation(
             "sdpa",
@@ -292,7 +289,9 @@ def _fused_attention(p: Program, q: Tensor, k: Tensor, v: Tensor, out: Size) -> 
             result,
             kept,
             "after" if grad else "",
-            **products,
+            forward=one * 2,
+            # One kernel makes dq, dk and dv, whichever are needed, from the scores computed again.
+            backward=one * 5 if grad else (),
         )
     )
     return result
@@ -308,8 +307,7 @@ def _plain_attention(p: Program, q: Tensor, k: Tensor, v: Tensor, out: Size, eag
     itemsize = p.itemsize if eager else 4
     whole = out.times(itemsize / p.itemsize)
     q2, k2, v2 = (p.emit("copy", (x,), whole) for x in (q, k, v))
-    products = _products(p, q, k, v)
-    one = products["forward"][:1]
+    one = (_attention_product(p),)
     kept = ((k2,) if q.grad else ()) + ((q2,) if k.grad else ())
     scores = p.emit(
         "scores", (q2, k2), Size(0.0, heads * itemsize), saves=kept,

@@ -16,7 +16,7 @@ Limits: eager PyTorch, without torch.compile, fused kernels from the hub, or aut
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -283,7 +283,7 @@ def saved(operations: Iterable[Operation]) -> dict[str, Tensor]:
     return {tensor.name: tensor for operation in operations for tensor in operation.saves}
 
 
-def recomputed(operations: tuple[Operation, ...]) -> tuple[Operation, ...]:
+def recomputed(operations: Sequence[Operation]) -> Sequence[Operation]:
     """What a checkpointed layer runs again: everything up to the last tensor that is packed."""
     packing = [index for index, each in enumerate(operations) if each.packs]
     if not packing:

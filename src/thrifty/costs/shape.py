@@ -23,6 +23,9 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of one element."""
 
 
+PARTS = ("embedding", "attention", "mlp", "norms", "head")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinearShape:
     """One matrix product of a layer, ``[tokens, in_features] @ [in_features, out_features]``."""
@@ -134,7 +137,7 @@ class ModelShape:
     @cached_property
     def parameters_by_part(self) -> dict[str, int]:
         """Parameters of embedding, attention, mlp, norms and head; a tied head counts 0."""
-        parts = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
+        parts: dict[str, int] = dict.fromkeys(PARTS, 0)
         positions = self.num_positions * self.hidden_size
         parts["embedding"] = self.head_parameters + positions + self.projection_parameters
         for linear in self.linears:

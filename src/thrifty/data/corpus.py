@@ -46,6 +46,7 @@ _COMPLETION_CHARACTERS = range(80, 3_001)
 _PROMPT_CHARACTERS = range(1, 601)  # more leaves no room for the body in a sequence of 256 tokens
 _TEST_FOLDERS = {"test", "tests", "idle_test"}
 _FORMAT = 1
+"""To be raised with every change of what the files hold, so that older ones are written anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +66,8 @@ class Function:
 
     @property
     def kin(self) -> bytes:
-        """The same for functions of one name, as in several classes that do one thing each their
-        way; special methods share theirs (``__init__``) with everything, which means nothing."""
+        """Shared by functions of one name, as near copies in sibling classes are; but not by
+        special methods, whose names (``__init__``) say nothing."""
         return self.fingerprint if self.name.startswith("__") else fingerprint(self.name)
 
     def to_json(self) -> str:
@@ -260,7 +261,10 @@ def _read_header(directory: Path, request: Mapping[str, object]) -> dict | None:
         header = json.loads((directory / HEADER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return header if isinstance(header, dict) and header.get("request") == request else None
+    whole = all((directory / f"{part}.jsonl").is_file() for part in PARTS)
+    if not whole or not isinstance(header, dict) or header.get("request") != request:
+        return None
+    return header
 
 
 def _python() -> str:

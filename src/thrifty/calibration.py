@@ -23,10 +23,11 @@ from thrifty.costs.shape import ModelShape
 from thrifty.costs.time import step_terms
 
 ROUNDS = 3
-KERNEL_ROUNDS = 5
+KERNEL_ROUNDS = 15
 BUSY = 0.10
 _SIZES = (16, 64, 128, 256, 512, 1024)
 _ROWS = 1024
+_MAX_FLOPS = 3e8
 _SLOW_SECONDS = 0.03
 
 # hidden, layers, intermediate, vocabulary, batch, sequence: small, so that it stays a few seconds
@@ -105,11 +106,12 @@ def _seconds(run: Callable[[], object], torch: Any, where: str) -> float:
 
 
 def _fastest(
-    runs: Sequence[Callable[[], object]], torch: Any, where: str, least: float = 0.01
+    runs: Sequence[Callable[[], object]], torch: Any, where: str, least: float = 0.002
 ) -> list[float]:
-    """Seconds of each run: the fastest of interleaved rounds, each of at least ``least`` a run.
+    """Seconds of each run: the fastest of interleaved rounds.
 
-    Whatever else runs can only slow them; how busy the machine is shows in the steps.
+    Whatever else runs can only slow them, and misses some of many short rounds; how busy the
+    machine is shows in the steps.
     """
     times = []
     for run in runs:
@@ -126,23 +128,24 @@ def _fastest(
 def _matmul_rates(torch: Any, where: str) -> dict[str, dict[int, float]]:
     """FLOP/s by dtype and smallest dimension."""
     sizes = _SIZES if where == "cpu" else (16, 128, 512, 2048, 8192)
-    rows = _ROWS if where == "cpu" else 8192
-    chosen: list[tuple[str, int]] = []
+    most = _MAX_FLOPS if where == "cpu" else 1e13
+    chosen: list[tuple[str, int, float]] = []
     runs: list[Callable[[], object]] = []
     for dtype in ("float32", "bfloat16"):
         for size in sizes:
             kind = getattr(torch, dtype)
+            rows = int(min(_ROWS if where == "cpu" else 8192, most / (2 * size * size)))
             left = torch.randn(rows, size, device=where, dtype=kind)
             right = torch.randn(size, size, device=where, dtype=kind)
             run = lambda left=left, right=right: left @ right  # type: ignore[misc] # noqa: E731
             run()
-            chosen.append((dtype, size))
-            runs.append(run)
-            if _seconds(run, torch, where) > _SLOW_SECONDS:
+            if size > sizes[0] and _seconds(run, torch, where) > _SLOW_SECONDS:
                 break  # emulated on this processor: larger ones only take longer to say so
+            chosen.append((dtype, size, 2.0 * rows * size * size))
+            runs.append(run)
     rates: dict[str, dict[int, float]] = {}
-    for (dtype, size), spent in zip(chosen, _fastest(runs, torch, where), strict=True):
-        rates.setdefault(dtype, {})[size] = 2.0 * rows * size * size / spent
+    for (dtype, size, flops), spent in zip(chosen, _fastest(runs, torch, where), strict=True):
+        rates.setdefault(dtype, {})[size] = flops / spent
     return rates
 
 

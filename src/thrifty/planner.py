@@ -15,6 +15,7 @@ one rule as ``prior`` estimates, a fixed concave function of D_eff: only their o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -141,10 +142,11 @@ def search(request: Request) -> Planned:
     tried, fitting = 0, []
     nearest: dict[str, float] = {}
     scorers = list(_scorers(request))
-    for combination in _combinations(request):
+    for draft in _drafts(request, sequence):
+        costs = predictions(draft, request.shape, request.device, request.dev, request.test)
         for spec, scorer in scorers:
             tried += 1
-            found = _price(request, sequence, scorer, spec, *combination)
+            found = _price(request, draft, costs, scorer, spec)
             if isinstance(found, Candidate):
                 fitting.append(found)
             else:
@@ -175,9 +177,8 @@ def _finalists(ranked: Sequence[Candidate]) -> list[Candidate]:
 # -- what there is to combine -------------------------------------------------------------------
 
 
-def _combinations(
-    request: Request,
-) -> Iterator[tuple[Literal["full", "lora"], Literal["float32", "bfloat16"], bool, int]]:
+def _drafts(request: Request, sequence: int) -> Iterator[Training]:
+    """Every combination of technique and micro-batch; steps and rates come later."""
     fixed = request.fixed
     methods = _wanted(fixed, "training.method", ("full", "lora"))
     dtypes = _wanted(fixed, "training.dtype", _dtypes(request.device))
@@ -185,11 +186,15 @@ def _combinations(
     sizes = _wanted(
         fixed, "training.per_device_train_batch_size", (1, 2, 4, 8, 16, 32, 64, MAX_BATCH)
     )
-    for method in methods:
-        for dtype in dtypes:
-            for recompute in recomputes:
-                for size in sizes:
-                    yield method, dtype, recompute, size
+    for method, dtype, recompute, size in itertools.product(methods, dtypes, recomputes, sizes):
+        yield Training(
+            method=method,
+            lora=_lora(request),
+            dtype=dtype,
+            activation_checkpointing=recompute,
+            per_device_train_batch_size=size,
+            max_length=sequence,
+        )
 
 
 def _dtypes(device: Device) -> tuple[str, ...]:
@@ -246,31 +251,16 @@ def _sequence(request: Request) -> int:
 
 
 def _price(
-    request: Request,
-    sequence: int,
-    scorer: Scorer,
-    spec: Spec,
-    method: Literal["full", "lora"],
-    dtype: Literal["float32", "bfloat16"],
-    recompute: bool,
-    micro_batch: int,
+    request: Request, draft: Training, costs: Predictions, scorer: Scorer, spec: Spec
 ) -> Candidate | tuple[str, float]:
     """The candidate, or the resource it fails on and the least of it that would do."""
-    shape, device, budget = request.shape, request.device, request.budget
-    draft = Training(
-        method=method,
-        lora=_lora(request),
-        dtype=dtype,
-        activation_checkpointing=recompute,
-        per_device_train_batch_size=micro_batch,
-        max_length=sequence,
-    )
-    costs = predictions(draft, shape, device, request.dev, request.test)
+    device, budget = request.device, request.budget
+    micro_batch = draft.per_device_train_batch_size
     limit = budget.memory_bytes or device.memory_bytes
     peak = costs.step.peak_memory_bytes
     if peak * MEMORY_MARGIN > limit:
         return "peak_memory_bytes", peak * MEMORY_MARGIN
-    scoring = _scoring(request, scorer, dtype, sequence)
+    scoring = _scoring(request, scorer, draft.dtype, draft.max_length)
     if scoring.peak_memory_bytes * MEMORY_MARGIN > limit:
         return "peak_memory_bytes", scoring.peak_memory_bytes * MEMORY_MARGIN
     micro = costs.step
@@ -294,15 +284,15 @@ def _price(
         return binding, needed.of(binding) or math.inf
     tokens = steps * step.tokens * PACKING_FILL
     epochs, keep, effective = _keep(scorer.worth, tokens, pool_tokens, request)
-    quality, _ = QUALITY[(method, dtype)]
+    quality, _ = QUALITY[(draft.method, draft.dtype)]
     training = step * steps + costs.watching(evaluations, saves) + setup
     return Candidate(
-        method=method,
-        dtype=dtype,
-        activation_checkpointing=recompute,
+        method=draft.method,
+        dtype=draft.dtype,
+        activation_checkpointing=draft.activation_checkpointing,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=accumulation,
-        max_length=sequence,
+        max_length=draft.max_length,
         scorer=name_of(scorer),
         scorer_spec=spec,
         memory=costs.memory,

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from thrifty import planner
 from thrifty.core import plan as plans
@@ -19,12 +19,13 @@ from thrifty.core.ledger import Ledger, Rates
 from thrifty.core.plan import ModelSource, Objective, Plan, PoolSource, Target
 from thrifty.costs.hardware import dollars_per_hour, load_device
 from thrifty.costs.shape import ModelShape, read_shape
-from thrifty.data.pool import BadRow, Row, read_rows
-from thrifty.data.splits import part_of
-from thrifty.data.store import StoreManifest, build_store
-from thrifty.data.tokens import load_tokenizer, tokenizer_fingerprint
 from thrifty.run_folder import RunFolder
 from thrifty.signals.models import locate
+
+# Imported where data are read: a plan of a config alone answers before pyarrow would have loaded.
+if TYPE_CHECKING:
+    from thrifty.data.pool import BadRow, Row
+    from thrifty.data.store import StoreManifest
 
 DEFAULT_MAX_LENGTH = 2048
 HELD_OUT_ROWS = 256
@@ -133,6 +134,10 @@ def stats_together(manifests: list[StoreManifest]) -> PoolStats | None:
 
 
 def _read(asked: Asked, shape: ModelShape, model_folder: Path, run: RunFolder, say: Say) -> _Stores:
+    from thrifty.data.pool import read_rows
+    from thrifty.data.store import build_store
+    from thrifty.data.tokens import load_tokenizer, tokenizer_fingerprint
+
     tokenizer = load_tokenizer(str(model_folder))
     wish = asked.fixed.get("training.max_length")
     max_length = int(wish or min(DEFAULT_MAX_LENGTH, shape.max_position_embeddings))
@@ -165,6 +170,9 @@ def _counts(reasons: Mapping[str, int]) -> str:
 
 def _target_rows(name: str, target: Target, task: str, say: Say) -> dict[str, list[Row | BadRow]]:
     """Rows by part. Where no dev rows are given, half of the signal's, by hash, become them."""
+    from thrifty.data.pool import Row, read_rows
+    from thrifty.data.splits import part_of
+
     signal = list(read_rows(target.signal, task=task))
     parts: dict[str, list[Row | BadRow]] = {"signal": signal}
     if target.dev:
@@ -187,6 +195,9 @@ def _target_rows(name: str, target: Target, task: str, say: Say) -> dict[str, li
 
 def _held_out(asked: Asked, num_rows: int) -> Iterable[Row]:
     """Dev rows from the pool itself, by hash; the overlap filter keeps them out of training."""
+    from thrifty.data.pool import Row, read_rows
+    from thrifty.data.splits import part_of
+
     share = min(0.1, HELD_OUT_ROWS / max(num_rows, 1))
     taken = 0
     for row in read_rows(asked.pool, task=asked.task):

@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from thrifty.core import plan as plans
 from thrifty.core.ledger import Ledger
 from thrifty.core.plan import Plan
@@ -81,6 +79,8 @@ class RunFolder:
     def working(self) -> Iterator[Ledger]:
         """Hold the run's lock and its ledger; what a process that died had leased is booked as
         lost. Raises ValueError where another process holds the run."""
+        from filelock import FileLock, Timeout
+
         lock = FileLock(self.path / ".lock")
         holder = self.path / ".holder"
         try:

@@ -76,7 +76,25 @@ def test_takes_everything_where_the_budget_allows(name):
         targets=("t",),
         weights=(1.0,),
     )
-    assert resolve("picker", name).pick(rows, float("inf"), 0).ids.tolist() == [4, 3, 2, 1, 0]
+    assert sorted(resolve("picker", name).pick(rows, float("inf"), 0).ids.tolist()) == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+
+
+def test_top_k_takes_the_best_first():
+    rows = Candidates(
+        ids=np.arange(5),
+        scores=np.array([[1.0], [5.0], [np.nan], [3.0], [4.0]], dtype=np.float32),
+        num_tokens=np.array([7, 7, 7, 7, 7]),
+        fingerprints=np.zeros(5, dtype="V16"),
+        targets=("t",),
+        weights=(1.0,),
+    )
+    assert resolve("picker", "top_k").pick(rows, 21, 0).ids.tolist() == [1, 4, 3]
 
 
 def test_balanced_gives_each_target_its_share():

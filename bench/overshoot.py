@@ -39,11 +39,12 @@ def main() -> int:
     }
     rng = random.Random(0)
     over, shares, refused = {}, {}, 0
-    for number in range(options.budgets):
+    number = 0
+    while number < options.budgets:
         limits = {
-            "flops": 10 ** rng.uniform(9.5, 10.8),
-            "tokens": 10 ** rng.uniform(3.3, 4.6),
-            "seconds": rng.uniform(9, 16),
+            "flops": 10 ** rng.uniform(10.3, 11.2),
+            "tokens": 10 ** rng.uniform(3.7, 4.7),
+            "seconds": rng.uniform(12, 20),
         }
         chosen = rng.sample(sorted(limits), rng.randint(1, 3))
         budget = Budget(**{name: limits[name] for name in chosen})
@@ -65,7 +66,8 @@ def main() -> int:
             over.setdefault(name, 0)
             over[name] += used[name] > 1
         shares.setdefault(binding, []).append(used[binding])
-        print(f"{number + 1:>3}  {budget}: {used[binding]:.1%} of {binding}", flush=True)
+        number += 1
+        print(f"{number:>3}  {budget}: {used[binding]:.1%} of {binding}", flush=True)
     print(
         heading(f"Overshoot over {options.budgets} random budgets ({refused} refused as too small)")
     )

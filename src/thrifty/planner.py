@@ -53,6 +53,9 @@ MAX_LEARNING_RATE = 2e-3
 PACKING_FILL = 0.96
 """Share of a packed batch that is tokens, not padding, under best-fit decreasing."""
 MEMORY_MARGIN = 1.05
+CLOCKED = ("seconds", "dollars", "joules")
+FASTER = 1.5
+"""How much faster than predicted a run may turn out before it ends for want of steps."""
 SETUP_SECONDS = 4.0
 """Loading the libraries and building the trainer, per stage that needs a model."""
 DISK_BYTES_PER_SECOND = 4e8
@@ -101,6 +104,9 @@ class Candidate:
     peak_memory_bytes: float
     step: Cost
     max_steps: int
+    """As predicted to fit."""
+    ceiling: int
+    """Steps to allow for: where a clock ends the run, it may turn out faster than predicted."""
     num_evaluations: int
     num_saves: int
     epochs: float
@@ -299,6 +305,7 @@ def _price(
         peak_memory_bytes=peak,
         step=step,
         max_steps=steps,
+        ceiling=_ceiling(request, step, left, pool_tokens, steps, binding),
         num_evaluations=evaluations,
         num_saves=saves,
         epochs=epochs,
@@ -366,6 +373,17 @@ def _affordable(
     if math.isinf(cap) and math.isinf(steps):
         return 1.0, "nothing"
     return (cap, "epochs") if cap < steps else (steps, resource or "epochs")
+
+
+def _ceiling(
+    request: Request, step: Cost, left: Budget, pool_tokens: float, steps: int, binding: str
+) -> int:
+    """Half as many steps again where time or what follows from it binds, if all else allows."""
+    if binding not in CLOCKED or request.fixed.get("training.max_steps"):
+        return steps
+    timeless = replace(left, **dict.fromkeys(CLOCKED))
+    possible, _ = _affordable(request, step, timeless, pool_tokens)
+    return max(steps, int(min(FASTER * steps, possible)))
 
 
 def _accumulation(request: Request, sequences: float, micro_batch: int) -> int:
@@ -452,8 +470,8 @@ def training_of(chosen: Candidate, request: Request) -> Training:
         per_device_train_batch_size=c.per_device_train_batch_size,
         gradient_accumulation_steps=c.gradient_accumulation_steps,
         max_length=c.max_length,
-        max_steps=c.max_steps,
-        epochs=round(c.epochs, 3),
+        max_steps=c.ceiling,
+        epochs=round(c.epochs * c.ceiling / c.max_steps, 3),
         learning_rate=float(f"{min(rate, MAX_LEARNING_RATE):.2g}"),
         warmup_steps=min(max(1, int(WARMUP_SHARE * c.max_steps)), c.max_steps - cooldown),
         cooldown_steps=cooldown,
@@ -569,7 +587,11 @@ def _reasons(request: Request, chosen: Candidate, choice: Choice) -> dict[str, s
             f"{c.gradient_accumulation_steps}: {sequences} sequences a step, for about "
             f"{STEPS_WANTED} steps"
         ),
-        "training.max_steps": f"{c.max_steps}: what {c.binding} allow after scoring and evaluating",
+        "training.max_steps": (
+            f"{c.max_steps}: what {c.binding} allow after scoring and evaluating"
+            if c.ceiling == c.max_steps
+            else f"{c.ceiling}: {c.max_steps} as predicted, and more if {c.binding} allow it"
+        ),
         "training.max_length": f"{c.max_length}: holds the longest example, at most 2048",
         "training.cooldown_steps": "a fifth of the run (arXiv:2405.18392), reserved in the budget",
         "training.learning_rate": (

@@ -265,11 +265,11 @@ def checkpoint_bytes(shape: ModelShape, setting: MemorySetting) -> float:
     return weights * (1.0 + OPTIMIZER_STATES[setting.optimizer])
 
 
-def saved_bytes(shape: ModelShape, setting: MemorySetting) -> float:
-    """What autograd keeps at the end of the forward, the loss's log-probabilities included."""
+def saved_bytes(shape: ModelShape, setting: MemorySetting, *, head: bool = True) -> float:
+    """What autograd keeps at the end of the forward, with or without what the head keeps."""
     step = _Step(shape, setting)
-    kept = sum(step.stored(piece) for piece in step.body)
-    return step.before + kept + step.bytes(step.last.saved)
+    kept = step.before + sum(step.stored(piece) for piece in step.body)
+    return kept + (step.bytes(step.last.saved) if head else 0.0)
 
 
 def setup_of(shape: ModelShape, setting: MemorySetting, *, backward: bool = True) -> Setup:

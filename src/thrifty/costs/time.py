@@ -10,7 +10,8 @@ adapters, masks and a large vocabulary cost what they cost. Rates, bandwidth and
 device's; a, b, c, d were fitted to real steps by `thrifty device` (1 for a device from the table,
 whose rates are its peaks times an efficiency that grows with the smallest dimension: 0.55 from
 2,048 on). On a CPU an exponential counts as the memory traffic that takes as long, and a buffer
-above glibc's mmap threshold pays for its page faults each time it is allocated.
+above glibc's mmap threshold pays for its page faults each time it is allocated, activations beyond
+its trim threshold once a step.
 
 Limits: products and memory traffic do not overlap; no communication, no data loading.
 """
@@ -26,7 +27,13 @@ from typing import Literal, NamedTuple
 
 from thrifty.costs.hardware import Device
 from thrifty.costs.layer import Setup, embedding, head, layers
-from thrifty.costs.memory import MemorySetting, num_trained, setup_of, trained_itemsize
+from thrifty.costs.memory import (
+    MemorySetting,
+    num_trained,
+    saved_bytes,
+    setup_of,
+    trained_itemsize,
+)
 from thrifty.costs.operations import Operation, Product, Size, recomputed
 from thrifty.costs.shape import ModelShape
 
@@ -51,8 +58,11 @@ CPU_PASSES: dict[str, tuple[float, float]] = {
 }
 """Time of these kernels, forward and backward, in copies of their tensors; measured on AVX2."""
 MMAP_THRESHOLD = 32 * 2**20
-FAULT_SECONDS = 1e-9
-"""Per byte of a CPU buffer above glibc's largest mmap threshold: its pages are new every time."""
+"""glibc's largest: a CPU buffer above it gets new pages every time it is allocated."""
+TRIM_THRESHOLD = 2 * MMAP_THRESHOLD
+"""What glibc keeps of freed memory: activations beyond it get new pages every step."""
+FAULT_SECONDS = 0.8e-9
+"""Per byte of new pages."""
 
 
 def step_seconds(
@@ -95,7 +105,11 @@ def step_terms(
     if device.kind == "cpu":
         sizes = [(size.at(tokens, sequence), n) for size, n in work.written.items()]
         sizes += work.gradients.items()
-        memory += FAULT_SECONDS * sum(size * n for size, n in sizes if size > MMAP_THRESHOLD)
+        fresh = sum(size * n for size, n in sizes if size > MMAP_THRESHOLD)
+        if train:
+            kept = saved_bytes(shape, setting, head=False)
+            fresh += max(0.0, kept - TRIM_THRESHOLD)
+        memory += FAULT_SECONDS * fresh
     trained = num_trained(shape, setting) * trained_itemsize(setting) if train else 0.0
     return (
         products,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -251,8 +252,16 @@ def _progress_bar() -> Any:
             self.bar.update(state.global_step - self.bar.n)
 
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if "loss" in kwargs["logs"]:
-                self.bar.set_postfix(loss=f"{kwargs['logs']['loss']:.2f}")
+            if "loss" not in kwargs["logs"]:
+                return
+            loss = kwargs["logs"]["loss"]
+            self.bar.set_postfix(loss=f"{loss:.2f}")
+            if self.bar.disable and state.global_step % (state.max_steps // 4 or 1) == 0:
+                print(  # not a terminal: plain lines, few of them
+                    f"pretraining: step {state.global_step} of {state.max_steps}, loss {loss:.2f}",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.bar.close()

@@ -34,13 +34,14 @@ from thrifty.costs.shape import ModelShape
 from thrifty.costs.time import step_seconds
 from thrifty.signals.peak_memory import memory_bytes, peak_memory_bytes, reset_peak
 
-# hidden, layers, intermediate, vocabulary, heads, micro-batch, sequence; the last has activations
-# of over 300 MiB.
+# dtype, hidden, layers, intermediate, vocabulary, heads, micro-batch, sequence; the fourth has
+# activations of over 300 MiB.
 SETTINGS = (
-    (128, 3, 512, 2048, 4, 8, 256),
-    (128, 4, 344, 2048, 4, 16, 256),
-    (256, 4, 704, 4096, 4, 4, 256),
-    (256, 6, 704, 8192, 8, 16, 256),
+    ("float32", 128, 3, 512, 2048, 4, 8, 256),
+    ("float32", 128, 4, 344, 2048, 4, 16, 256),
+    ("float32", 256, 4, 704, 4096, 4, 4, 256),
+    ("float32", 256, 6, 704, 8192, 8, 16, 256),
+    ("bfloat16", 256, 4, 704, 4096, 4, 8, 256),
 )
 
 
@@ -82,13 +83,11 @@ def counted_flops(sizes, batch, sequence):
 
 def prepared(number, where):
     """Model, optimizer, inputs, shape and setting of a row."""
-    *sizes, batch, sequence = SETTINGS[number]
+    dtype, *sizes, batch, sequence = SETTINGS[number]
     torch.manual_seed(0)
-    model = llama(*sizes, sequence).to(where)
+    model = llama(*sizes, sequence).to(where, getattr(torch, dtype))
     shape = ModelShape.from_config(model.config.to_dict())
-    setting = MemorySetting(
-        micro_batch=batch, sequence=sequence, dtype="float32", device_kind=where
-    )
+    setting = MemorySetting(micro_batch=batch, sequence=sequence, dtype=dtype, device_kind=where)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     return model, optimizer, inputs_of(sizes[3], batch, sequence, where), shape, setting
 
@@ -151,7 +150,7 @@ def main() -> int:
         print(f"round {turn + 1} of {options.rounds}", file=sys.stderr)
     rows = []
     for number in numbers:
-        *sizes, batch, sequence = SETTINGS[number]
+        dtype, *sizes, batch, sequence = SETTINGS[number]
         model, _, _, shape, setting = prepared(number, where)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         del model
@@ -162,7 +161,7 @@ def main() -> int:
         rise, predicted_rise = rise_in_child(number), terms.peak_memory_bytes - weights
         rows.append(
             (
-                f"{sizes[0]} x {sizes[1]}, {shape.num_parameters / 1e6:.1f}M, {batch} x {sequence}",
+                f"{sizes[0]} x {sizes[1]}, {shape.num_parameters / 1e6:.1f}M, {batch} x {sequence} {dtype}",
                 f"{off:+.2%}",
                 f"{statistics.median(told[number]):.3f}",
                 f"{middle:.3f}",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,20 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# No test reads or writes the user's own measurements, prices and models.
+os.environ["THRIFTY_CACHE"] = tempfile.mkdtemp(prefix="thrifty-tests-")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def measured_machine() -> None:
+    """A cautious guess, taken for measured: measuring takes seconds."""
+    import torch
+
+    from thrifty.costs.hardware import keep, load_device
+
+    threads = torch.get_num_threads()
+    keep(replace(load_device(None), name="local", calibrated=True, num_threads=threads))
+
 
 _WORDS = {
     "sums": "add two and three to get five plus minus equals number count total sum",

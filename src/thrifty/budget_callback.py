@@ -27,12 +27,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from thrifty.core import quantities
 from thrifty.core.budget import Budget, Cost
 from thrifty.core.ledger import BudgetExceeded, Lease, Ledger, Rates, Stage
+from thrifty.costs.time import SECONDS_MARGIN
 from thrifty.signals.metering import PassMeter
 from thrifty.signals.models import local_device
 from thrifty.signals.peak_memory import peak_memory_bytes, reset_peak
 
-SECONDS_MARGIN = 1.25
-"""How much slower than the slowest of the recent steps the next may be."""
+MEAN_MARGIN = 1.1
+"""How much slower than the recent mean several steps together may be."""
+HICCUP_SECONDS = 0.05
+"""What the machine may always take for something else."""
 _RECENT_STEPS = 16
 _LEASE_STEPS = 50
 _FIRST_LEASE_STEPS = 4
@@ -246,15 +249,20 @@ class BudgetCallback(TrainerCallback):
     def _next_step(self) -> Cost:
         """Upper bound of one step."""
         seconds = max(self._seconds, default=self._predicted_seconds) * SECONDS_MARGIN
+        seconds += HICCUP_SECONDS
         assert self._stage is not None
         return self._stage.ledger.rates.of(replace(self._step_upper, seconds=seconds))
 
     def step_cost(self, predicted: Cost) -> Cost:
         """A step as measured so far (its seconds a mean), as ``predicted`` before the first."""
-        seconds = sum(self._seconds) / len(self._seconds) if self._seconds else predicted.seconds
         upper = self._step_upper if self._step_upper.flops else predicted
         assert self._stage is not None
-        return self._stage.ledger.rates.of(replace(upper, seconds=seconds))
+        return self._stage.ledger.rates.of(replace(upper, seconds=self._mean_seconds()))
+
+    def _mean_seconds(self) -> float:
+        if not self._seconds:
+            return self._predicted_seconds
+        return sum(self._seconds) / len(self._seconds)
 
     def _spent(self) -> Cost:
         used = self._lease.used if self._lease is not None else Cost()
@@ -264,7 +272,9 @@ class BudgetCallback(TrainerCallback):
     def _fits(self, steps: int, tail: Cost) -> str | None:
         """The resource that ``steps`` more and ``tail`` would exhaust, or None."""
         assert self._stage is not None
-        return self._stage.budget.exceeded_by(self._spent() + self._next_step() * steps + tail)
+        following = replace(self._step_upper, seconds=self._mean_seconds() * MEAN_MARGIN)
+        ahead = self._next_step() + self._stage.ledger.rates.of(following * (steps - 1))
+        return self._stage.budget.exceeded_by(self._spent() + ahead + tail)
 
     def _look_ahead(self, step: int, control: TrainerControl) -> None:
         """After a step: may the next one start? If not, the run ends the governor's way."""

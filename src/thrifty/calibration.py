@@ -1,6 +1,7 @@
 """`thrifty device`: measure the machine at hand, in some seconds, so that plans hold on it.
 
-Matrix products by size and dtype, memory bandwidth, the launch of an operation; then real training
+Matrix products and attention by size and dtype, memory bandwidth, the first touch of new memory,
+the launch of an operation; then real training
 steps and forward passes of small Llamas, to which the factors of the roofline (``costs/time.py``)
 are fitted by non-negative least squares of the relative errors. Of kernels the fastest round
 counts, of steps, interleaved, the median; if these differ by more than 10% the machine is busy.
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,8 @@ _SIZES = (16, 64, 128, 256, 512, 1024)
 _ROWS = 1024
 _MAX_FLOPS = 3e8
 _SLOW_SECONDS = 0.03
+_EMULATED = 0.5
+"""Of float32's rate: a dtype slower than this is emulated, and its steps not worth measuring."""
 
 # hidden, layers, intermediate, vocabulary, batch, sequence: small, so that it stays a few seconds
 _STEPS = (
@@ -46,6 +50,17 @@ _CUDA_STEPS = (
 )
 
 
+def measure_once(say: Callable[[str], None]) -> None:
+    """Measure this machine unless it was, at the number of threads in force."""
+    import torch
+
+    known = load_device(None)
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if not known.calibrated or known.kind != kind or known.num_threads != torch.get_num_threads():
+        say("measuring this machine, once, a few seconds ...")
+        measure_device()
+
+
 def measure_device() -> Device:
     """Measure this machine and keep the result for plans to come."""
     import torch
@@ -57,12 +72,21 @@ def measure_device() -> Device:
     device = replace(
         device,
         matmul_rates=rates,
+        attention_rates=_attention_rates(torch, where, tuple(rates)),
+        fault_seconds=_first_touch(torch) if where == "cpu" else 0.0,
         flops_per_second={name: max(curve.values()) for name, curve in rates.items()},
         bytes_per_second=_bandwidth(torch, where),
         operation_seconds=_launch(torch, where),
     )
-    factors, busy = _fit(torch, where, device)
-    device = replace(device, factors=factors, machine_busy=busy, calibrated=True)
+    device = replace(device, calibrated=True)
+    for dtype, rate in device.flops_per_second.items():
+        if where == "cuda" or rate >= _EMULATED * device.flops_per_second["float32"]:
+            factors, busy = _fit(torch, where, dtype, device)
+            device = replace(
+                device,
+                factors={**device.factors, dtype: factors},
+                machine_busy=device.machine_busy or busy,
+            )
     keep(device)
     return device
 
@@ -120,9 +144,14 @@ def _fastest(
     fastest = [float("inf")] * len(runs)
     for _ in range(KERNEL_ROUNDS):
         for i, (run, n) in enumerate(zip(runs, times, strict=True)):
-            spent = _seconds(lambda run=run, n=n: [run() for _ in range(n)], torch, where) / n  # type: ignore[misc]
+            spent = _seconds(partial(_repeat, run, n), torch, where) / n
             fastest[i] = min(fastest[i], spent)
     return fastest
+
+
+def _repeat(run: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        run()  # its result is freed at once, so that the next one finds its memory
 
 
 def _matmul_rates(torch: Any, where: str) -> dict[str, dict[int, float]]:
@@ -137,7 +166,7 @@ def _matmul_rates(torch: Any, where: str) -> dict[str, dict[int, float]]:
             rows = int(min(_ROWS if where == "cpu" else 8192, most / (2 * size * size)))
             left = torch.randn(rows, size, device=where, dtype=kind)
             right = torch.randn(size, size, device=where, dtype=kind)
-            run = lambda left=left, right=right: left @ right  # type: ignore[misc] # noqa: E731
+            run = partial(torch.matmul, left, right)
             run()
             if size > sizes[0] and _seconds(run, torch, where) > _SLOW_SECONDS:
                 break  # emulated on this processor: larger ones only take longer to say so
@@ -147,6 +176,43 @@ def _matmul_rates(torch: Any, where: str) -> dict[str, dict[int, float]]:
     for (dtype, size, flops), spent in zip(chosen, _fastest(runs, torch, where), strict=True):
         rates.setdefault(dtype, {})[size] = flops / spent
     return rates
+
+
+def _attention_rates(torch: Any, where: str, dtypes: Sequence[str]) -> dict[str, dict[int, float]]:
+    """FLOP/s of masked attention, forward, by dtype and size of a head."""
+    length, heads = (256, 16) if where == "cpu" else (1024, 64)
+    sizes = (16, 32, 64, 128) if where == "cpu" else (64, 128)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=where).tril()
+    chosen: list[tuple[str, int]] = []
+    runs: list[Callable[[], object]] = []
+    for dtype in dtypes:
+        for size in sizes:
+            kind = getattr(torch, dtype)
+            q, k, v = (
+                torch.randn(1, heads, length, size, device=where, dtype=kind) for _ in range(3)
+            )
+            run = partial(torch.nn.functional.scaled_dot_product_attention, q, k, v, attn_mask=mask)
+            run()
+            if size > sizes[0] and _seconds(run, torch, where) > _SLOW_SECONDS:
+                break
+            chosen.append((dtype, size))
+            runs.append(run)
+    rates: dict[str, dict[int, float]] = {}
+    for (dtype, size), spent in zip(chosen, _fastest(runs, torch, where), strict=True):
+        rates.setdefault(dtype, {})[size] = 4.0 * heads * length**2 * size / spent
+    return rates
+
+
+def _first_touch(torch: Any) -> float:
+    """Seconds a byte of memory that was never touched takes above memory that was."""
+    count = 2**24
+    known = torch.empty(count)
+
+    def fresh() -> None:
+        torch.empty(count).fill_(1.0)
+
+    warm, cold = _fastest([lambda: known.fill_(1.0), fresh], torch, "cpu")
+    return max(0.0, cold - warm) / (4.0 * count)
 
 
 def _bandwidth(torch: Any, where: str) -> float:
@@ -164,11 +230,12 @@ def _launch(torch: Any, where: str) -> float:
     return spent / 100
 
 
-def _fit(torch: Any, where: str, device: Device) -> tuple[tuple[float, float, float, float], bool]:
+def _fit(
+    torch: Any, where: str, dtype: str, device: Device
+) -> tuple[tuple[float, float, float, float], bool]:
     """Factors of the roofline's terms, and whether repeats of a step differed by over 10%."""
     from scipy.optimize import nnls
 
-    dtype = "float32" if where == "cpu" else "bfloat16"
     runs: list[tuple[tuple[float, ...], Callable[[], object]]] = []
     for sizes in _STEPS if where == "cpu" else _CUDA_STEPS:
         model, optimizer, batch = _llama(torch, where, dtype, *sizes)

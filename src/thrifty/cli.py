@@ -240,7 +240,7 @@ def _device(options: argparse.Namespace) -> None:
     if options.json:
         _print_json(facts)
     else:
-        print("\n".join(f"{key:<28} {value}" for key, value in facts.items()))
+        print(display.device_text(facts))
 
 
 def _demo(options: argparse.Namespace) -> None:

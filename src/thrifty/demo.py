@@ -13,7 +13,7 @@ from pathlib import Path
 from thrifty import display, pipeline, preparation
 from thrifty.core.budget import Budget
 from thrifty.core.plan import Target
-from thrifty.costs.hardware import cache_folder, is_calibrated
+from thrifty.costs.hardware import cache_folder
 from thrifty.data.corpus import CorpusFiles, write_corpus
 from thrifty.preparation import Asked, Say
 from thrifty.pretrain import pretrain
@@ -40,11 +40,6 @@ def run(folder: Path, say: Say) -> Path:
         say("the corpus: functions of Python's standard library, target: asyncio")
         corpus = write_corpus(home / "corpus")
         base = _base_model(home, corpus, say)
-        if not is_calibrated():
-            from thrifty.calibration import measure_device
-
-            say("measuring this machine, once, a few seconds ...")
-            measure_device()
         asked = Asked(
             model=str(base),
             pool=(str(corpus.pool),),

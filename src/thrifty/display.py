@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from thrifty.core import quantities
@@ -132,6 +132,30 @@ def _candidate_json(c: Candidate) -> dict[str, Any]:
 def methods_text(methods: Sequence[Mapping[str, str]]) -> str:
     rows = [(m["kind"], m["name"], m["cost_class"], m["summary"], m["source"]) for m in methods]
     return table(("kind", "name", "cost", "what it does", "source"), rows)
+
+
+def device_text(facts: Mapping[str, Any]) -> str:
+    """A line a fact, in units that people read; what is unknown says so."""
+
+    def shown(value: float | None, form: Callable[[float], str], unit: str = "") -> str:
+        return "unknown" if value is None else form(value) + unit
+
+    rates = facts["flops_per_second"].items()
+    lines = {
+        "name": f"{facts['name']} ({facts['kind']})",
+        "memory": quantities.format_bytes(facts["memory_bytes"]),
+        **{f"peak, {dtype}": f"{quantities.format_flops(rate)}/s" for dtype, rate in rates},
+        "bandwidth": f"{quantities.format_bytes(facts['bytes_per_second'])}/s",
+        "launch": f"{1e6 * facts['operation_seconds']:.3g} µs an operation",
+        "power": shown(facts["tdp_watts"], lambda watts: f"{watts:g} W"),
+        "price": shown(facts["dollars_per_hour"], quantities.format_dollars, " an hour"),
+        "source": facts["source"],
+    }
+    if facts["measured_at"]:
+        lines["measured"] = facts["measured_at"] + (
+            ", machine busy: repeats differed by more than 10%" if facts["machine_busy"] else ""
+        )
+    return "\n".join(f"{key:<16} {value}" for key, value in lines.items())
 
 
 def quiet_libraries() -> None:

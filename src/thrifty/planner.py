@@ -32,7 +32,7 @@ from thrifty.costs.flops import Adapter, train_flops
 from thrifty.costs.hardware import Device
 from thrifty.costs.memory import RUNTIME_BYTES, MemorySetting, account, checkpoint_bytes
 from thrifty.costs.shape import ModelShape
-from thrifty.costs.time import step_seconds
+from thrifty.costs.time import SECONDS_MARGIN, step_seconds
 from thrifty.signals.forward import forward_cost
 
 REPEAT_HALF_LIFE = 15.4
@@ -54,10 +54,10 @@ PACKING_FILL = 0.96
 """Share of a packed batch that is tokens, not padding, under best-fit decreasing."""
 MEMORY_MARGIN = 1.05
 CLOCKED = ("seconds", "dollars", "joules")
-FASTER = 1.5
+FASTER = 2.0
 """How much faster than predicted a run may turn out before it ends for want of steps."""
-SETUP_SECONDS = 4.0
-"""Loading the libraries and building the trainer, per stage that needs a model."""
+BUILD_SECONDS = 0.5
+"""Building a model and what drives it, besides reading its weights."""
 DISK_BYTES_PER_SECOND = 4e8
 
 QUALITY = {
@@ -260,9 +260,8 @@ def _price(
     request: Request, draft: Training, costs: Predictions, scorer: Scorer, spec: Spec
 ) -> Candidate | tuple[str, float]:
     """The candidate, or the resource it fails on and the least of it that would do."""
-    device, budget = request.device, request.budget
     micro_batch = draft.per_device_train_batch_size
-    limit = budget.memory_bytes or device.memory_bytes
+    limit = request.budget.memory_bytes or request.device.memory_bytes
     peak = costs.step.peak_memory_bytes
     if peak * MEMORY_MARGIN > limit:
         return "peak_memory_bytes", peak * MEMORY_MARGIN
@@ -270,28 +269,33 @@ def _price(
     if scoring.peak_memory_bytes * MEMORY_MARGIN > limit:
         return "peak_memory_bytes", scoring.peak_memory_bytes * MEMORY_MARGIN
     micro = costs.step
-    setup = Cost(seconds=SETUP_SECONDS)
-    once = scoring + costs.test + setup * (2 if scorer.needs_model else 1)
+    once = scoring + costs.load * (2 if scorer.needs_model else 1) + costs.test
     pool_tokens = float(request.pool.num_tokens) if request.pool else math.inf
     # Steps without watching first, for how much watching a share of them pays; then with it.
-    left = _minus(budget, request.rates.of(once + costs.watching(2, 1)))
+    left = _minus(request, once + costs.watching(2, 1))
     wanted, binding = _affordable(request, micro, left, pool_tokens)
     accumulation = _accumulation(request, wanted * micro_batch, micro_batch)
     step = request.rates.of(micro * accumulation)
     evaluations, saves = _watch(request, costs, step, wanted / accumulation)
-    left = _minus(budget, request.rates.of(once + costs.watching(evaluations, saves)))
-    possible, binding = _affordable(request, step, left, pool_tokens)
+    each = step  # with its share of what was asked to come at fixed distances
+    if apart := request.fixed.get("training.eval_steps"):
+        each, evaluations = each + costs.evaluation * (1 / apart), 2
+    if apart := request.fixed.get("training.save_steps"):
+        each, saves = each + costs.checkpoint * (1 / apart), 1
+    each = request.rates.of(each)
+    left = _minus(request, once + costs.watching(evaluations, saves))
+    possible, binding = _affordable(request, each, left, pool_tokens)
     steps = int(possible)
     evaluations, saves = _watch(request, costs, step, steps)
     if request.fixed.get("training.max_steps"):
         steps = min(steps, int(request.fixed["training.max_steps"]))
     if steps < 1:
-        needed = request.rates.of(once + costs.watching(evaluations, saves) + step)
+        needed = _reserved(request, once + costs.watching(evaluations, saves) + step)
         return binding, needed.of(binding) or math.inf
     tokens = steps * step.tokens * PACKING_FILL
     epochs, keep, effective = _keep(scorer.worth, tokens, pool_tokens, request)
     quality, _ = QUALITY[(draft.method, draft.dtype)]
-    training = step * steps + costs.watching(evaluations, saves) + setup
+    training = costs.load + step * steps + costs.watching(evaluations, saves)
     return Candidate(
         method=draft.method,
         dtype=draft.dtype,
@@ -305,13 +309,13 @@ def _price(
         peak_memory_bytes=peak,
         step=step,
         max_steps=steps,
-        ceiling=_ceiling(request, step, left, pool_tokens, steps, binding),
+        ceiling=_ceiling(request, each, left, pool_tokens, steps, binding),
         num_evaluations=evaluations,
         num_saves=saves,
         epochs=epochs,
         keep_tokens=keep,
         by_stage={
-            "select": request.rates.of(scoring + (setup if scorer.needs_model else Cost())),
+            "select": request.rates.of(scoring + costs.load * scorer.needs_model),
             "train": request.rates.of(training),
             "test": request.rates.of(costs.test),
         },
@@ -353,10 +357,16 @@ def _rows_cost(
     return replace(cost, peak_memory_bytes=0.0)
 
 
-def _minus(budget: Budget, spent: Cost) -> Budget:
-    """What is left, as a budget; a limit that is used up keeps a sliver, so that it binds."""
-    left = budget.left(spent)
-    return replace(budget, **{name: max(amount, 1e-30) for name, amount in left.items()})
+def _reserved(request: Request, cost: Cost) -> Cost:
+    """What the run will set aside for what costs that much: seconds are never certain."""
+    return request.rates.of(replace(cost, seconds=cost.seconds * SECONDS_MARGIN))
+
+
+def _minus(request: Request, spent: Cost) -> Budget:
+    """What the budget leaves beside what must be reserved; a limit that is used up keeps a sliver,
+    so that it binds."""
+    left = request.budget.left(_reserved(request, spent))
+    return replace(request.budget, **{name: max(amount, 1e-30) for name, amount in left.items()})
 
 
 def _affordable(
@@ -378,7 +388,7 @@ def _affordable(
 def _ceiling(
     request: Request, step: Cost, left: Budget, pool_tokens: float, steps: int, binding: str
 ) -> int:
-    """Half as many steps again where time or what follows from it binds, if all else allows."""
+    """Twice as many steps where time or what follows from it binds, if all else allows."""
     if binding not in CLOCKED or request.fixed.get("training.max_steps"):
         return steps
     timeless = replace(left, **dict.fromkeys(CLOCKED))
@@ -488,8 +498,10 @@ class Predictions:
     step: Cost
     evaluation: Cost
     checkpoint: Cost
+    load: Cost
+    """Of the base model."""
     test: Cost
-    """Of the base and of the trained model."""
+    """Of the base and of the trained model, loading both included."""
 
     def watching(self, evaluations: int, saves: int) -> Cost:
         return self.evaluation * evaluations + self.checkpoint * saves
@@ -531,12 +543,15 @@ def predictions(
         peak_memory_bytes=sum(memory.values()),
     )
     save = checkpoint_bytes(shape, setting) / DISK_BYTES_PER_SECOND + 0.1
+    load = Cost(seconds=terms["weights"] / DISK_BYTES_PER_SECOND + BUILD_SECONDS)
+    tested = (_rows_cost(shape, device, test, training) + load) * 2 if test else Cost()
     return Predictions(
         memory=memory,
         step=micro * training.gradient_accumulation_steps,
         evaluation=_rows_cost(shape, device, dev, training),
         checkpoint=Cost(seconds=save),
-        test=_rows_cost(shape, device, test, training) * 2,
+        load=load,
+        test=tested,
     )
 
 

@@ -77,6 +77,10 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, Pla
     draft.path.mkdir()
     try:
         stores = _read(asked, shape, model_folder, draft, say)
+        if asked.device in (None, "local"):
+            from thrifty.calibration import measure_once
+
+            measure_once(say)
         request = _request(asked, shape, stores)
         planned = planner.search(request)
         plan = _plan(asked, revision, planned, request, stores)

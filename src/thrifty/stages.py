@@ -42,9 +42,6 @@ from thrifty.signals.models import (
 )
 from thrifty.signals.peak_memory import peak_noted
 
-_LOAD_SECONDS = 2.0
-"""Reserved for loading two models to test, besides their evaluation."""
-
 
 @dataclass(frozen=True)
 class Branch:
@@ -242,7 +239,7 @@ def train(work: Work, branch: Branch) -> None:
             predicted_step=costs.step,
             predicted_evaluation=costs.evaluation,
             predicted_checkpoint=costs.checkpoint,
-            reserved=costs.test + Cost(seconds=_LOAD_SECONDS) if work.has_test else Cost(),
+            reserved=costs.test,
             checkpoints=work.run.checkpoints(branch.account),
             model=folder,
             device=local_device(),

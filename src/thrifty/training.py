@@ -280,9 +280,9 @@ class BudgetedTrainer(Trainer):
 
     def _reserved(self) -> Cost:
         """What the test will take, at the speed that evaluations here turned out to have."""
-        predicted = self.job.predicted_evaluation.seconds
-        slower = self._seconds["evaluate"] / predicted if predicted else 1.0
-        seconds = self.job.reserved.seconds * max(slower, 1.0) * SECONDS_MARGIN
+        predicted, measured = self.job.predicted_evaluation.seconds, self._seconds["evaluate"]
+        slower = measured / predicted if predicted and measured else 1.0
+        seconds = self.job.reserved.seconds * slower * SECONDS_MARGIN
         return self._stage.ledger.rates.of(replace(self.job.reserved, seconds=seconds))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

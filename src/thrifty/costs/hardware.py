@@ -20,7 +20,7 @@ from typing import Any, Literal
 import yaml
 
 GIB = 2.0**30
-CACHE_VERSION = 2
+CACHE_VERSION = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,13 @@ class Device:
     source: str = ""
     matmul_rates: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     """dtype -> smallest dimension -> FLOP/s, as measured; empty: from the peak by rule."""
-    factors: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
-    """Of the roofline's terms (matrix products, memory-bound, launches, optimizer), as fitted to
-    real steps."""
+    attention_rates: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    """dtype -> size of a head -> FLOP/s of fused attention, as measured."""
+    fault_seconds: float = 0.0
+    """Per byte of new pages: what a CPU pays for the first touch of memory just allocated."""
+    factors: Mapping[str, tuple[float, float, float, float]] = field(default_factory=dict)
+    """dtype -> of the roofline's terms (matrix products, memory-bound, launches, optimizer), as
+    fitted to real steps; ones where they were not."""
     num_threads: int | None = None
     calibrated: bool = False
     machine_busy: bool = False
@@ -134,10 +138,6 @@ def _calibration_file() -> Path:
     return cache_folder() / "device.json"
 
 
-def is_calibrated() -> bool:
-    return _local().calibrated
-
-
 def _local() -> Device:
     try:
         values = json.loads(_calibration_file().read_text(encoding="utf-8"))
@@ -145,12 +145,13 @@ def _local() -> Device:
             f.name for f in fields(Device)
         }:
             raise ValueError
-        rates = values.pop("matmul_rates")
-        values["matmul_rates"] = {
-            dtype: {int(size): rate for size, rate in curve.items()}
-            for dtype, curve in rates.items()
-        }
-        return Device(**{**values, "factors": tuple(values["factors"])})
+        for name in ("matmul_rates", "attention_rates"):  # JSON knows no keys but strings
+            values[name] = {
+                dtype: {int(size): rate for size, rate in curve.items()}
+                for dtype, curve in values[name].items()
+            }
+        values["factors"] = {dtype: tuple(four) for dtype, four in values["factors"].items()}
+        return Device(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return _cautious()  # none measured, or by another version: measure anew
 
@@ -163,6 +164,7 @@ def _cautious() -> Device:
         flops_per_second={"float32": 4e10, "bfloat16": 1e10},
         bytes_per_second=8e9,
         operation_seconds=8e-6,
+        fault_seconds=8e-10,
         source="a cautious guess at one CPU core",
     )
 

@@ -41,9 +41,13 @@ LARGE_EFFICIENCY = 0.55
 """Share of the peak that large matrix products of real training reach (MFU of well-run jobs)."""
 _LARGE = 2048
 ATTENTION_EFFICIENCY = 0.55
-"""Of fused attention beside a matrix product of its head size, as measured on CPUs."""
+"""Of fused attention beside a matrix product of its head size, where it was not measured."""
 CAUSAL_BLOCK = 256
 """Keys that a causal kernel handles at once; beyond it, it skips those to come."""
+
+SECONDS_MARGIN = 1.25
+"""How much slower than predicted, or than it lately was, anything may turn out: what is reserved
+for it over what it should take."""
 
 CPU_PASSES: dict[str, tuple[float, float]] = {
     "silu": (4.0, 5.0),
@@ -61,8 +65,6 @@ MMAP_THRESHOLD = 32 * 2**20
 """glibc's largest: a CPU buffer above it gets new pages every time it is allocated."""
 TRIM_THRESHOLD = 2 * MMAP_THRESHOLD
 """What glibc keeps of freed memory: activations beyond it get new pages every step."""
-FAULT_SECONDS = 0.8e-9
-"""Per byte of new pages."""
 
 
 def step_seconds(
@@ -73,7 +75,8 @@ def step_seconds(
 ) -> float:
     """One micro-batch: forward, backward and the optimizer's step, or a forward pass."""
     terms = step_terms(shape, setting, device, kind)
-    return sum(factor * term for factor, term in zip(device.factors, terms, strict=True))
+    factors = device.factors.get(setting.dtype, (1.0, 1.0, 1.0, 1.0))
+    return sum(factor * term for factor, term in zip(factors, terms, strict=True))
 
 
 def forward_seconds(
@@ -98,8 +101,8 @@ def step_terms(
     products = 0.0
     for product, times in work.products.items():
         flops, dimension = _product(product, tokens, keys)
-        speed = rate(device, setting.dtype, dimension)
-        products += times * flops / (speed * (ATTENTION_EFFICIENCY if product.heads else 1.0))
+        speed = (attention_rate if product.heads else rate)(device, setting.dtype, dimension)
+        products += times * flops / speed
     moved = work.moved.at(tokens, sequence) + work.moved_weights
     memory = moved / device.bytes_per_second
     if device.kind == "cpu":
@@ -109,7 +112,7 @@ def step_terms(
         if train:
             kept = saved_bytes(shape, setting, head=False)
             fresh += max(0.0, kept - TRIM_THRESHOLD)
-        memory += FAULT_SECONDS * fresh
+        memory += device.fault_seconds * fresh
     trained = num_trained(shape, setting) * trained_itemsize(setting) if train else 0.0
     return (
         products,
@@ -193,6 +196,14 @@ def rate(device: Device, dtype: str, dimension: int) -> float:
     if device.kind == "cpu":
         return peak * min(1.0, 0.3 + dimension / 512)
     return peak * LARGE_EFFICIENCY * min(1.0, (dimension / _LARGE) ** 0.5)
+
+
+def attention_rate(device: Device, dtype: str, head_size: int) -> float:
+    """FLOP/s of fused attention over heads of this size."""
+    curve = device.attention_rates.get(dtype) or {}
+    if curve:
+        return _interpolated(curve, head_size)
+    return ATTENTION_EFFICIENCY * rate(device, dtype, head_size)
 
 
 def _interpolated(curve: Mapping[int, float], dimension: int) -> float:

@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test test-slow golden lint clean
 
 setup: $(VENV)/.installed
 
@@ -26,6 +26,9 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow" -n 2
+
+golden: setup
+	THRIFTY_RECORD=1 $(BIN)/python -m pytest -q tests/test_golden.py
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -161,7 +161,8 @@ def main() -> int:
         rise, predicted_rise = rise_in_child(number), terms.peak_memory_bytes - weights
         rows.append(
             (
-                f"{sizes[0]} x {sizes[1]}, {shape.num_parameters / 1e6:.1f}M, {batch} x {sequence} {dtype}",
+                f"{sizes[0]} x {sizes[1]}, {shape.num_parameters / 1e6:.1f}M, "
+                f"{batch} x {sequence} {dtype}",
                 f"{off:+.2%}",
                 f"{statistics.median(told[number]):.3f}",
                 f"{middle:.3f}",

@@ -155,7 +155,7 @@ def search(request: Request) -> Planned:
             found = _price(request, draft, costs, scorer, spec)
             if isinstance(found, Candidate):
                 fitting.append(found)
-            else:
+            elif found is not None:
                 resource, least = found
                 nearest[resource] = min(least, nearest.get(resource, math.inf))
     if not fitting:
@@ -217,7 +217,7 @@ def _wanted(fixed: Mapping[str, Any], key: str, choices: Sequence[Any]) -> Seque
 def _scorers(request: Request) -> Iterator[tuple[Spec, Scorer]]:
     """Those that make sense here; a scorer that the user named must."""
     spec = request.fixed.get("selection.scorer")
-    if spec is not None and spec != "auto":
+    if spec is not None:
         scorer = resolve("scorer", spec)
         if scorer.needs_target and not request.targets:
             raise ValueError(
@@ -258,8 +258,9 @@ def _sequence(request: Request) -> int:
 
 def _price(
     request: Request, draft: Training, costs: Predictions, scorer: Scorer, spec: Spec
-) -> Candidate | tuple[str, float]:
-    """The candidate, or the resource it fails on and the least of it that would do."""
+) -> Candidate | tuple[str, float] | None:
+    """The candidate; or the resource it fails on and the least of it that would do; or None for a
+    micro-batch larger than a whole step should be."""
     micro_batch = draft.per_device_train_batch_size
     limit = request.budget.memory_bytes or request.device.memory_bytes
     peak = costs.step.peak_memory_bytes
@@ -275,6 +276,8 @@ def _price(
     left = _minus(request, once + costs.watching(2, 1))
     wanted, binding = _affordable(request, micro, left, pool_tokens)
     accumulation = _accumulation(request, wanted * micro_batch, micro_batch)
+    if accumulation < 1:
+        return None
     step = request.rates.of(micro * accumulation)
     evaluations, saves = _watch(request, costs, step, wanted / accumulation)
     each = step  # with its share of what was asked to come at fixed distances
@@ -397,12 +400,14 @@ def _ceiling(
 
 
 def _accumulation(request: Request, sequences: float, micro_batch: int) -> int:
-    """Micro-batches of an optimizer step: about 300 steps in all, at most 128 sequences each."""
+    """Micro-batches of an optimizer step: about 300 steps in all, at most 128 sequences each. Zero
+    where one micro-batch is more than that."""
     fixed = request.fixed.get("training.gradient_accumulation_steps")
     if fixed is not None:
         return int(fixed)
     batch = 2 ** round(math.log2(max(1.0, min(sequences / STEPS_WANTED, MAX_BATCH))))
-    return max(1, batch // micro_batch)
+    least = 1 if request.fixed.get("training.per_device_train_batch_size") else 0
+    return max(least, batch // micro_batch)
 
 
 def _watch(request: Request, costs: Predictions, step: Cost, steps: float) -> tuple[int, int]:

@@ -49,7 +49,11 @@ class Asked:
     dollars_per_hour: float | None = None
     control: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """plan.yaml keys that the planner must take as they are."""
+    """plan.yaml keys that the planner must take as they are; ``auto`` leaves one to it."""
+
+    def __post_init__(self) -> None:
+        left = {key: value for key, value in self.fixed.items() if value != "auto"}
+        object.__setattr__(self, "fixed", left)
 
 
 def quick_plan(asked: Asked) -> tuple[planner.Planned, planner.Request]:
@@ -110,8 +114,7 @@ def _check_fixed(asked: Asked) -> None:
     )
     values = plans.to_dict(skeleton)
     for key, value in fixed.items():
-        if (key, value) != ("selection.scorer", "auto"):
-            plans.put(values, key, value)
+        plans.put(values, key, value)
     plans.from_dict(values)
 
 

@@ -163,9 +163,8 @@ def test_a_record_of_another_rule_is_not_replayed():
 
 
 def test_the_reason_names_the_numbers():
-    choice = choose([option("a", 2.0), option("b", 1.0)], resource="flops", price=0.5)
-    assert choice.reason == (
-        "a at 2 nats/token per unit of flops, above the price of 0.5; next best 1"
-    )
+    options = [option("a", 2e-15), option("b", 1e-15)]
+    choice = choose(options, resource="flops", price=0.5e-15)
+    assert choice.reason == ("a at 2 nats/token a PFLOP, above the price of 0.5; next best 1")
     none = choose([option("a", 0.1)], resource="flops", price=0.5)
     assert none.reason.endswith("not above the price of 0.5")

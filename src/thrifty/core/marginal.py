@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from thrifty.core import quantities
 from thrifty.core.budget import RESOURCES, Cost
 
 RULE_VERSION = 1
@@ -177,10 +178,11 @@ def _reason(
 ) -> str:
     if best is None:
         return "no option is left"
-    rate = f"{rates[best]:.3g} {unit} per unit of {resource}"
-    against = f"the price of {price:.3g}"
+    size, per = quantities.PER[resource]
+    rate = f"{quantities.short(rates[best] * size)} {unit} a {per}"
+    against = f"the price of {quantities.short(price * size)}"
     if not wins:
         return f"best is {options[best].name} at {rate}, not above {against}"
     second = max((r for i, r in enumerate(rates) if i != best), default=None)
-    rest = "" if second is None else f"; next best {second:.3g}"
+    rest = "" if second is None else f"; next best {quantities.short(second * size)}"
     return f"{options[best].name} at {rate}, above {against}{rest}"

@@ -233,3 +233,18 @@ FORMATS = {
     "peak_memory_bytes": format_bytes,
 }
 """How each resource of a ``Cost`` is printed."""
+
+PER = {
+    "flops": (1e15, "PFLOP"),
+    "tokens": (1e6, "M tokens"),
+    "seconds": (1.0, "second"),
+    "joules": (1e3, "kJ"),
+    "dollars": (1.0, "dollar"),
+    "peak_memory_bytes": (2.0**30, "GiB"),
+}
+"""resource -> the size and the name of the unit in which rates per resource are shown."""
+
+
+def short(value: float) -> str:
+    """Three significant digits: ``0.00123``, ``12,300``."""
+    return f"{float(f'{value:.3g}'):,.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.3g}"

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 import thrifty
 from thrifty.checkpoints import write_atomically
+from thrifty.core import quantities
 from thrifty.core.budget import RESOURCES
 from thrifty.data.faults import REASONS
 from thrifty.report import figures, words
@@ -93,7 +94,7 @@ def _environment() -> Environment:
         "count": _count,
         "score": _score,
         "resource": words.name_of,
-        "per": lambda resource: words.PER.get(resource, (1.0, str(resource)))[1],
+        "per": lambda resource: quantities.PER.get(resource, (1.0, str(resource)))[1],
         "row_text": lambda text: marked(text or "", _SHOWN_CHARACTERS, lines=True),
         "preview": lambda text: marked(" ".join(str(text or "")[:400].split()), 90),
         "plain": visible,
@@ -110,7 +111,7 @@ def _inert(value: Any) -> Any:
 def _number(value: Any) -> str:
     """Three significant digits, or a dash."""
     known = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return words.short(value) if known else words.UNKNOWN
+    return quantities.short(value) if known else words.UNKNOWN
 
 
 def _score(value: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from thrifty.core import quantities
 from thrifty.core.budget import RESOURCES
+from thrifty.core.quantities import PER, short
 from thrifty.report.inert import visible
 
 BOUND = 0.9
@@ -28,16 +29,6 @@ NAMES = {
     "dollars": "money",
     "peak_memory_bytes": "peak memory",
 }
-PER = {
-    "flops": (1e15, "PFLOP"),
-    "tokens": (1e6, "M tokens"),
-    "seconds": (1.0, "second"),
-    "joules": (1e3, "kJ"),
-    "dollars": (1.0, "dollar"),
-    "peak_memory_bytes": (2.0**30, "GiB"),
-}
-"""resource -> the size and the name of the unit in which rates per resource are shown."""
-
 TASKS = {
     "sft": "supervised fine-tuning",
     "continued": "continued pretraining",
@@ -83,11 +74,6 @@ def rate(value: Any, resource: str) -> str:
     if not isinstance(value, (int, float)):
         return UNKNOWN
     return short(value * PER.get(resource, (1.0, ""))[0])
-
-
-def short(value: float) -> str:
-    """Three significant digits: ``0.00123``, ``12,300``."""
-    return f"{float(f'{value:.3g}'):,.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
 def _capital(text: str) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -212,3 +215,39 @@ def test_an_unknown_architecture_counts_by_the_usual_rule(tiny_model, tmp_path):
     assert not meter.exact
     assert meter.take().flops == 6 * 20 * 6
     json.dumps(meter.take().to_dict())
+
+
+_RANK = """
+import sys
+from pathlib import Path
+from tests.test_budget_callback import trainer
+from thrifty import BudgetCallback
+
+model, output, flops = sys.argv[1:]
+run = trainer(Path(model), Path(output), BudgetCallback(flops=float(flops)), ddp_backend="gloo")
+run.train()
+print(f"rank {run.args.process_index} of {run.args.world_size} ended at {run.state.global_step}")
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="built without distribution")
+def test_all_ranks_stop_at_the_same_step_on_one_ledger(step_flops, tiny_model, tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(_RANK)
+    limit = 2 * 5.5 * step_flops
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", str(script), str(tiny_model), str(tmp_path), str(limit)),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rank 0 of 2 ended at 5" in done.stdout
+    assert "rank 1 of 2 ended at 5" in done.stdout
+    with Ledger(tmp_path / "ledger.sqlite", read_only=True) as ledger:
+        assert ledger.spent().flops == pytest.approx(2 * 5 * step_flops)
+        assert ledger.spent().tokens == 2 * 5 * 4 * 24

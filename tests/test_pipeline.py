@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import write_jsonl
 from tests.runs import SMALL, asked, finish, ledger, planned, silent, weights
 from thrifty import checkpoints, pipeline, stages
 from thrifty.core.budget import Budget
@@ -264,6 +265,30 @@ def test_no_budget_is_passed(budget, tiny_model, tiny_data, tmp_path):
     for resource in budget.limited:
         assert spent.of(resource) <= budget.limit(resource)
     assert spent.tokens > 0
+
+
+def test_the_flops_of_evaluations_are_known_to_the_last_before_training(
+    tiny_model, tiny_data, tmp_path
+):
+    """Or else a test of uneven rows could pass what training left."""
+    uneven = [{"prompt": "say", "completion": " five" * n} for n in (1, 2, 3, 5, 9, 20, 38, 40, 50)]
+    rows = write_jsonl(tmp_path / "uneven.jsonl", uneven * 9)
+    data = {**tiny_data, "test": rows, "dev": rows}
+    folder = tmp_path / "run"
+    plan = planned(folder, tiny_model, data, budget=Budget(flops=9e9))
+    with stages.at_work(RunFolder(folder), silent) as work:
+        costs = work.predicted(plan)
+        stages.select(work, work.main)
+        stages.train(work, work.main)
+        stages.test(work, work.main)
+    found = ledger(folder)
+    flops = {
+        name: [c["flops"] for c in found.charges() if c["activity"] == name]
+        for name in ("evaluate", "test")
+    }
+    assert set(flops["evaluate"]) == {costs.evaluation.flops}
+    assert flops["test"] == [costs.test.flops]
+    assert 0.95 * 9e9 < found.spent().flops <= 9e9
 
 
 def test_a_budget_for_less_than_a_step_says_the_least(tiny_model, tiny_data, tmp_path):

@@ -7,6 +7,9 @@ output folder, unless one is given), leased some steps at a time, so that it sur
 resumed run goes on from what was really spent. Gradients that are not finite raise before the
 optimizer sees them.
 
+Under ``torchrun`` rank 0 keeps the ledger, for the sums over all ranks, and tells the others when
+stop, so that all stop at the same step.
+
 FLOPs are counted on the shapes that went through the model (``signals/metering.py``). The next
 step's are bounded by its longest possible batch where the trainer says what that is (``max_length``
 as in TRL), otherwise by the longest so far. A step's seconds are bounded by the slowest of the last
@@ -120,6 +123,7 @@ class BudgetCallback(TrainerCallback):
         self._predicted_seconds = self._step_upper.seconds
         self._last_seconds = 0.0
         self._device = "cpu"
+        self._leads = True
 
     # -- the trainer's events --------------------------------------------------------------------
 
@@ -132,10 +136,13 @@ class BudgetCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._device = local_device() if args.device.type != "cpu" else "cpu"
-        if self._stage is None:
-            self._stage = self._open_stage(Path(args.output_dir), state.global_step)
         self._meter = PassMeter(model)
         self._meter.attach()
+        self._leads = state.is_world_process_zero
+        if not self._leads:
+            return
+        if self._stage is None:
+            self._stage = self._open_stage(Path(args.output_dir), state.global_step)
         if not self._step_upper.flops:
             self._step_upper = self._bound(args)
         reset_peak(self._device)
@@ -145,7 +152,7 @@ class BudgetCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self._lease is None:
+        if self._lease is None and self._leads:
             self._begin_lease(args, state)
 
     def on_pre_optimizer_step(
@@ -168,10 +175,19 @@ class BudgetCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        lease, meter = self._lease, self._meter
+        assert self._meter is not None
+        used = self._meter.take()
+        if args.world_size > 1:
+            used = _summed(used, args.device)
+        if self._leads:
+            self._book(used, state, control)
+        if args.world_size > 1:
+            control.should_training_stop = _told(control.should_training_stop, args.device)
+
+    def _book(self, used: Cost, state: TrainerState, control: TrainerControl) -> None:
+        """Charge a step, and look whether the next one may start."""
+        lease = self._lease
         assert lease is not None
-        assert meter is not None
-        used = meter.take()
         lease.tick(used, steps=1)
         self._step_upper = replace(
             self._step_upper,
@@ -346,3 +362,21 @@ class BudgetCallback(TrainerCallback):
 
     def _note_peak(self, lease: Lease) -> None:
         lease.tick(Cost(peak_memory_bytes=peak_memory_bytes(self._device)))
+
+
+def _summed(used: Cost, device: Any) -> Cost:
+    """FLOPs and tokens over all ranks."""
+    import torch
+
+    both = torch.tensor([used.flops, used.tokens], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(both)
+    return replace(used, flops=both[0].item(), tokens=both[1].item())
+
+
+def _told(stop: bool, device: Any) -> bool:
+    """What rank 0 decided."""
+    import torch
+
+    flag = torch.tensor([int(stop)], device=device)
+    torch.distributed.broadcast(flag, 0)
+    return bool(flag.item())

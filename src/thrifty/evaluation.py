@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from thrifty.core.budget import Cost
 from thrifty.core.contracts import Meter, Rows
 from thrifty.costs.shape import ModelShape
-from thrifty.signals.forward import Losses, example_losses
+from thrifty.signals.forward import Losses, example_losses, losses_flops
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,10 @@ def measure(
     return Measured(found, weights)
 
 
-class NoMeter:
-    """Counts nothing: for passes that are charged elsewhere."""
-
-    def tick(self, cost: Cost, *, steps: int = 0) -> None:
-        return None
+def measure_flops(
+    shape: ModelShape, rows: Mapping[str, Rows], max_tokens: int | None = None
+) -> float:
+    """Exactly what ``measure`` takes."""
+    return sum(
+        losses_flops(shape, [len(t.input_ids) for t in r.tokens], max_tokens) for r in rows.values()
+    )

@@ -137,6 +137,7 @@ def stats_together(manifests: list[StoreManifest]) -> PoolStats | None:
         num_tokens=sum(m.num_tokens for m in manifests),
         max_tokens=max(m.max_tokens for m in manifests),
         num_loss_tokens=sum(m.num_loss_tokens for m in manifests),
+        num_squared_tokens=sum(m.num_squared_tokens for m in manifests),
     )
 
 

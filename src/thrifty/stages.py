@@ -29,7 +29,7 @@ from thrifty.costs.shape import ModelShape, read_shape
 from thrifty.data.packing import PackedDataset
 from thrifty.data.store import Store, open_store
 from thrifty.data.tokens import load_tokenizer
-from thrifty.evaluation import Measured, measure
+from thrifty.evaluation import Measured, measure, measure_flops
 from thrifty.planner import Predictions, predictions
 from thrifty.preparation import POOL_AS_TARGET, Say, stats_together
 from thrifty.run_folder import RunFolder
@@ -146,9 +146,17 @@ class Work:
         return LoadedModels(self.base, self.plan.training.dtype, local_device())
 
     def predicted(self, plan: Plan) -> Predictions:
+        """As planned, but the FLOPs of evaluations exactly, for no limit may be passed."""
         dev = stats_together([open_store(f).manifest for f in self._stores("dev")])
         test = stats_together([open_store(f).manifest for f in self._stores("test")])
-        return predictions(plan.training, self.shape, self.device, dev, test)
+        costs = predictions(plan.training, self.shape, self.device, dev, test)
+        most = plan.training.micro_batch_tokens
+        once, twice = (measure_flops(self.shape, self.rows(p), most) for p in ("dev", "test"))
+        return replace(
+            costs,
+            evaluation=replace(costs.evaluation, flops=once),
+            test=replace(costs.test, flops=2 * twice),
+        )
 
     def _stores(self, part: str) -> list[Path]:
         names = list(self.plan.targets) or [POOL_AS_TARGET]

@@ -183,7 +183,15 @@ class PoolStats:
     """Tokens of the longest example."""
     num_loss_tokens: int = 0
     """Tokens that carry loss (answers only, in a prompt/completion pool)."""
+    num_squared_tokens: int = 0
+    """Sum over examples of their tokens squared, which attention is paid by; 0 where unknown."""
 
     @property
     def mean_tokens(self) -> float:
         return self.num_tokens / max(self.num_examples, 1)
+
+    @property
+    def mean_squared_tokens(self) -> float:
+        """Of all examples of one length where their squares are unknown."""
+        mean = self.num_squared_tokens / max(self.num_examples, 1)
+        return max(mean, self.mean_tokens**2)

@@ -34,7 +34,7 @@ from thrifty.data.pool import BadRow, Row
 from thrifty.data.shard import SCHEMA, Shard, ShardFile, sha256_of, write_shard
 from thrifty.data.tokens import Tokens, tokenize_rows
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
 BATCH_ROWS = 256
@@ -55,6 +55,7 @@ class StoreManifest:
     """code -> rows set aside."""
     num_tokens: int
     num_loss_tokens: int
+    num_squared_tokens: int
     num_truncated: int
     max_tokens: int
     """Tokens of the longest example."""
@@ -70,6 +71,7 @@ class StoreManifest:
             num_tokens=self.num_tokens,
             max_tokens=self.max_tokens,
             num_loss_tokens=self.num_loss_tokens,
+            num_squared_tokens=self.num_squared_tokens,
         )
 
     @classmethod
@@ -173,6 +175,7 @@ class _Totals:
         self._counts["num_examples"] += 1
         self._counts["num_tokens"] += tokens.num_tokens
         self._counts["num_loss_tokens"] += tokens.num_loss_tokens
+        self._counts["num_squared_tokens"] += tokens.num_tokens**2
         self._counts["num_truncated"] += tokens.truncated
         self._lengths[1 << (tokens.num_tokens - 1).bit_length()] += 1
         self._max_tokens = max(self._max_tokens, tokens.num_tokens)
@@ -203,6 +206,7 @@ class _Totals:
             num_bad=dict(sorted(self._bad.items())),
             num_tokens=self._counts["num_tokens"],
             num_loss_tokens=self._counts["num_loss_tokens"],
+            num_squared_tokens=self._counts["num_squared_tokens"],
             num_truncated=self._counts["num_truncated"],
             max_tokens=self._max_tokens,
             lengths={str(size): count for size, count in sorted(self._lengths.items())},

@@ -91,8 +91,7 @@ def example_losses(
     try:
         with torch.inference_mode():
             lengths = [len(e.input_ids) for e in examples]
-            most = max(max_tokens or batch_tokens(shape.vocab_size), max(lengths, default=1))
-            for batch in padded_batches(lengths, most):
+            for batch in _batches(shape, lengths, max_tokens):
                 ids, keep = _padded([examples[i] for i in batch], device)
                 logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
                 loss = torch.nn.functional.cross_entropy(
@@ -104,6 +103,19 @@ def example_losses(
     finally:
         model.train(training)
     return Losses(nll, count)
+
+
+def losses_flops(shape: ModelShape, lengths: Sequence[int], max_tokens: int | None = None) -> float:
+    """Exactly what ``example_losses`` takes over examples of these lengths."""
+    return sum(
+        forward_flops(shape, len(batch), lengths[batch[0]])
+        for batch in _batches(shape, lengths, max_tokens)
+    )
+
+
+def _batches(shape: ModelShape, lengths: Sequence[int], max_tokens: int | None) -> list[list[int]]:
+    most = max(max_tokens or batch_tokens(shape.vocab_size), max(lengths, default=1))
+    return padded_batches(lengths, most)
 
 
 def _padded(examples: Sequence[Tokens], device: Any) -> tuple[Any, Any]:
@@ -127,8 +139,8 @@ def forward_cost(
     max_length: int,
     max_tokens: int | None = None,
 ) -> Cost:
-    """Predicted cost of ``example_losses`` over rows like ``stats``, all taken at their mean
-    length, and padded by what batches of like lengths pad on average."""
+    """Predicted cost of ``example_losses`` over rows like ``stats``: their time as if all had their
+    mean length, padded by what batches of like lengths pad on average."""
     if not stats.num_examples:
         return Cost()
     length = max(1, min(round(stats.mean_tokens), max_length))
@@ -136,8 +148,12 @@ def forward_cost(
     batches = stats.num_examples / examples
     longest = min(stats.max_tokens, max_length)
     peak = max(examples * length, longest)
+    # FLOPs are a t + b t^2 of an example's tokens t: the mean of the squares is not the square of
+    # the mean.
+    one, two = forward_flops(shape, 1, length), forward_flops(shape, 1, 2 * length)
+    quadratic = (two - 2 * one) / 2 * (stats.mean_squared_tokens / length**2 - 1)
     return Cost(
-        flops=forward_flops(shape, 1, length) * stats.num_examples * PADDING,
+        flops=(one + max(quadratic, 0.0)) * stats.num_examples * PADDING,
         seconds=forward_seconds(shape, examples, length, dtype, device) * batches,
         peak_memory_bytes=_peak(shape, max(1, peak // longest), longest, dtype, device),
     )

@@ -220,13 +220,15 @@ def test_an_unknown_architecture_counts_by_the_usual_rule(tiny_model, tmp_path):
 _RANK = """
 import sys
 from pathlib import Path
+import torch
 from tests.test_budget_callback import trainer
 from thrifty import BudgetCallback
 
 model, output, flops = sys.argv[1:]
 run = trainer(Path(model), Path(output), BudgetCallback(flops=float(flops)), ddp_backend="gloo")
 run.train()
-print(f"rank {run.args.process_index} of {run.args.world_size} ended at {run.state.global_step}")
+print(f"rank {run.args.process_index} of {run.args.world_size} ended at {run.state.global_step}", flush=True)
+torch.distributed.destroy_process_group()  # or the ranks tear gloo down while others use it
 """
 
 

@@ -358,6 +358,32 @@ def test_a_reporter_that_raises_does_not_stop_training(tiny_model, tiny_data, tm
     assert said == ["reporting degraded: Broken raised ConnectionError('no network')"]
 
 
+def test_what_is_measured_reaches_a_reporter(tiny_model, tiny_data, tmp_path):
+    """TensorBoard's files stand for all: the Trainer brings the reporters, thrifty the numbers."""
+    pytest.importorskip("tensorboardX")
+    folder = tmp_path / "run"
+    planned(folder, tiny_model, tiny_data, fixed={"training.report_to": ["tensorboard"]})
+    finish(folder)
+    (events,) = folder.rglob("events.out.tfevents*")
+    written = events.read_bytes()
+    for tag in (b"train/loss", b"eval/loss", b"eval/sums_loss", b"train/spent_flops"):
+        assert tag in written
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("wand", "'wand', which is no reporter"), ("comet_ml", "comet_ml, which is not installed")],
+)
+def test_a_reporter_that_cannot_report_is_refused_before_anything_is_spent(
+    name, says, tiny_model, tiny_data, tmp_path
+):
+    folder = tmp_path / "run"
+    planned(folder, tiny_model, tiny_data, fixed={"training.report_to": [name]})
+    with pytest.raises(ValueError, match=says):
+        finish(folder)
+    assert ledger(folder).stages() == []
+
+
 def test_preferences_are_read_but_not_trained_on(tiny_model, tmp_path):
     rows = [
         {"prompt": f"say {i}", "chosen": " five plus two", "rejected": " no"} for i in range(30)

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from thrifty.core.durable import sync_folder, write_atomically
+
 MANIFEST = "manifest.json"
 _PREFIX = "checkpoint-"
 
@@ -45,27 +47,6 @@ def commit(folder: Path, details: Mapping[str, Any]) -> None:
         files[path.relative_to(folder).as_posix()] = [path.stat().st_size, sha256(path)]
     write_atomically(folder / MANIFEST, json.dumps({**details, "files": files}, indent=1))
     sync_folder(folder.parent)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """All of ``text`` or the file as it was: written aside, synced, renamed, folder synced."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return  # a folder cannot be opened there; NTFS journals its entries
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:

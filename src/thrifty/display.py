@@ -46,6 +46,12 @@ def plan_text(planned: Planned) -> str:
         f"peak memory, predicted: {quantities.format_bytes(c.peak_memory_bytes)}"
         f" = {' + '.join(terms)}"
     )
+    stages = [
+        f"{name} {quantities.format_flops(cost.flops)}, {quantities.format_seconds(cost.seconds)}"
+        for name, cost in c.by_stage.items()
+        if cost.flops or cost.seconds
+    ]
+    parts.append(f"by stage, predicted: {'; '.join(stages)}")
     parts.append(f"what ends it: {c.binding}")
     parts += ["", "why"]
     parts += [f"  {key:<42} {reason}" for key, reason in planned.why.items()]

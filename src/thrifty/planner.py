@@ -5,10 +5,11 @@ A combination is (all weights or LoRA) x precision x recompute or not x micro-ba
 is priced whole: scoring, training, evaluations, checkpoints. What the budget leaves after scoring
 buys D training tokens, worth
 
-    D_eff = q * w(s) * D'(D, U),       w(s) = w_5%^(ln(1/s) / ln 20),
+    D_eff = q * w(s) * D'(D, U),       w(s) = w_5%^min(1, ln(1/s) / ln 20),
     D'(D, U) = U + U R* (1 - exp(-(D/U - 1) / R*)),  R* = 15.4         (arXiv:2305.16264)
 
-with U the tokens kept, s = U / pool, w_5% the scorer's prior worth and q the technique's prior
+with U the tokens kept, s = U / pool, w_5% the scorer's prior worth (which keeping less than the 5%
+it was measured at does not raise: docs/log.md, the mixed pool) and q the technique's prior
 quality. U is D over the number of epochs, at most four, that makes D_eff largest. Gains enter the
 one rule as ``prior`` estimates, a fixed concave function of D_eff: only their order matters here.
 """
@@ -450,7 +451,7 @@ def _keep(
 
 def _effective(worth: Worth, tokens: float, unique: float, pool_tokens: float) -> float:
     share = unique / pool_tokens if math.isfinite(pool_tokens) else 1.0
-    multiple = worth.mean ** (math.log(1 / max(share, 1e-6)) / math.log(20))
+    multiple = worth.mean ** min(1.0, math.log(1 / max(share, 1e-6)) / math.log(20))
     repeats = max(tokens / unique - 1.0, 0.0)
     fresh = unique + unique * REPEAT_HALF_LIFE * -math.expm1(-repeats / REPEAT_HALF_LIFE)
     return multiple * fresh

@@ -23,9 +23,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from thrifty.checkpoints import write_atomically
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import Candidates, Held, Models, Picked, Rows, Scorer
+from thrifty.core.durable import write_atomically
 from thrifty.core.ledger import Stage
 from thrifty.core.plan import Plan
 from thrifty.core.resolve import name_of, parse_spec, resolve

@@ -20,6 +20,7 @@ import numpy as np
 from thrifty import checkpoints, selection, training
 from thrifty.core.budget import Budget, Cost
 from thrifty.core.contracts import Held, Rows, Tokens
+from thrifty.core.durable import write_atomically
 from thrifty.core.ledger import BudgetExceeded, Ledger
 from thrifty.core.ordering import best_first, fill
 from thrifty.core.plan import Plan
@@ -78,7 +79,7 @@ class Work:
         if known is None and known_file.is_file():
             known = known_file.read_text(encoding="utf-8").strip()
         if known is None:
-            checkpoints.write_atomically(known_file, found + "\n")
+            write_atomically(known_file, found + "\n")
         elif known != found:
             raise ValueError(
                 f"the weights in {self.base} have changed since this run began: {known[:12]}... "
@@ -173,6 +174,7 @@ def at_work(run: RunFolder, say: Say, overrides: tuple[str, ...] = ()) -> Iterat
             "training on preferences is not built yet; the rows were read and validated\n"
             "hint: task: sft trains on prompt and completion rows"
         )
+    training.check_reporters(plan.training.report_to)
     with run.working() as ledger:
         ledger.set_budget(plan.budget)
         yield Work(run, plan, ledger, say)

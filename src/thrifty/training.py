@@ -130,6 +130,31 @@ def train(job: TrainingJob, stage: Stage) -> Measured:
     return Measured.load(best.path / "dev_losses.npz", job.weights)
 
 
+def check_reporters(names: tuple[str, ...]) -> None:
+    """Raise ValueError for a reporter that is unknown or not installed, before anything is spent.
+
+    ``all`` and ``none`` are the Trainer's own words.
+    """
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    for name in names:
+        if name in ("all", "none"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ValueError(
+                f"training.report_to names {name!r}, which is no reporter\nhint: one of {known}"
+            )
+        if name not in get_available_reporting_integrations():
+            raise ValueError(
+                f"training.report_to names {name}, which is not installed\n"
+                f"hint: pip install {name}, or take it out of training.report_to"
+            )
+
+
 def _publish(checkpoint: Path, folder: Path) -> None:
     """Copy the model's own files, so that transformers or PEFT load the folder as it is."""
     draft = folder.with_name(f".{folder.name}.new")
@@ -331,6 +356,7 @@ class BudgetedTrainer(Trainer):
                 self.control.should_save = True
         metrics = {"eval_loss": found.objective, "eval_loss_stderr": stderr}
         metrics |= {f"eval_{name}_loss": loss for name, loss in found.losses().items()}
+        metrics |= {"spent_flops": spent.flops, "spent_seconds": spent.seconds}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics

@@ -166,5 +166,5 @@ def test_the_reason_names_the_numbers():
     options = [option("a", 2e-15), option("b", 1e-15)]
     choice = choose(options, resource="flops", price=0.5e-15)
     assert choice.reason == ("a at 2 nats/token a PFLOP, above the price of 0.5; next best 1")
-    none = choose([option("a", 0.1)], resource="flops", price=0.5)
+    none = choose([option("a", 0.1e-15)], resource="flops", price=0.5e-15)
     assert none.reason.endswith("not above the price of 0.5")

@@ -81,7 +81,7 @@ class Stage:
     def evaluate(
         self, step: int, flops: float, objective: float, stderr: float, by_target: Mapping[str, Any]
     ) -> None:
-        """Record a dev evaluation. ``flops``: what this stage had spent by then."""
+        """Record a dev evaluation. ``flops``: what its account had spent by then."""
         self.ledger._evaluated(
             self.id, by_target, step=step, flops=flops, objective=objective, stderr=stderr
         )

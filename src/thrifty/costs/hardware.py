@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 import yaml
 
+from thrifty.core.durable import write_atomically
+
 GIB = 2.0**30
 CACHE_VERSION = 4
 
@@ -179,10 +181,8 @@ def keep(device: Device) -> None:
     """Cache the local device's measurements."""
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".device.json.{os.getpid()}"
     text = json.dumps({"version": CACHE_VERSION, **asdict(device)}, indent=1)
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(_calibration_file())
+    write_atomically(_calibration_file(), text)
 
 
 @lru_cache

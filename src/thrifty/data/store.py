@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from thrifty.core.budget import PoolStats
+from thrifty.core.durable import write_atomically
 from thrifty.data.pool import BadRow, Row
 from thrifty.data.shard import SCHEMA, Shard, ShardFile, sha256_of, write_shard
 from thrifty.data.tokens import Tokens, tokenize_rows
@@ -127,7 +128,7 @@ def build_store(
     if not shards:
         raise ValueError(totals.nothing_valid())
     manifest = totals.manifest(tuple(shards), tokenizer_fingerprint, max_length)
-    _write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+    write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1))
     return manifest
 
 
@@ -212,21 +213,6 @@ class _Totals:
             lengths={str(size): count for size, count in sorted(self._lengths.items())},
             shards=shards,
         )
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Old or new, never half: also after a power cut."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 class Store:

@@ -17,9 +17,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import thrifty
-from thrifty.checkpoints import write_atomically
 from thrifty.core import quantities
 from thrifty.core.budget import RESOURCES
+from thrifty.core.durable import write_atomically
 from thrifty.data.faults import REASONS
 from thrifty.report import figures, words
 from thrifty.report.files import Files

@@ -181,7 +181,7 @@ def _matmul_rates(torch: Any, where: str) -> dict[str, dict[int, float]]:
 def _attention_rates(torch: Any, where: str, dtypes: Sequence[str]) -> dict[str, dict[int, float]]:
     """FLOP/s of masked attention, forward, by dtype and size of a head."""
     length, heads = (256, 16) if where == "cpu" else (1024, 64)
-    sizes = (16, 32, 64, 128) if where == "cpu" else (64, 128)
+    sizes = (8, 16, 32, 64, 128) if where == "cpu" else (64, 128)
     mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=where).tril()
     chosen: list[tuple[str, int]] = []
     runs: list[Callable[[], object]] = []

@@ -199,10 +199,12 @@ def rate(device: Device, dtype: str, dimension: int) -> float:
 
 
 def attention_rate(device: Device, dtype: str, head_size: int) -> float:
-    """FLOP/s of fused attention over heads of this size."""
+    """FLOP/s of fused attention over heads of this size. Below the smallest measured it falls with
+    the size: an exponential a score is what is left to do."""
     curve = device.attention_rates.get(dtype) or {}
     if curve:
-        return _interpolated(curve, head_size)
+        smallest = min(curve)
+        return _interpolated(curve, max(head_size, smallest)) * min(1.0, head_size / smallest)
     return ATTENTION_EFFICIENCY * rate(device, dtype, head_size)
 
 

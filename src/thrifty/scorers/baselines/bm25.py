@@ -22,7 +22,7 @@ from thrifty.core.contracts import Meter, Models, Pool, Rows, Scorer, Work, Wort
 
 # Splits snake_case and CamelCase too: in code the parts of a name are the words.
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+|[^\W\d_]+")
-_TOKENS_PER_SECOND = 4e5
+_TOKENS_PER_SECOND = 1.5e6
 _BYTES_PER_TOKEN = 24.0
 
 

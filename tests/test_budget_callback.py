@@ -227,8 +227,8 @@ from thrifty import BudgetCallback
 model, output, flops = sys.argv[1:]
 run = trainer(Path(model), Path(output), BudgetCallback(flops=float(flops)), ddp_backend="gloo")
 run.train()
+print(f"rank {run.args.process_index} of {run.args.world_size} ended at {run.state.global_step}")
 torch.distributed.destroy_process_group()  # not while another rank still uses it
-torch.distributed.destroy_process_group()  # or the ranks tear gloo down while others use it
 """
 
 

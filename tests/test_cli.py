@@ -251,3 +251,32 @@ def test_ctrl_c_then_kill_then_the_same_command_goes_on(tiny_model, tiny_data, t
     one, other = ledger(tmp_path / "straight"), ledger(broken)
     assert other.spent(lost=False).flops == pytest.approx(one.spent().flops, rel=1e-9)
     assert other.spent().flops <= other.budget.flops
+
+
+_WITHOUT_POSIX = """
+import os, sys
+for module in ("fcntl", "resource", "pwd", "grp", "termios", "syslog"):
+    sys.modules[module] = None
+for name in ("fork", "kill", "getuid", "geteuid", "setsid", "statvfs", "O_DIRECTORY"):
+    if hasattr(os, name):
+        delattr(os, name)
+from thrifty.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_plan_and_report_make_no_posix_call(tiny_model, tiny_data, tmp_path):
+    """They promise to run on macOS and Windows, where these are not."""
+    folder = tmp_path / "run"
+    planned(folder, tiny_model, tiny_data)
+    for command in (
+        ["plan", "--model", str(tiny_model), "--flops", "1e12", "--json"],
+        ["report", str(folder), "--json"],
+        ["report", str(folder)],
+        ["methods"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", _WITHOUT_POSIX, *command], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert (folder / "report.html").stat().st_size > 10_000

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from thrifty.core import quantities
-from thrifty.planner import Candidate, Planned
+from thrifty.planner import Planned
+from thrifty.pricing import Candidate
 
 _SHOWN_CANDIDATES = 8
 

@@ -31,7 +31,7 @@ from thrifty.data.packing import PackedDataset
 from thrifty.data.store import Store, open_store
 from thrifty.data.tokens import load_tokenizer
 from thrifty.evaluation import Measured, measure, measure_flops
-from thrifty.planner import Predictions, predictions
+from thrifty.predictions import Predictions, predictions
 from thrifty.preparation import POOL_AS_TARGET, Say, stats_together
 from thrifty.run_folder import RunFolder
 from thrifty.signals.models import (

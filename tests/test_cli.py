@@ -119,7 +119,7 @@ def test_a_known_device(capsys):
     ],
 )
 def test_bad_input_is_one_clear_error(option, value, code, says, arguments, tmp_path, capsys):
-    folder = tmp_path / "run"
+    folder = tmp_path / "runs" / "run"
     assert main([*replaced(arguments, option, value), "-o", str(folder)]) == code
     out, err = capsys.readouterr()
     assert out == ""

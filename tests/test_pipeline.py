@@ -292,13 +292,13 @@ def test_the_flops_of_evaluations_are_known_to_the_last_before_training(
 
 
 def test_a_budget_for_less_than_a_step_says_the_least(tiny_model, tiny_data, tmp_path):
-    with pytest.raises(NoPlanFits, match=r"smallest plan needs .* of flops but 1 MFLOP is allowed"):
+    with pytest.raises(NoPlanFits, match=r"smallest plan needs .* of FLOPs but 1 MFLOP is allowed"):
         planned(tmp_path / "run", tiny_model, tiny_data, budget=Budget(flops=1e6))
     assert list(tmp_path.iterdir()) == [], "nothing half-written"
 
 
 def test_a_memory_budget_that_holds_no_plan_says_the_least(tiny_model, tiny_data, tmp_path):
-    with pytest.raises(NoPlanFits, match=r"smallest plan needs .*MiB of peak_memory_bytes"):
+    with pytest.raises(NoPlanFits, match=r"smallest plan needs .*MiB of peak memory"):
         planned(tmp_path / "run", tiny_model, tiny_data, budget=Budget(memory_bytes=1e6))
 
 

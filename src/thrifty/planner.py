@@ -215,7 +215,8 @@ def _least(request: Request, nearest: Mapping[str, float]) -> str:
         )
         allowed = f" but {show(limit)} is allowed" if limit else ""
         needs = show(least) if math.isfinite(least) else "a known price"
-        lines.append(f"the smallest plan needs {needs} of {resource}{allowed}")
+        name = quantities.NAMES.get(resource, resource)
+        lines.append(f"the smallest plan needs {needs} of {name}{allowed}")
     return (
         "; ".join(lines) + "\n"
         "hint: raise that limit to what the smallest plan needs, or take a smaller model or pool"
@@ -233,8 +234,8 @@ def _reasons(request: Request, chosen: Candidate, choice: Choice) -> dict[str, s
     return {
         "selection.scorer": f"{c.scorer}: {choice.reason}",
         "selection.max_tokens": (
-            f"{quantities.format_tokens(c.keep_tokens)}: {c.epochs:.2g} passes over what is kept "
-            f"({epochs_rule}, arXiv:2305.16264)"
+            f"{quantities.format_tokens(c.keep_tokens)}: {_times(c.epochs, 'pass', 'passes')} over "
+            f"what is kept ({epochs_rule}, arXiv:2305.16264)"
         ),
         "training.method": f"{c.method} in {c.dtype}: quality prior {quality} ({why_quality})",
         "training.per_device_train_batch_size": (
@@ -247,15 +248,19 @@ def _reasons(request: Request, chosen: Candidate, choice: Choice) -> dict[str, s
             else "no recompute: activations fit"
         ),
         "training.gradient_accumulation_steps": (
-            f"{c.gradient_accumulation_steps}: {sequences} sequences a step, for about "
-            f"{STEPS_WANTED} steps"
+            f"{c.gradient_accumulation_steps}: {_times(sequences, 'sequence', 'sequences')} "
+            f"a step, for about {STEPS_WANTED} steps, and no more than {MAX_BATCH}"
         ),
         "training.max_steps": (
             f"{c.max_steps}: what {c.binding} allow after scoring and evaluating"
             if c.ceiling == c.max_steps
             else f"{c.ceiling}: {c.max_steps} as predicted, and more if {c.binding} allow it"
         ),
-        "training.max_length": f"{c.max_length}: holds the longest example, at most 2048",
+        "training.max_length": (
+            f"{c.max_length}: holds the longest example, at most 2048"
+            if request.pool
+            else f"{c.max_length}: taken without a pool to look at"
+        ),
         "training.cooldown_steps": "a fifth of the run (arXiv:2405.18392), reserved in the budget",
         "training.learning_rate": (
             "2e-5 at width 4096, inversely to width; ten times that for LoRA, at most 2e-3"
@@ -265,3 +270,8 @@ def _reasons(request: Request, chosen: Candidate, choice: Choice) -> dict[str, s
         ),
         **asked,
     }
+
+
+def _times(number: float, one: str, many: str) -> str:
+    text = f"{number:.2g}" if number < 100 else f"{number:.0f}"
+    return f"{text} {one if text == '1' else many}"

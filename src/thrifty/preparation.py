@@ -75,6 +75,7 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, Pla
     _check_fixed(asked)
     model_folder, revision = locate(asked.model, asked.revision, weights=False)
     shape = read_shape(model_folder)
+    new_parent = not folder.parent.exists()
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = RunFolder(folder.with_name(f".{folder.name}.draft"))
     shutil.rmtree(draft.path, ignore_errors=True)
@@ -96,6 +97,8 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, Pla
         draft.path.rename(folder)
     except BaseException:
         shutil.rmtree(draft.path, ignore_errors=True)
+        if new_parent:
+            folder.parent.rmdir()
         raise
     return planned, plan
 
@@ -154,16 +157,16 @@ def _read(asked: Asked, shape: ModelShape, model_folder: Path, run: RunFolder, s
     def store(rows: Iterable[Row | BadRow], directory: Path) -> StoreManifest:
         return build_store(iter(rows), directory, tokenizer, max_length, tokenizer_fingerprint=mark)
 
+    targets: dict[str, dict[str, StoreManifest]] = {}
+    for name, target in asked.targets.items():  # first: they are small, and may be amiss too
+        parts = _target_rows(name, target, asked.task, say)
+        targets[name] = {part: store(rows, run.target(name, part)) for part, rows in parts.items()}
     say(f"reading the pool: {', '.join(asked.pool)}")
     pool = store(read_rows(asked.pool, task=asked.task), run.pool)
     num_bad = sum(pool.num_bad.values())
     if num_bad:
         say(f"set aside {num_bad:,} bad rows, see pool/quarantine.jsonl: {_counts(pool.num_bad)}")
     say(f"{pool.num_examples:,} rows, {pool.num_tokens:,} tokens")
-    targets: dict[str, dict[str, StoreManifest]] = {}
-    for name, target in asked.targets.items():
-        parts = _target_rows(name, target, asked.task, say)
-        targets[name] = {part: store(rows, run.target(name, part)) for part, rows in parts.items()}
     if not targets:
         dev = _held_out(asked, pool.num_examples)
         targets[POOL_AS_TARGET] = {"dev": store(dev, run.target(POOL_AS_TARGET, "dev"))}

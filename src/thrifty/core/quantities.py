@@ -234,6 +234,16 @@ FORMATS = {
 }
 """How each resource of a ``Cost`` is printed."""
 
+NAMES = {
+    "flops": "FLOPs",
+    "tokens": "tokens",
+    "seconds": "time",
+    "joules": "energy",
+    "dollars": "money",
+    "peak_memory_bytes": "peak memory",
+}
+"""How each resource of a ``Cost`` is called."""
+
 PER = {
     "flops": (1e15, "PFLOP"),
     "tokens": (1e6, "M tokens"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from thrifty.core import quantities
 from thrifty.core.budget import RESOURCES
-from thrifty.core.quantities import PER, short
+from thrifty.core.quantities import NAMES, PER, short
 from thrifty.report.inert import visible
 
 BOUND = 0.9
@@ -21,14 +21,6 @@ NOISE = 2.0
 
 UNKNOWN = "\N{EN DASH}"
 
-NAMES = {
-    "flops": "FLOPs",
-    "tokens": "tokens",
-    "seconds": "time",
-    "joules": "energy",
-    "dollars": "money",
-    "peak_memory_bytes": "peak memory",
-}
 TASKS = {
     "sft": "supervised fine-tuning",
     "continued": "continued pretraining",

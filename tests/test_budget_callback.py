@@ -158,10 +158,71 @@ def test_evaluation_is_charged(step_flops, tiny_model, tmp_path):
         assert ledger.spent().flops > 4.2 * step_flops
 
 
+def test_evaluations_do_not_pass_the_budget(step_flops, tiny_model, tmp_path):
+    """The first shows what one costs, the next comes only if it fits."""
+    free = trainer(
+        tiny_model,
+        tmp_path / "free",
+        BudgetCallback(flops="1e15"),
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    free.train()
+    with Ledger(tmp_path / "free" / "ledger.sqlite", read_only=True) as ledger:
+        evaluation = ledger.spent(activity="evaluate").flops / 2
+        assert evaluation > 0.5 * step_flops
+        assert ledger.spent(activity="evaluate").seconds > 0
+    for name, extra, steps in (("skipped", 1.5, 4), ("enough", 2.1, 4)):
+        limit = 4 * step_flops + extra * evaluation
+        run = trainer(
+            tiny_model,
+            tmp_path / name,
+            BudgetCallback(flops=limit),
+            eval_strategy="steps",
+            eval_steps=2,
+        )
+        run.train()
+        with Ledger(tmp_path / name / "ledger.sqlite", read_only=True) as ledger:
+            assert ledger.spent().flops <= limit
+            assert ledger.spent(activity="evaluate").flops == int(extra) * evaluation
+        assert run.state.global_step == steps
+
+
+def test_a_first_evaluation_that_cannot_fit_is_refused_at_its_first_batch(
+    step_flops, tiny_model, tmp_path
+):
+    run = trainer(
+        tiny_model,
+        tmp_path,
+        BudgetCallback(flops=2.6 * step_flops),
+        per_device_eval_batch_size=1,
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    with pytest.raises(BudgetExceeded, match="evaluate needs"):
+        run.train()
+    with Ledger(tmp_path / "ledger.sqlite", read_only=True) as ledger:
+        assert ledger.spent().flops <= 2.6 * step_flops
+
+
+def test_a_limit_in_dollars_needs_a_price():
+    with pytest.raises(ValueError, match=r"price is unknown\nhint"):
+        BudgetCallback(dollars="5")
+
+
+def test_an_overflowing_loss_is_seen_whatever_the_gradients(tiny_model, tmp_path):
+    run = trainer(tiny_model, tmp_path, BudgetCallback(flops="1e15"))
+    plain = run.model.loss_function
+    run.model.loss_function = lambda *a, **k: plain(*a, **k) + float("inf")
+    with pytest.raises(RuntimeError, match="loss at step 1 is not finite"):
+        run.train()
+
+
 def test_a_loss_that_is_not_finite_raises(tiny_model, tmp_path):
     run = trainer(tiny_model, tmp_path, BudgetCallback(flops="1e15"))
     run.model.model.norm.weight.data.fill_(float("nan"))
-    with pytest.raises(RuntimeError, match="gradient at step 1 is not finite"):
+    with pytest.raises(RuntimeError, match="loss at step 1 is not finite"):
         run.train()
 
 

@@ -167,6 +167,37 @@ def test_a_pool_with_no_valid_row_and_an_empty_target(arguments, tmp_path, capsy
     assert "no rows" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("rows", "code", "says"),
+    [(1, 4, "one row cannot be trained on and measured on"), (6, 0, ""), (15, 0, "")],
+)
+def test_tiny_pools(rows, code, says, tiny_model, tmp_path, capsys):
+    few = [{"prompt": f"say {n}", "completion": f" {n} plums"} for n in range(rows)]
+    pool = write_jsonl(tmp_path / "few.jsonl", few)
+    run = str(tmp_path / "run")
+    command = ["plan", "--model", str(tiny_model), "--pool", str(pool), "--tokens", "500"]
+    assert main([*command, "--set", "training.max_length=32", "-o", run]) == code
+    assert says in capsys.readouterr().err
+    if code == 0:
+        assert main(["run", run]) == 0
+
+
+def test_a_pool_that_fills_no_step(tiny_model, tmp_path, capsys):
+    pool = write_jsonl(tmp_path / "few.jsonl", [{"text": "a b"}, {"text": "b c"}])
+    command = ["plan", "--model", str(tiny_model), "--pool", str(pool), "--flops", "1e9"]
+    assert main([*command, "-o", str(tmp_path / "run")]) == 4
+    assert "do not fill one training step" in capsys.readouterr().err
+
+
+def test_odd_options(arguments, tmp_path, capsys):
+    assert main([*arguments, "--price", "-5", "-o", str(tmp_path / "run")]) == 4
+    assert "--price must be more than zero" in capsys.readouterr().err
+    assert main([*arguments[:3], *arguments[5:], "-o", str(tmp_path / "run")]) == 4
+    assert "without a pool" in capsys.readouterr().err
+    assert main([*replaced(arguments, "--flops", "1e6"), "-o", str(tmp_path / "a/b/c")]) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_one_target_row_steers_selection_and_training(arguments, tmp_path, capsys):
     one = write_jsonl(tmp_path / "one.jsonl", [{"prompt": "add two", "completion": " three plus"}])
     command = replaced(replaced(arguments, "--target", f"sums={one}"), "--dev", None)

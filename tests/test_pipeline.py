@@ -210,7 +210,7 @@ def test_work_lost_to_a_torn_checkpoint_is_charged_and_the_run_goes_on(
     said: list[str] = []
     finish(folder, said.append)
     assert any("model.safetensors has changed" in line for line in said)
-    assert any("lost since that checkpoint" in line for line in said)
+    assert any("lost with the interruption" in line for line in said)
     assert (folder / "checkpoints" / f"torn-checkpoint-{2 * every + 1}").is_dir()
     book = ledger(folder)
     assert 0 < book.spent(lost=True).flops < book.spent().flops

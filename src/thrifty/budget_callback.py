@@ -48,6 +48,13 @@ _FIRST_LEASE_STEPS = 4
 class NonFiniteGradient(RuntimeError):
     """A loss or gradient became infinite or not a number; raised before the optimizer step."""
 
+    @classmethod
+    def at(cls, step: int, what: str = "gradient") -> NonFiniteGradient:
+        return cls(
+            f"the {what} at step {step} is not finite; nothing was updated\n"
+            "hint: the last checkpoint is good; lower the learning rate or look at the batch"
+        )
+
 
 class Governor(Protocol):
     """Who is asked how a run ends (``governor.py``); without one it simply stops."""
@@ -106,6 +113,11 @@ class BudgetCallback(TrainerCallback):
             dollars=None if dollars is None else quantities.parse_dollars(dollars),
             memory_bytes=None if memory is None else quantities.parse_bytes(memory),
         )
+        if self.budget.dollars is not None and dollars_per_hour is None and stage is None:
+            raise ValueError(
+                "the budget limits dollars but the devices' price is unknown\n"
+                "hint: BudgetCallback(dollars=5, dollars_per_hour=2.5)"
+            )
         self._rates = Rates(
             dollars_per_second=None if dollars_per_hour is None else dollars_per_hour / 3600,
             watts=watts,
@@ -124,6 +136,10 @@ class BudgetCallback(TrainerCallback):
         self._last_seconds = 0.0
         self._device = "cpu"
         self._leads = True
+        self._evaluation: Lease | None = None
+        self._last_evaluation: Cost | None = None
+        self._all_finite: Any = None
+        self._hook: Any = None
 
     # -- the trainer's events --------------------------------------------------------------------
 
@@ -138,6 +154,7 @@ class BudgetCallback(TrainerCallback):
         self._device = local_device() if args.device.type != "cpu" else "cpu"
         self._meter = PassMeter(model)
         self._meter.attach()
+        self._hook = model.register_forward_hook(self._see_output)
         self._leads = state.is_world_process_zero
         if not self._leads:
             return
@@ -152,7 +169,12 @@ class BudgetCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self._lease is None and self._leads:
+        if not self._leads:
+            return
+        # The lease stays open between steps, so that logging and saving are on its clock too.
+        if self._lease is not None and self._lease_steps <= 0:
+            self._end_lease()
+        if self._lease is None:
             self._begin_lease(args, state)
 
     def on_pre_optimizer_step(
@@ -165,12 +187,25 @@ class BudgetCallback(TrainerCallback):
     ) -> None:
         import torch
 
+        step = state.global_step + 1
+        if self._all_finite is not None and not bool(self._all_finite):
+            raise NonFiniteGradient.at(step, "loss")
+        self._all_finite = None
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if gradients and not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
-            raise NonFiniteGradient(
-                f"the gradient at step {state.global_step + 1} is not finite; nothing was updated\n"
-                "hint: the last checkpoint is good; lower the learning rate or look at the batch"
-            )
+            raise NonFiniteGradient.at(step)
+
+    def see(self, loss: Any) -> None:
+        """Remember whether a training loss was finite, without waiting for the device."""
+        import torch
+
+        finite = torch.isfinite(loss.detach()).all()
+        self._all_finite = finite if self._all_finite is None else self._all_finite & finite
+
+    def _see_output(self, module: Any, args: Any, output: Any) -> None:
+        loss = getattr(output, "loss", None)
+        if module.training and loss is not None:
+            self.see(loss)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -198,12 +233,64 @@ class BudgetCallback(TrainerCallback):
         self._last_seconds = lease.used.seconds
         self._lease_steps -= 1
         step = state.global_step
+        if control.should_evaluate:
+            self._allow_evaluation(control)
         if step >= state.max_steps:
             self._finish(control)
             return
         self._look_ahead(step, control)
-        if self._lease_steps <= 0:
+
+    # -- the trainer's own evaluations (thrifty's are an ``activity``) -----------------------------
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._leads and control.should_evaluate:
+            self._allow_evaluation(control)
+
+    def _allow_evaluation(self, control: TrainerControl) -> None:
+        """An evaluation as dear as the last one must fit, or the run ends without it."""
+        last = self._last_evaluation
+        if self._governor is None and last is not None:
+            assert self._stage is not None
+            upper = replace(last, seconds=last.seconds * SECONDS_MARGIN + HICCUP_SECONDS)
+            upper = self._stage.ledger.rates.of(upper)
+            if self._stage.budget.exceeded_by(self._spent() + upper) is not None:
+                control.should_evaluate = False
+                control.should_training_stop = True
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
+        """A batch of an evaluation. Before the first evaluation nobody knows its cost: its first
+        batch tells, and one that would pass the budget raises BudgetExceeded there."""
+        if not self._leads or self._stage is None or self._meter is None:
+            return
+        used = self._meter.take()
+        used = replace(used, flops=used.flops * max(args.world_size, 1))
+        if self._evaluation is None:
+            clock = self._lease.used.seconds - self._last_seconds if self._lease else 0.0
             self._end_lease()
+            batches = len(eval_dataloader) if hasattr(eval_dataloader, "__len__") else 1
+            upper = Cost(flops=used.flops * batches, seconds=clock * (batches - 1))
+            self._evaluation = self._stage.lease("evaluate", upper, step=state.global_step)
+        self._evaluation.tick(used)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._evaluation is None:
+            return
+        self._last_evaluation = self._evaluation.settle()
+        self._evaluation = None
+        self._spent_before = self._stage.spent() if self._stage else Cost()
+        if self._fits(1, Cost()) is not None:
+            control.should_training_stop = True
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -219,8 +306,14 @@ class BudgetCallback(TrainerCallback):
     def close(self, error: BaseException | None = None) -> None:
         """Settle what is open. Called at the end of training; harmless to call again."""
         self._end_lease()
+        if self._evaluation is not None:
+            self._evaluation.settle()
+            self._evaluation = None
         if self._meter is not None:
             self._meter.detach()
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
         self._owned.close()
 
     # -- activities other than training ----------------------------------------------------------
@@ -244,6 +337,8 @@ class BudgetCallback(TrainerCallback):
         ledger = Ledger(path) if path.exists() else Ledger.create(path, self.budget, self._rates)
         self._owned.callback(ledger.close)
         ledger.set_budget(self.budget)
+        if self._rates != Rates():
+            ledger.set_rates(self._rates)
         ledger.recover()
         stage = self._owned.enter_context(ledger.stage("train", "callback", reopen=True))
         stage.roll_back(step, f"training goes on from step {step}")

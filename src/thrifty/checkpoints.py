@@ -103,6 +103,9 @@ def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def _set_aside(path: Path) -> None:
+    """Kept for a look, two at the most, so that repeated kills do not fill the disk."""
+    for old in sorted(path.parent.glob("torn-*"), key=lambda p: p.stat().st_mtime)[:-1]:
+        shutil.rmtree(old, ignore_errors=True)
     for attempt in range(1000):
         aside = path.with_name(f"torn-{path.name}" + (f"-{attempt}" if attempt else ""))
         if not aside.exists():
@@ -126,6 +129,11 @@ def retain(folder: Path, *, newest: int) -> None:
 
 
 def best(folder: Path) -> Checkpoint | None:
-    """The committed checkpoint with the lowest dev loss."""
+    """Of the committed checkpoints that verify the one with the lowest dev loss; damaged ones are
+    set aside."""
     scored = [c for c in committed(folder) if c.dev_loss is not None]
-    return min(scored, key=lambda c: (c.dev_loss, -c.step)) if scored else None
+    for checkpoint in sorted(scored, key=lambda c: (c.dev_loss, -c.step)):
+        if damage(checkpoint) is None:
+            return checkpoint
+        _set_aside(checkpoint.path)
+    return None

@@ -51,10 +51,19 @@ class Governor:
     # -- how the run ends (asked by BudgetCallback) ----------------------------------------------
 
     def tail(self, step: int) -> tuple[int, Cost]:
-        last = self._evaluation_cost() + self._checkpoint_cost() + self._reserved()
-        if self.is_cooling(step):
-            return max(self._schedule.end - step, 0), last
-        return self._schedule.cooldown_steps, last
+        """Every evaluation and checkpoint to come is in it, this step's and the last one's."""
+        cooling = self.is_cooling(step)
+        end = self._schedule.end if cooling else step + 1 + self._schedule.cooldown_steps
+        every = self._eval_steps
+        times = max(end // every - step // every, 0) + (end % every != 0)
+        if step % every == 0 and not self._has_evaluated(step):
+            times += 1
+        watching = (self._evaluation_cost() + self._checkpoint_cost()) * times
+        return max(end - step - (not cooling), 0), watching + self._reserved()
+
+    def _has_evaluated(self, step: int) -> bool:
+        history = self.history()
+        return bool(history) and history[-1].step >= step
 
     def is_cooling(self, step: int) -> bool:
         return step >= self._schedule.cooldown_start

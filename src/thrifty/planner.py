@@ -69,6 +69,13 @@ def search(request: Request) -> Planned:
             elif found is not None:
                 resource, least = found
                 nearest[resource] = min(least, nearest.get(resource, math.inf))
+    if not fitting and not nearest:
+        tokens = request.pool.num_tokens if request.pool else 0
+        raise ValueError(
+            f"the pool's {tokens:,} tokens do not fill one training step\n"
+            "hint: give a larger pool, or a smaller training.max_length, "
+            "training.per_device_train_batch_size or training.gradient_accumulation_steps"
+        )
     if not fitting:
         raise NoPlanFits(_least(request, nearest))
     # Of equal gains, to three digits, the faster; of those the smaller.
@@ -181,7 +188,6 @@ def training_of(chosen: Candidate, request: Request) -> Training:
         request.fixed.get("training.eval_steps")
         or max(1, math.ceil(c.max_steps / max(c.num_evaluations - 1, 1)))
     )
-    saves_apart = math.ceil((c.num_evaluations - 1) / c.num_saves)
     rate = LEARNING_RATE * 4096 / request.shape.hidden_size
     if c.method == "lora":
         rate *= 10
@@ -199,7 +205,7 @@ def training_of(chosen: Candidate, request: Request) -> Training:
         warmup_steps=min(max(1, int(WARMUP_SHARE * c.max_steps)), c.max_steps - cooldown),
         cooldown_steps=cooldown,
         eval_steps=eval_steps,
-        save_steps=eval_steps * saves_apart,
+        save_steps=int(request.fixed.get("training.save_steps") or eval_steps),
     )
 
 

@@ -6,9 +6,13 @@ mistake leaves nothing half-written.
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,12 +56,17 @@ class Asked:
     """plan.yaml keys that the planner must take as they are; ``auto`` leaves one to it."""
 
     def __post_init__(self) -> None:
+        price = self.dollars_per_hour
+        if price is not None and not 0 < price < math.inf:
+            raise ValueError(f"--price must be more than zero, not {price}\nhint: like 2.50")
         left = {key: value for key, value in self.fixed.items() if value != "auto"}
         object.__setattr__(self, "fixed", left)
 
 
 def quick_plan(asked: Asked) -> tuple[planner.Planned, planner.Request]:
     """Plan from the model's config alone: no pool, no tokenizer, no weights, nothing written."""
+    if asked.targets:
+        raise ValueError("a target without a pool steers nothing\nhint: add --pool ROWS")
     _check_fixed(asked)
     folder, _ = locate(asked.model, asked.revision, weights=False)
     request = _request(asked, read_shape(folder))
@@ -75,7 +84,8 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, Pla
     _check_fixed(asked)
     model_folder, revision = locate(asked.model, asked.revision, weights=False)
     shape = read_shape(model_folder)
-    new_parent = not folder.parent.exists()
+    folder = folder.absolute()
+    new_parents = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = RunFolder(folder.with_name(f".{folder.name}.draft"))
     shutil.rmtree(draft.path, ignore_errors=True)
@@ -90,6 +100,7 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, Pla
         planned = planner.search(request)
         plan = _plan(asked, revision, planned, request, stores)
         draft.plan_file.write_text(plans.dump(plan), encoding="utf-8")
+        draft.prepared.write_text(json.dumps(what_was_read(plan)), encoding="utf-8")
         with Ledger.create(draft.ledger_file, asked.budget, request.rates) as ledger:
             _write_decisions(ledger, plan, planned)
         if folder.exists():
@@ -97,10 +108,22 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, Pla
         draft.path.rename(folder)
     except BaseException:
         shutil.rmtree(draft.path, ignore_errors=True)
-        if new_parent:
-            folder.parent.rmdir()
+        with contextlib.suppress(OSError):  # the error itself is what matters
+            for parent in new_parents:
+                parent.rmdir()
         raise
     return planned, plan
+
+
+def what_was_read(plan: Plan) -> dict[str, Any]:
+    """The fields of a plan that say which rows lie prepared in its folder, and as what."""
+    values = plans.to_dict(plan)
+    return {
+        "task": plan.task,
+        "pool.sources": values["pool"]["sources"],
+        "targets": {name: {**target, "weight": None} for name, target in values["targets"].items()},
+        "training.replay": values["training"]["replay"],
+    }
 
 
 def _check_fixed(asked: Asked) -> None:
@@ -209,14 +232,22 @@ def _held_out(asked: Asked, num_rows: int) -> Iterable[Row]:
     from thrifty.data.pool import Row, read_rows
     from thrifty.data.splits import part_of
 
-    share = min(0.1, HELD_OUT_ROWS / max(num_rows, 1))
+    if num_rows < 2:
+        raise ValueError(
+            "one row cannot be trained on and measured on\n"
+            "hint: give more rows, or --target ROWS to measure on"
+        )
+    share = min(0.1, HELD_OUT_ROWS / num_rows)
+    rows = (row for row in read_rows(asked.pool, task=asked.task) if isinstance(row, Row))
+    if num_rows < 20:  # a share by hash could be nothing, or all
+        yield from islice(rows, num_rows // 2)
+        return
     taken = 0
-    for row in read_rows(asked.pool, task=asked.task):
-        if isinstance(row, Row) and taken < 2 * HELD_OUT_ROWS:
-            part = part_of(row.fingerprint, {"dev": share, "train": 1 - share}, seed=0)
-            if part == "dev" or num_rows < 10:
-                taken += 1
-                yield row
+    for row in rows:
+        part = part_of(row.fingerprint, {"dev": share, "train": 1 - share}, seed=0)
+        if part == "dev" and taken < 2 * HELD_OUT_ROWS:
+            taken += 1
+            yield row
 
 
 def _request(asked: Asked, shape: ModelShape, stores: _Stores | None = None) -> planner.Request:
@@ -265,7 +296,11 @@ def _plan(
     whole = c.keep_tokens >= stores.pool.num_tokens
     plan = Plan(
         task=asked.task,
-        model=ModelSource(path=asked.model, revision=revision),
+        # A folder's absolute path, so that the run may be gone on with from anywhere.
+        model=ModelSource(
+            path=asked.model if revision else str(Path(asked.model).expanduser().absolute()),
+            revision=revision,
+        ),
         pool=PoolSource(sources=asked.pool, fingerprint=stores.pool.fingerprint),
         targets=dict(asked.targets),
         budget=asked.budget,

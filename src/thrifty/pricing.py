@@ -97,7 +97,6 @@ class Candidate:
     ceiling: int
     """Steps to allow for: where a clock ends the run, it may turn out faster than predicted."""
     num_evaluations: int
-    num_saves: int
     epochs: float
     keep_tokens: float
     by_stage: Mapping[str, Cost]
@@ -119,7 +118,7 @@ def price(
     request: Request, draft: Training, costs: Predictions, scorer: Scorer, spec: Spec
 ) -> Candidate | tuple[str, float] | None:
     """The candidate; or the resource it fails on and the least of it that would do; or None for a
-    micro-batch larger than a whole step should be."""
+    micro-batch larger than a whole step should be, or than the pool fills."""
     micro_batch = draft.per_device_train_batch_size
     limit = request.budget.memory_bytes or request.device.memory_bytes
     peak = costs.step.peak_memory_bytes
@@ -141,16 +140,16 @@ def price(
     evaluations, saves = _watch(request, costs, step, wanted / accumulation)
     each = step  # with its share of what was asked to come at fixed distances
     if apart := request.fixed.get("training.eval_steps"):
-        each, evaluations = each + costs.evaluation * (1 / apart), 2
-    if apart := request.fixed.get("training.save_steps"):
-        each, saves = each + costs.checkpoint * (1 / apart), 1
-    each = request.rates.of(each)
+        each = request.rates.of(each + (costs.evaluation + costs.checkpoint) * (1 / apart))
+        evaluations, saves = 2, 1
     left = _minus(request, once + costs.watching(evaluations, saves))
     possible, binding = _affordable(request, each, left, pool_tokens)
     steps = int(possible)
     evaluations, saves = _watch(request, costs, step, steps)
     if request.fixed.get("training.max_steps"):
         steps = min(steps, int(request.fixed["training.max_steps"]))
+    if steps < 1 and binding == "epochs":
+        return None
     if steps < 1:
         needed = _reserved(request, once + costs.watching(evaluations, saves) + step)
         return binding, needed.of(binding) or math.inf
@@ -173,7 +172,6 @@ def price(
         max_steps=steps,
         ceiling=_ceiling(request, each, left, pool_tokens, steps, binding),
         num_evaluations=evaluations,
-        num_saves=saves,
         epochs=epochs,
         keep_tokens=keep,
         by_stage={
@@ -257,24 +255,23 @@ def _accumulation(request: Request, sequences: float, micro_batch: int) -> int:
 
 
 def _watch(request: Request, costs: Predictions, step: Cost, steps: float) -> tuple[int, int]:
-    """Evaluations, the first and the last included, and checkpoints: as many as their shares of
-    what training takes pay for, unless the user fixed how far apart they are."""
+    """Evaluations, the first and the last included, and a checkpoint at each but the first, or the
+    best evaluated model could not be kept: as many as their shares of what training takes pay for,
+    unless the user fixed how far apart they are."""
     training = step * steps
-
-    def paid(share: float, each: Cost, least: int, most: int) -> int:
+    most = min(16, int(steps) + 1)
+    for share, each, more in (
+        (EVALUATION_SHARE, costs.evaluation, 0),
+        (CHECKPOINT_SHARE, costs.checkpoint, 1),  # at every evaluation but the first
+    ):
         for resource in ("flops", "seconds"):
             price = each.of(resource) or 0.0
             if price > 0:
-                most = min(most, int(share * (training.of(resource) or 0.0) / price))
-        return max(least, most)
-
-    evaluations = paid(EVALUATION_SHARE, costs.evaluation, 3, min(16, int(steps) + 1))
+                most = min(most, int(share * (training.of(resource) or 0.0) / price) + more)
+    evaluations = max(3, most)
     if apart := request.fixed.get("training.eval_steps"):
         evaluations = math.ceil(steps / apart) + 1
-    saves = paid(CHECKPOINT_SHARE, costs.checkpoint, 1, evaluations - 1)
-    if apart := request.fixed.get("training.save_steps"):
-        saves = math.ceil(steps / apart)
-    return evaluations, saves
+    return evaluations, evaluations - 1
 
 
 # -- what the tokens are worth ------------------------------------------------------------------

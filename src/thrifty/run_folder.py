@@ -1,7 +1,7 @@
 """A run is a folder: where its parts lie, and who may work on it.
 
-    plan.yaml  ledger.sqlite  pool/  targets/NAME/{signal,dev,test}/  scores/  selected/
-    checkpoints/  model/  control/  report.html
+    plan.yaml  prepared.json  ledger.sqlite  pool/  targets/NAME/{signal,dev,test}/
+    scores/  selected/  checkpoints/  model/  control/  report.html
 
 One process at a time works on a run; another is refused with the holder's name. Reading (a report)
 needs no lock.
@@ -30,6 +30,10 @@ class RunFolder:
     @property
     def plan_file(self) -> Path:
         return self.path / "plan.yaml"
+
+    @property
+    def prepared(self) -> Path:
+        return self.path / "prepared.json"
 
     @property
     def ledger_file(self) -> Path:

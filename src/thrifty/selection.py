@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import Candidates, Held, Models, Picked, Rows, Scorer
-from thrifty.core.durable import write_atomically
+from thrifty.core.durable import rename_durably, write_atomically
 from thrifty.core.ledger import Stage
 from thrifty.core.plan import Plan
 from thrifty.core.resolve import name_of, parse_spec, resolve
@@ -50,6 +50,8 @@ class SelectionJob:
     models: Models
     base_sha256: str
     predicted: Cost
+    load: Cost
+    """Of the base model."""
     scores: Path
     selected: Path
 
@@ -66,7 +68,7 @@ def is_done(selected: Path, mark: str) -> bool:
     if found != mark:
         raise ValueError(
             f"{selected} was made under other settings than plan.yaml now has\n"
-            f"hint: delete {selected} (and checkpoints) to select anew, or undo the edit"
+            f"hint: delete {selected} to select anew, or undo the edit"
         )
     return True
 
@@ -137,9 +139,10 @@ def _score(job: SelectionJob, scorer: Scorer, folder: Path, stage: Stage) -> Non
         return
     folder.mkdir(parents=True, exist_ok=True)
     signals = job.signals if scorer.needs_target else {}
-    stage.require(job.predicted)  # a scoring that does not fit is refused before its first row
+    # A scoring that does not fit is refused before its first row.
+    stage.require(job.predicted * (len(todo) / len(files)), "scoring")
     if scorer.needs_model:
-        with stage.spending("load", Cost()):
+        with stage.spending("load", job.load):
             job.models.base()
     with stage.spending("prepare", Cost()) as lease, peak_noted(lease, local_device()):
         state = scorer.prepare(job.pool, signals, job.models, lease)
@@ -153,7 +156,7 @@ def _score(job: SelectionJob, scorer: Scorer, folder: Path, stage: Stage) -> Non
             columns = {f"score_{t}": scores[:, t] for t in range(scores.shape[1])}
             aside = files[i].with_suffix(".new")
             pq.write_table(pa.table({"id": shard.ids, **columns}), aside)
-            aside.replace(files[i])
+            rename_durably(aside, files[i])
 
 
 def _candidates(job: SelectionJob, scorer: Scorer, folder: Path) -> Candidates:
@@ -215,7 +218,7 @@ def _write(
         "dropped": dict(Counter(_reason_class(reason) for reason in dropped.values())),
     }
     _write_json(draft / MANIFEST, manifest)
-    draft.rename(job.selected)
+    rename_durably(draft, job.selected)
 
 
 def _reason_class(reason: str) -> str:

@@ -6,11 +6,12 @@ on a uniform choice at the same total FLOPs.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from thrifty import checkpoints, selection, training
 from thrifty.core.budget import Budget, Cost
 from thrifty.core.contracts import Held, Rows, Tokens
 from thrifty.core.durable import write_atomically
-from thrifty.core.ledger import BudgetExceeded, Ledger
+from thrifty.core.ledger import BudgetExceeded, Ledger, Stage
 from thrifty.core.ordering import best_first, fill
 from thrifty.core.plan import Plan
 from thrifty.core.resolve import parse_spec, resolve
@@ -32,7 +33,7 @@ from thrifty.data.store import Store, open_store
 from thrifty.data.tokens import load_tokenizer
 from thrifty.evaluation import Measured, measure, measure_flops
 from thrifty.predictions import Predictions, predictions
-from thrifty.preparation import POOL_AS_TARGET, Say, stats_together
+from thrifty.preparation import POOL_AS_TARGET, Say, stats_together, what_was_read
 from thrifty.run_folder import RunFolder
 from thrifty.signals.models import (
     LoadedModels,
@@ -175,6 +176,13 @@ def at_work(run: RunFolder, say: Say, overrides: tuple[str, ...] = ()) -> Iterat
             "hint: task: sft trains on prompt and completion rows"
         )
     training.check_reporters(plan.training.report_to)
+    prepared = json.loads(run.prepared.read_text(encoding="utf-8"))
+    for key, value in what_was_read(plan).items():
+        if prepared[key] != json.loads(json.dumps(value)):
+            raise ValueError(
+                f"plan.yaml's {key} is not what {run.path} was prepared from\n"
+                "hint: `thrifty plan` again for other rows, or undo the edit"
+            )
     with run.working() as ledger:
         ledger.set_budget(plan.budget)
         yield Work(run, plan, ledger, say)
@@ -206,6 +214,7 @@ def select(work: Work, branch: Branch) -> None:
             models=work.models,
             base_sha256=work.base_sha256,
             predicted=predicted,
+            load=work.predicted(plan).load,
             scores=work.run.scores(branch.account),
             selected=folder,
         )
@@ -223,18 +232,21 @@ def select(work: Work, branch: Branch) -> None:
 
 def train(work: Work, branch: Branch) -> None:
     """Leave the best evaluated model in the branch's ``model`` folder."""
-    folder = work.run.model(branch.account)
-    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
-        return
     plan = branch.plan
     predicted = Cost()
     if branch is work.main:
         predicted = Cost.from_dict(plan.predicted.get("train", {}))
-    name = branch.stage_name("train")
+    name, folder = branch.stage_name("train"), work.run.model(branch.account)
+    mark = _training_mark(work, branch)
+    done = training.is_done(folder, mark)
+    if done and _is_closed(work.ledger, name):
+        return
     work.say(f"{name}: {plan.training.max_steps:,} steps at most, {plan.training.method}")
     with work.ledger.stage(
         name, plan.training.method, predicted=predicted, account=branch.account, limit=branch.limit
     ) as stage:
+        if done:  # killed between leaving the model and saying so
+            return
         costs = work.predicted(plan)
         job = training.TrainingJob(
             training=plan.training,
@@ -249,6 +261,8 @@ def train(work: Work, branch: Branch) -> None:
             predicted_step=costs.step,
             predicted_evaluation=costs.evaluation,
             predicted_checkpoint=costs.checkpoint,
+            predicted_load=costs.load,
+            mark=mark,
             reserved=costs.test,
             checkpoints=work.run.checkpoints(branch.account),
             model=folder,
@@ -256,6 +270,20 @@ def train(work: Work, branch: Branch) -> None:
             say=work.say,
         )
         training.train(job, stage)
+
+
+def _is_closed(ledger: Ledger, name: str) -> bool:
+    return any(s["name"] == name and s["state"] == "done" for s in ledger.stages())
+
+
+def _training_mark(work: Work, branch: Branch) -> str:
+    """A hash of what decides the weights. The learning rate may be lowered on the way."""
+    settings = {**asdict(branch.plan.training), "learning_rate": None, "report_to": None}
+    chosen = json.loads(
+        (work.run.selected(branch.account) / selection.MANIFEST).read_text(encoding="utf-8")
+    )
+    parts = [settings, chosen["settings"], work.base_sha256]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _training_data(work: Work, branch: Branch) -> PackedDataset:
@@ -293,47 +321,59 @@ def _replay(work: Work, settings: Any, tokens: int) -> list[Tokens]:
 def test(work: Work, branch: Branch) -> None:
     """Measure the base and the trained model once on the test rows (the dev rows where there are
     none), and a control against the run's own model, row by row."""
-    name = branch.stage_name("test")
-    stages = work.ledger.stages()
-    if any(s["name"] == name and s["state"] == "done" for s in stages):
+    name, kept = branch.stage_name("test"), work.run.path / "test_losses.npz"
+    if _is_closed(work.ledger, name):
         return
-    part = "test" if work.has_test else "dev"
+    # A control is measured on the rows that its run was.
+    part = "test" if work.has_test and (branch is work.main or kept.is_file()) else "dev"
     if branch is work.main and part == "dev":
         return  # training has measured those already
     rows = work.rows(part)
     weights = work.weights(rows)
-    predicted = work.predicted(branch.plan).test if branch is work.main else Cost()
+    costs = work.predicted(branch.plan)
     most = branch.plan.training.micro_batch_tokens
-    with work.ledger.stage(
-        name, part, predicted=predicted, account=branch.account, limit=branch.limit
-    ) as stage:
-        try:
-            with stage.spending("load", Cost()):
-                model = _trained(work, branch)
-            with stage.spending("test", predicted) as lease, peak_noted(lease, local_device()):
-                after = measure(model, work.shape, rows, weights, lease, most)
-                if branch is work.main:
-                    before = measure(work.models.base(), work.shape, rows, weights, lease, most)
-        except BudgetExceeded as refusal:
-            line = str(refusal).partition("\n")[0]
-            stage.decide("test or not", "not", f"what is left does not pay for it: {line}")
-            work.say(f"not tested: {line}")
-            return
-        stage.detail = {"rows": part, "after": after.objective, "by_target": after.losses()}
-        kept = work.run.path / "test_losses.npz"
+    upper = costs.test if branch is work.main else Cost()
+    try:
+        with work.ledger.stage(
+            name, part, predicted=upper, account=branch.account, limit=branch.limit
+        ) as stage:
+            _test(work, branch, stage, part, rows, weights, upper, most)
+    except BudgetExceeded as refusal:  # the stage stays open: with a larger budget it is done
+        line = str(refusal).partition("\n")[0]
+        work.ledger.decide("test or not", "not", f"what is left does not pay for it: {line}")
+        work.say(f"not tested: {line}")
+
+
+def _test(
+    work: Work,
+    branch: Branch,
+    stage: Stage,
+    part: str,
+    rows: Mapping[str, Rows],
+    weights: Mapping[str, float],
+    upper: Cost,
+    most: int,
+) -> None:
+    kept = work.run.path / "test_losses.npz"
+    with stage.spending("test", upper) as lease, peak_noted(lease, local_device()):
+        model = _trained(work, branch)
+        after = measure(model, work.shape, rows, weights, lease, most)
         if branch is work.main:
-            after.save(kept)
-            stage.detail |= {
-                "before": before.objective,
-                "change_stderr": after.stderr(before),
-                "by_target_before": before.losses(),
-            }
-        else:
-            own = _own_losses(work, kept, rows, weights)
-            stage.detail |= {
-                "difference": after.objective - own.objective,
-                "difference_stderr": after.stderr(own),
-            }
+            before = measure(work.models.base(), work.shape, rows, weights, lease, most)
+    stage.detail = {"rows": part, "after": after.objective, "by_target": after.losses()}
+    if branch is work.main:
+        after.save(kept)
+        stage.detail |= {
+            "before": before.objective,
+            "change_stderr": after.stderr(before),
+            "by_target_before": before.losses(),
+        }
+    else:
+        own = _own_losses(work, kept, rows, weights)
+        stage.detail |= {
+            "difference": after.objective - own.objective,
+            "difference_stderr": after.stderr(own),
+        }
 
 
 def _own_losses(
@@ -372,9 +412,7 @@ def control(work: Work) -> Branch:
     settings = replace(
         plan.training,
         max_steps=steps,
-        cooldown_steps=min(
-            steps - 1, round(steps * plan.training.cooldown_steps / max(plan.training.max_steps, 1))
-        ),
+        cooldown_steps=min(steps - 1, round(steps * _cooldown_share(work))),
         warmup_steps=min(plan.training.warmup_steps, max(steps // 10, 0)),
         eval_steps=max(1, math.ceil(steps / max(evaluations - 1, 1))),
         save_steps=max(1, math.ceil(steps / max(evaluations - 1, 1))),
@@ -384,6 +422,13 @@ def control(work: Work) -> Branch:
     choice = replace(plan.selection, scorer="uniform", picker="top_k", max_tokens=max(tokens, 1.0))
     same = replace(plan, selection=choice, training=settings, control=False)
     return Branch("control", same, Budget(flops=spent + costs.test.flops))
+
+
+def _cooldown_share(work: Work) -> float:
+    """Of the run's steps as they were: it may have ended sooner or later than planned."""
+    details = [s["detail"] for s in work.ledger.stages() if s["name"] == "train"]
+    taken = max(details[-1].get("steps", 0), 1) if details else 1
+    return min(1.0, work.plan.training.cooldown_steps / taken)
 
 
 def _whole(store: Store) -> Rows:

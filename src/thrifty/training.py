@@ -8,6 +8,7 @@ model; stop on gradients that are not finite; shrug off a reporter that raises.
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import sys
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -28,9 +30,10 @@ from transformers import (
 )
 
 from thrifty import checkpoints
-from thrifty.budget_callback import BudgetCallback
+from thrifty.budget_callback import BudgetCallback, NonFiniteGradient
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import Rows, StoppingRule
+from thrifty.core.durable import rename_durably
 from thrifty.core.ledger import BudgetExceeded, Stage
 from thrifty.core.plan import Objective, Training
 from thrifty.costs.shape import ModelShape
@@ -46,6 +49,8 @@ SECONDS_MARGIN = 1.5
 _KEPT_CHECKPOINTS = 2
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md")
 _NOT_MODEL = ("trainer_state.json", checkpoints.MANIFEST)
+_NOTE = "thrifty.json"
+"""Beside a published model: what it was trained under, and the step it is of."""
 
 
 class Interrupted(RuntimeError):
@@ -69,6 +74,9 @@ class TrainingJob:
     predicted_step: Cost
     predicted_evaluation: Cost
     predicted_checkpoint: Cost
+    predicted_load: Cost
+    mark: str
+    """A hash of all that decides the weights: the settings, the rows, the base model."""
     reserved: Cost
     """What must be left when training ends, for the test."""
     checkpoints: Path
@@ -79,9 +87,9 @@ class TrainingJob:
     """Takes a line for the user."""
 
 
-def train(job: TrainingJob, stage: Stage) -> Measured:
+def train(job: TrainingJob, stage: Stage) -> None:
     """Train, or go on from the newest whole checkpoint; leave the best evaluated model in
-    ``job.model`` and return the dev losses of that model.
+    ``job.model``.
 
     Raises Interrupted after a signal, BudgetExceeded where not one step fits, NonFiniteGradient.
     """
@@ -93,13 +101,29 @@ def train(job: TrainingJob, stage: Stage) -> Measured:
             f"{newest.path} was trained from another base model than {job.base}\n"
             f"hint: its hash was {newest.manifest.get('base_sha256')}, it is now {job.base_sha256}"
         )
-    step = newest.step if newest else 0
-    lost = stage.roll_back(step, f"training goes on from step {step}")
+    if newest is not None and newest.manifest.get("settings") != job.mark:
+        raise ValueError(
+            f"the checkpoints in {job.checkpoints} were trained under other settings, or on other "
+            "rows, than plan.yaml now has\n"
+            f"hint: delete {job.checkpoints} to train anew, or undo the edit; of what decides the "
+            "weights training.learning_rate alone may change on the way"
+        )
+    if newest is None or not newest.manifest.get("over"):
+        _go_on(job, stage, newest)
+    _keep_the_best(job, stage)
+
+
+def _go_on(job: TrainingJob, stage: Stage, newest: checkpoints.Checkpoint | None) -> None:
+    """Train from ``newest`` to the end of the run."""
+    # Without a checkpoint nothing is kept, what was measured at step 0 neither.
+    step = newest.step if newest else -1
+    goes_on = f"training goes on from step {step}" if newest else "training starts over"
+    lost = stage.roll_back(step, goes_on)
     if newest is not None:
         job.say(f"resuming from step {step}")
     if lost.flops:
-        job.say(f"lost since that checkpoint, and charged: {lost}")
-    with stage.spending("load", Cost(), step=step):
+        job.say(f"lost with the interruption, and charged: {lost}")
+    with stage.spending("load", job.predicted_load, step=max(step, 0)):
         release_free_memory()
         trainer = _build(job, stage, newest)
         stage.detail["level_bytes"] = memory_bytes(job.device)  # training's rise is above it
@@ -107,7 +131,7 @@ def train(job: TrainingJob, stage: Stage) -> Measured:
         with _signals(trainer.pause):
             trainer.train(resume_from_checkpoint=str(newest.path) if newest else None)
     except BudgetExceeded as refusal:
-        if newest is None:
+        if checkpoints.best(job.checkpoints) is None:
             raise
         # Lost work used up what the rest of the run needed: end here, with what there is.
         stage.decide("train on or stop", "stop now", str(refusal).partition("\n")[0], step=step)
@@ -118,16 +142,41 @@ def train(job: TrainingJob, stage: Stage) -> Measured:
             f"stopped after step {trainer.state.global_step}, which is saved\n"
             "hint: the same command goes on from there"
         )
+
+
+def _keep_the_best(job: TrainingJob, stage: Stage) -> None:
+    """Leave the model with the lowest dev loss in ``job.model``: a checkpoint's, or the base."""
     best = checkpoints.best(job.checkpoints)
     assert best is not None, "training ends with an evaluated checkpoint"
     last = checkpoints.committed(job.checkpoints)[-1]
-    if best.step != last.step:
+    assert best.dev_loss is not None
+    before = [e for e in stage.ledger.evaluations(account=stage.account) if e["step"] == 0]
+    folder, step, loss = best.path, best.step, best.dev_loss
+    if before and before[-1]["objective"] < best.dev_loss:
+        folder, step, loss = job.base, 0, before[-1]["objective"]
+    if step != last.step:
         ended = "not evaluated" if last.dev_loss is None else f"{last.dev_loss:.4f}"
-        reason = f"dev loss {best.dev_loss:.4f} at step {best.step}, {ended} at step {last.step}"
-        stage.decide("which model to keep", f"step {best.step}", reason, step=last.step)
-    stage.detail.update(steps=last.step, best_step=best.step)
-    _publish(best.path, job.model)
-    return Measured.load(best.path / "dev_losses.npz", job.weights)
+        reason = f"dev loss {loss:.4f} at step {step}, {ended} at step {last.step}"
+        chosen = f"step {step}" if step else "the base model, which no step improved"
+        stage.decide("which model to keep", chosen, reason, step=last.step)
+    stage.detail.update(steps=last.step, best_step=step)
+    _publish(folder, job.model, {"settings": job.mark, "step": step})
+
+
+def is_done(model: Path, mark: str) -> bool:
+    """Whether ``model`` holds a model trained under the settings of ``mark``.
+
+    Raises ValueError where it holds one trained under others.
+    """
+    note = model / _NOTE
+    if not note.is_file():
+        return False
+    if json.loads(note.read_text(encoding="utf-8"))["settings"] != mark:
+        raise ValueError(
+            f"{model} was trained under other settings, or on other rows, than plan.yaml now has\n"
+            f"hint: delete {model} and the checkpoints beside it to train anew, or undo the edit"
+        )
+    return True
 
 
 def check_reporters(names: tuple[str, ...]) -> None:
@@ -155,7 +204,7 @@ def check_reporters(names: tuple[str, ...]) -> None:
             )
 
 
-def _publish(checkpoint: Path, folder: Path) -> None:
+def _publish(checkpoint: Path, folder: Path, note: Mapping[str, Any]) -> None:
     """Copy the model's own files, so that transformers or PEFT load the folder as it is."""
     draft = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(draft, ignore_errors=True)
@@ -164,8 +213,9 @@ def _publish(checkpoint: Path, folder: Path) -> None:
         for file in checkpoint.glob(pattern):
             if file.name not in _NOT_MODEL:
                 shutil.copy2(file, draft / file.name)
+    (draft / _NOTE).write_text(json.dumps(note), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
-    draft.rename(folder)
+    rename_durably(draft, folder)
 
 
 def _build(
@@ -310,6 +360,24 @@ class BudgetedTrainer(Trainer):
         seconds = self.job.reserved.seconds * slower * SECONDS_MARGIN
         return self._stage.ledger.rates.of(replace(self.job.reserved, seconds=seconds))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As saved, but at the learning rate that the plan has now."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.optimizer is None:
+            return
+        rate = self.job.training.learning_rate
+        self.lr_scheduler.base_lrs = [rate] * len(self.optimizer.param_groups)
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = rate
+            group["lr"] = rate * self._schedule(self.lr_scheduler.last_epoch)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """As ever; a norm that overflowed would be clipped to a silent zero."""
+        norm = super()._clip_grad_norm(model)
+        if not bool(torch.isfinite(torch.as_tensor(norm))):
+            raise NonFiniteGradient.at(self.state.global_step + 1)
+        return norm
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         from torch.optim.lr_scheduler import LambdaLR
 
@@ -328,7 +396,9 @@ class BudgetedTrainer(Trainer):
             attn_implementation=self._inner().config._attn_implementation or "eager",
             dtype=self._inner().dtype,
         )
-        return super().compute_loss(model, {**inputs, **apart}, *args, **kwargs)
+        found = super().compute_loss(model, {**inputs, **apart}, *args, **kwargs)
+        self.budget.see(found[0] if isinstance(found, tuple) else found)
+        return found
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The objective on the dev rows, charged, journalled, and put to the governor."""
@@ -350,6 +420,10 @@ class BudgetedTrainer(Trainer):
         self._stage.evaluate(step, spent.flops, found.objective, stderr, found.losses())
         self.job.say(self._line(step, found, stderr))
         if step > 0:
+            # The best evaluated model is kept, so it must be saved: no later step brings it back.
+            earlier = [e.loss for e in self.governor.history() if 0 < e.step < step]
+            if not earlier or found.objective < min(earlier):
+                self.control.should_save = True
             self.governor.weigh(step)
             if self.governor.is_over(step):
                 self.control.should_training_stop = True
@@ -383,7 +457,13 @@ class BudgetedTrainer(Trainer):
         upper = self._cost_of("checkpoint", self.job.predicted_checkpoint)
         with self.budget.activity("checkpoint", upper, step=step) as lease:
             super()._save_checkpoint(model, trial)
-            details = {"step": step, "base_sha256": self.job.base_sha256, "dev_loss": None}
+            details = {
+                "step": step,
+                "base_sha256": self.job.base_sha256,
+                "settings": self.job.mark,
+                "over": self.over,
+                "dev_loss": None,
+            }
             if self._measured is not None:
                 self._measured.save(folder / "dev_losses.npz")
                 history = self.governor.history()

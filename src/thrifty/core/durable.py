@@ -17,6 +17,16 @@ def write_atomically(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
+def rename_durably(aside: Path, path: Path) -> None:
+    """Sync a file, or all files of a folder, then give it its name."""
+    files = [aside] if aside.is_file() else [p for p in aside.rglob("*") if p.is_file()]
+    for file in files:
+        with file.open("rb+") as stream:  # for writing, or Windows syncs nothing
+            os.fsync(stream.fileno())
+    aside.replace(path)
+    sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     if os.name == "nt":
         return  # a folder cannot be opened there; NTFS journals its entries

@@ -79,6 +79,14 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def set_rates(self, rates: Rates) -> None:
+        """Price what is spent from now on at ``rates``."""
+        if rates != self.rates:
+            with self._journal.transaction():
+                values = (json.dumps(asdict(rates)),)
+                self._journal.execute("UPDATE meta SET value = ? WHERE key = 'rates'", values)
+            self.rates = rates
+
     def set_budget(self, budget: Budget) -> None:
         """Hold the run to ``budget`` from now on; a change is written down as a decision. Other
         processes that have the ledger open hear of it when they open it again."""

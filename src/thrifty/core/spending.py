@@ -47,8 +47,9 @@ class Stage:
         Raises BudgetExceeded, with the resource and what is left, where it does not fit.
         """
         assert self._open is None or self._open.settled, "settle the open lease first"
+        left = self.budget.left(self.spent() + self.ledger.reserved(self.account))
         lease_id, counter = self.ledger._reserve(self, activity, upper, step)
-        self._open = Lease(self, lease_id, counter, activity, step)
+        self._open = Lease(self, lease_id, counter, activity, step, left)
         return self._open
 
     @contextmanager
@@ -111,9 +112,16 @@ class Lease:
     """A reservation being spent. ``used`` is the sum of its ticks, its seconds the clock's."""
 
     def __init__(
-        self, stage: Stage, lease_id: int, counter: Counter, activity: str, step: int
+        self,
+        stage: Stage,
+        lease_id: int,
+        counter: Counter,
+        activity: str,
+        step: int,
+        left: Mapping[str, float],
     ) -> None:
         self.stage = stage
+        self._left = left
         self.id = lease_id
         self.activity = activity
         self.step = step
@@ -134,9 +142,15 @@ class Lease:
         return replace(self._ticked, seconds=time.monotonic() - self._start)
 
     def tick(self, cost: Cost, *, steps: int = 0) -> None:
-        """Count ``cost`` (its seconds are ignored: the clock knows). Survives the process."""
+        """Count ``cost`` (its seconds are ignored: the clock knows). Survives the process.
+
+        Work without steps is counted before it is done, and refused with BudgetExceeded where it
+        would pass a limit, whatever was predicted; a training step was bounded before it began.
+        """
         assert self._settled is None, "a settled lease counts no more"
         total = self._ticked + cost
+        if not steps and (cost.flops or cost.tokens):
+            self._check(total)
         # Written so that NaN is caught too; a sum that it got into would never pass a limit.
         if not (total.flops >= self._ticked.flops and total.tokens >= self._ticked.tokens):
             raise ValueError(
@@ -146,6 +160,19 @@ class Lease:
         self._steps += steps
         self._ticked = total
         self._counter.write(self._steps, total, time.monotonic() - self._start)
+
+    def _check(self, total: Cost) -> None:
+        used = replace(total, seconds=time.monotonic() - self._start)
+        for name in ("flops", "tokens", "seconds"):
+            amount = used.of(name) or 0.0
+            if name in self._left and amount > self._left[name] * (1 + 1e-9):
+                show = quantities.FORMATS[name]
+                raise BudgetExceeded(
+                    f"{self.activity} would take more than the {show(self._left[name])} of "
+                    f"{quantities.NAMES[name]} that was left for it\n"
+                    f"hint: raise the budget's {name}; the same command then goes on",
+                    name,
+                )
 
     def settle(self, *, lost: bool = False) -> Cost:
         """Charge what was used, ``lost`` where its result was thrown away. Idempotent."""
@@ -163,7 +190,8 @@ def _refusal(activity: str, needs: Cost, held: Cost, budget: Budget, over: str) 
     if need is None or taken is None:
         return (
             f"{activity} has no known price and the budget limits {over}\n"
-            "hint: give the device's price (thrifty device --price), or drop that limit"
+            "hint: give the device's price (--price at `thrifty plan`, dollars_per_hour= of "
+            "BudgetCallback), or drop that limit"
         )
     if over == "peak_memory_bytes":
         enough = show(need * 1.005).replace(" ", "")  # rounded up, so that it does suffice

@@ -8,7 +8,7 @@ changes nothing for the tokens before it and no mask is needed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -93,13 +93,13 @@ def example_losses(
             lengths = [len(e.input_ids) for e in examples]
             for batch in _batches(shape, lengths, max_tokens):
                 ids, keep = _padded([examples[i] for i in batch], device)
+                meter.tick(Cost(flops=forward_flops(shape, *ids.shape)))
                 logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
                 loss = torch.nn.functional.cross_entropy(
                     logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
                 ).view(keep.shape)
                 nll[batch] = (loss.double() * keep).sum(1).cpu().numpy()
                 count[batch] = keep.sum(1).cpu().numpy()
-                meter.tick(Cost(flops=forward_flops(shape, *ids.shape)))
     finally:
         model.train(training)
     return Losses(nll, count)
@@ -148,15 +148,20 @@ def forward_cost(
     batches = stats.num_examples / examples
     longest = min(stats.max_tokens, max_length)
     peak = max(examples * length, longest)
-    # FLOPs are a t + b t^2 of an example's tokens t: the mean of the squares is not the square of
-    # the mean.
-    one, two = forward_flops(shape, 1, length), forward_flops(shape, 1, 2 * length)
-    quadratic = (two - 2 * one) / 2 * (stats.mean_squared_tokens / length**2 - 1)
+    flops = mean_flops(lambda tokens: forward_flops(shape, 1, tokens), stats, length)
     return Cost(
-        flops=(one + max(quadratic, 0.0)) * stats.num_examples * PADDING,
+        flops=flops * stats.num_examples * PADDING,
         seconds=forward_seconds(shape, examples, length, dtype, device) * batches,
         peak_memory_bytes=_peak(shape, max(1, peak // longest), longest, dtype, device),
     )
+
+
+def mean_flops(flops: Callable[[int], float], stats: PoolStats, length: int) -> float:
+    """Of an example, where ``flops`` of one are a t + b t^2 of its tokens t: the mean of the
+    squares is not the square of the mean ``length``."""
+    one, two = flops(length), flops(2 * length)
+    quadratic = (two - 2 * one) / 2 * (stats.mean_squared_tokens / length**2 - 1)
+    return one + max(quadratic, 0.0)
 
 
 def _peak(shape: ModelShape, batch: int, sequence: int, dtype: str, device: Any) -> float:

@@ -17,6 +17,7 @@ from thrifty.core.contracts import Meter, Tokens, Work
 from thrifty.costs.flops import forward_flops, gradient_score_flops
 from thrifty.costs.memory import forward_account
 from thrifty.costs.time import forward_seconds
+from thrifty.signals.forward import mean_flops
 
 if TYPE_CHECKING:
     from thrifty.costs.shape import ModelShape
@@ -63,12 +64,11 @@ def example_gradients(
             if not bool(keep.any()):
                 yield torch.zeros(sum(p.numel() for p in wanted), device=device)
                 continue
+            meter.tick(Cost(flops=gradient_score_flops(shape, *ids.shape, last_layers=1)))
             with torch.enable_grad():
                 logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
                 loss = torch.nn.functional.cross_entropy(logits[keep], ids[:, 1:][keep])
                 gradients = torch.autograd.grad(loss, wanted)
-            flops = gradient_score_flops(shape, *ids.shape, last_layers=1)
-            meter.tick(Cost(flops=flops))
             yield torch.cat([g.float().flatten() for g in gradients])
     finally:
         for p, required in before:
@@ -82,7 +82,9 @@ def gradient_scoring_cost(work: Work, stats: PoolStats) -> Cost:
         return Cost()
     shape = work.shape
     length = max(1, min(round(stats.mean_tokens), work.max_length))
-    flops = gradient_score_flops(shape, 1, length, last_layers=1)
+    flops = mean_flops(
+        lambda tokens: gradient_score_flops(shape, 1, tokens, last_layers=1), stats, length
+    )
     per_forward = forward_seconds(shape, 1, length, work.dtype, work.device)
     longest = min(stats.max_tokens, work.max_length)
     account = forward_account(shape, 1, longest, work.dtype, device_kind=work.device.kind)

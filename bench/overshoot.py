@@ -2,7 +2,8 @@
 
     python bench/overshoot.py [--budgets 50]
 
-Each budget is planned and trained for real on a small model. Over a limit = spent more than it.
+Each budget is planned, selected for by a random scorer, trained and tested for real on a small
+model. Over a limit = spent more than it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from thrifty.planner import NoPlanFits
 from thrifty.preparation import Asked
 from thrifty.run_folder import RunFolder
 
+SCORERS = ("uniform", "bm25", "perplexity", "grad_cosine")
+
 
 def quiet(line: str) -> None:
     """Says nothing."""
@@ -35,7 +38,6 @@ def main() -> int:
         "training.max_length": 128,
         "training.per_device_train_batch_size": 4,
         "training.gradient_accumulation_steps": 1,
-        "selection.scorer": "uniform",
         "training.epochs": 100,  # or the pool would end runs that time should end
     }
     rng = random.Random(0)
@@ -48,11 +50,16 @@ def main() -> int:
             "seconds": rng.uniform(4, 12),
         }
         chosen = rng.sample(sorted(limits), rng.randint(1, 3))
+        scorer = rng.choice(SCORERS)
         budget = Budget(**{name: limits[name] for name in chosen})
         folder = home / "run"
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            preparation.plan_run(Asked(**job, budget=budget, fixed=fixed), folder, quiet)
+            preparation.plan_run(
+                Asked(**job, budget=budget, fixed=fixed | {"selection.scorer": scorer}),
+                folder,
+                quiet,
+            )
         except NoPlanFits:
             refused += 1
             continue
@@ -68,7 +75,7 @@ def main() -> int:
             over[name] += used[name] > 1
         shares.setdefault(binding, []).append(used[binding])
         number += 1
-        print(f"{number:>3}  {budget}: {used[binding]:.1%} of {binding}", flush=True)
+        print(f"{number:>3}  {budget}, {scorer}: {used[binding]:.1%} of {binding}", flush=True)
     print(
         heading(f"Overshoot over {options.budgets} random budgets ({refused} refused as too small)")
     )

@@ -311,3 +311,20 @@ def test_plan_and_report_make_no_posix_call(tiny_model, tiny_data, tmp_path):
         )
         assert done.returncode == 0, done.stderr
     assert (folder / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX here")
+def test_sigterm_while_scoring_is_told_and_gone_on_from(tiny_model, tiny_data, tmp_path):
+    folder = tmp_path / "run"
+    planned(folder, tiny_model, tiny_data, fixed={"selection.scorer": "grad_cosine"},
+            budget=Budget(flops=1e11))  # fmt: skip
+    process = start("select", str(folder))
+    wait_for(lambda: ledger(folder).reserved().flops > 0)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 5, err
+    assert "the same command goes on" in err
+    assert ledger(folder).reserved().flops == 0
+    again = start("select", str(folder))
+    _, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err

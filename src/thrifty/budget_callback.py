@@ -52,7 +52,8 @@ class NonFiniteGradient(RuntimeError):
     def at(cls, step: int, what: str = "gradient") -> NonFiniteGradient:
         return cls(
             f"the {what} at step {step} is not finite; nothing was updated\n"
-            "hint: the last checkpoint is good; lower the learning rate or look at the batch"
+            "hint: the last checkpoint is good; go on from it at a lower learning rate, or look at "
+            "the batch"
         )
 
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return USAGE
     try:
-        options.do(options)
+        with _termination():
+            options.do(options)
     except BrokenPipeError:
         return DONE  # the reader had enough
     except KeyboardInterrupt:
@@ -38,6 +42,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _fail(*_explain(error))
     return DONE
+
+
+@contextmanager
+def _termination() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: leases settled, files whole. Training handles both."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _explain(error: Exception) -> tuple[str, int]:
@@ -48,7 +69,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     kinds = {cls.__name__ for cls in type(error).__mro__}
     if "NoPlanFits" in kinds or isinstance(error, BudgetExceeded):
         return str(error), NO_PLAN
-    if kinds & {"Interrupted", "NonFiniteGradient"}:
+    if kinds & {"Interrupted", "NonFiniteGradient", "Diverged"}:
         return str(error), RESUMABLE
     if isinstance(error, OSError):
         what = error.strerror or str(error)

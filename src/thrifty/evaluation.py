@@ -20,6 +20,10 @@ from thrifty.costs.shape import ModelShape
 from thrifty.signals.forward import Losses, example_losses, losses_flops
 
 
+class Diverged(RuntimeError):
+    """A dev loss is not finite."""
+
+
 @dataclass(frozen=True)
 class Measured:
     """One evaluation over all targets."""
@@ -70,15 +74,16 @@ def measure(
     meter: Meter,
     max_tokens: int | None = None,
 ) -> Measured:
-    """Evaluate ``model`` on every target's rows. Raises ValueError where a loss is not finite."""
+    """Evaluate ``model`` on every target's rows. Raises Diverged where a loss is not finite."""
     found = {
         name: example_losses(model, shape, r.tokens, meter, max_tokens) for name, r in rows.items()
     }
     for name, losses in found.items():
         if not np.isfinite(losses.objective):
-            raise ValueError(
-                f"the loss on {name} is not finite\n"
-                "hint: the model diverged; resume from the last checkpoint at a lower learning rate"
+            raise Diverged(
+                f"the loss on {name} is not finite: the model diverged\n"
+                "hint: lower training.learning_rate in plan.yaml; the same command then goes on "
+                "from the last checkpoint"
             )
     return Measured(found, weights)
 

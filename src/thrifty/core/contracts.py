@@ -224,7 +224,7 @@ class Outlook:
     """The binding resource, a field of ``Cost``."""
     next_interval: Cost
     remaining: Cost
-    """From here to the end of the budget, cool-down left out."""
+    """From here to the end of the budget."""
     price: float
     """Objective units per unit of ``resource`` that the best alternative would bring."""
 

@@ -38,6 +38,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {**HEADS, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     "gemma2": {**HEADS, "sliding_window": 4},
     "gemma3_text": {**HEADS, "sliding_window": 4},
+    "gemma": HEADS,
+    "smollm3": {**GROUPED, "use_sliding_window": True, "sliding_window": 4},
+    "olmo": GROUPED,
+    "olmo2": GROUPED,
+    "olmo3": {**GROUPED, "sliding_window": 4},
+    "starcoder2": {**GROUPED, "sliding_window": 5},
     "phi3": {**GROUPED, "sliding_window": 5},
     "gpt2": {
         "vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,

@@ -8,6 +8,7 @@ is read for its text part alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from thrifty.costs.shape import ITEMSIZE, LinearShape, ModelShape
@@ -209,7 +210,7 @@ def _qwen2(config: _Config) -> ModelShape:
 
 
 def _qwen3(config: _Config) -> ModelShape:
-    return _qwen(config, head_dim=128, biased=_attention_bias(config), qk_norm=True)
+    return _qwen(config, head_dim=128, biased=_attention_bias(config), qk_norm="head")
 
 
 def _gemma(config: _Config, *, period: int, softcap: float | None, **switches: Any) -> ModelShape:
@@ -226,13 +227,35 @@ def _gemma(config: _Config, *, period: int, softcap: float | None, **switches: A
         head_dim=256,
         tied=True,
         biased=_attention_bias(config),
-        norm="gemma",
+        norm="wide",
+        scaled_embedding=True,
         block="sandwich",
         activation=config.get("hidden_activation", "gelu_pytorch_tanh"),
         sliding_window=window,
         num_sliding_layers=config.num_sliding(sliding) if window else 0,
         logit_softcap=config.values.get("final_logit_softcapping", softcap) is not None,
         **switches,
+    )
+
+
+def _gemma1(config: _Config) -> ModelShape:
+    activation = config.get("hidden_act", "gelu_pytorch_tanh")
+    return _gated(
+        config,
+        hidden=3072,
+        mlp=24576,
+        layers=28,
+        heads=16,
+        key_value_heads=16,
+        head_dim=256,
+        vocab=256_000,
+        positions=8192,
+        tied=True,
+        biased=_attention_bias(config),
+        norm="wide",
+        scaled_embedding=True,
+        # "gelu" in the first releases' configs means the tanh form, and transformers reads it so.
+        activation="gelu_pytorch_tanh" if activation == "gelu" else activation,
     )
 
 
@@ -251,7 +274,59 @@ def _gemma2(config: _Config) -> ModelShape:
 def _gemma3(config: _Config) -> ModelShape:
     period = config.get("sliding_window_pattern", 6)
     return _gemma(
-        config, period=period, softcap=None, vocab=262_208, positions=131_072, qk_norm=True
+        config,
+        period=period,
+        softcap=None,
+        vocab=262_208,
+        positions=131_072,
+        qk_norm="head",
+        rotary_per_kind=True,
+    )
+
+
+def _olmo(config: _Config, **switches: Any) -> ModelShape:
+    fields = {"norm": "bare", "clips": config.get("clip_qkv") is not None, **switches}
+    biased = _attention_bias(config)
+    return _gated(config, vocab=50304, biased=biased, wide_rotary=True, **fields)
+
+
+def _olmo1(config: _Config) -> ModelShape:
+    return replace(_olmo(config), norm_parameters=0)
+
+
+def _olmo2(config: _Config, **switches: Any) -> ModelShape:
+    return _olmo(config, norm="wide", block="branch", qk_norm="all", clips=False, **switches)
+
+
+def _olmo3(config: _Config) -> ModelShape:
+    window = config.window(4096)
+    sliding = [(index + 1) % 4 != 0 for index in range(config.count("num_hidden_layers", 32))]
+    return _olmo2(
+        config,
+        rotary_per_kind=True,
+        sliding_window=window,
+        num_sliding_layers=config.num_sliding(sliding) if window else 0,
+    )
+
+
+def _smollm3(config: _Config) -> ModelShape:
+    """Every fourth layer has no rotary embedding, which only its liveness would show."""
+    layers = config.count("num_hidden_layers", 36)
+    window = config.window(0) if config.get("use_sliding_window") else 0
+    every = config.count("no_rope_layer_interval", 4)
+    rotated = config.get("no_rope_layers", [(index + 1) % every for index in range(layers)])
+    return _gated(
+        config,
+        hidden=2048,
+        layers=36,
+        heads=16,
+        key_value_heads=4,
+        vocab=128_256,
+        positions=32768,
+        tied=True,
+        biased=_attention_bias(config) + (MLP if config.get("mlp_bias") else ()),
+        sliding_window=window,
+        num_sliding_layers=config.num_sliding([not each for each in rotated]) if window else 0,
     )
 
 
@@ -271,14 +346,14 @@ def _phi3(config: _Config) -> ModelShape:
 
 
 def _layer_normed(config: _Config, hidden: int, heads: int, mlp: int, **fields: Any) -> ModelShape:
-    """A decoder with LayerNorm, a plain mlp and as many key-value heads as heads."""
+    """A decoder with LayerNorm and a plain mlp; as many key-value heads as heads unless given."""
     if hidden % heads:
         config.fail(f"hidden size {hidden} is not a multiple of {heads} attention heads")
     return ModelShape(
         model_type=config.model_type,
         hidden_size=hidden,
         num_attention_heads=heads,
-        num_key_value_heads=heads,
+        num_key_value_heads=fields.pop("groups", heads),
         head_dim=hidden // heads,
         intermediate_size=mlp,
         vocab_size=config.count("vocab_size", fields.pop("vocab")),
@@ -393,15 +468,63 @@ def _opt(config: _Config) -> ModelShape:
     )
 
 
+def _starcoder2(config: _Config) -> ModelShape:
+    hidden = config.count("hidden_size", 3072)
+    heads = config.count("num_attention_heads", 24)
+    groups = config.count("num_key_value_heads", 2)
+    mlp = config.count("intermediate_size", 12288)
+    if heads % groups:
+        config.fail(f"{heads} attention heads are not a multiple of {groups} key-value heads")
+    keys = groups * (hidden // heads)
+    layers = config.count("num_hidden_layers", 30)
+    window = config.window(0)
+    names = (*ATTENTION, "c_fc", "c_proj")
+    return _layer_normed(
+        config,
+        hidden,
+        heads,
+        mlp,
+        vocab=49152,
+        groups=groups,
+        num_layers=layers,
+        max_position_embeddings=config.count("max_position_embeddings", 4096),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
+        linears=_linears(
+            ("q_proj", hidden, hidden, "attention"),
+            ("k_proj", hidden, keys, "attention"),
+            ("v_proj", hidden, keys, "attention"),
+            ("o_proj", hidden, hidden, "attention"),
+            ("c_fc", hidden, mlp, "mlp"),
+            ("c_proj", mlp, hidden, "mlp"),
+            biased=names if config.get("use_bias", True) else (),
+        ),
+        norm_parameters=2 * hidden,
+        embedding_size=hidden,
+        activation=config.get("hidden_act", "gelu_pytorch_tanh"),
+        rotary_dim=config.rotary_dim(hidden // heads, "partial_rotary_factor", 1.0),
+        sliding_window=window,
+        num_sliding_layers=layers if window else 0,
+        dropout=config.rate("residual_dropout", 0.0),
+        embedding_dropout=config.rate("embedding_dropout", 0.0),
+        attention_dropout=config.rate("attention_dropout", 0.0),
+    )
+
+
 FAMILIES = {
     "llama": _llama,
+    "smollm3": _smollm3,
     "mistral": _mistral,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "gemma": _gemma1,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
+    "olmo": _olmo1,
+    "olmo2": _olmo2,
+    "olmo3": _olmo3,
     "phi3": _phi3,
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,
     "opt": _opt,
+    "starcoder2": _starcoder2,
 }

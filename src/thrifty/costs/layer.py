@@ -71,7 +71,7 @@ def embedding(shape: ModelShape, setup: Setup) -> tuple[Operation, ...]:
         weight_elements=shape.head_parameters,
         trained=p.trained,
     )
-    if shape.norm == "gemma":
+    if shape.scaled_embedding:
         x = p.apply("scale", x)
     if shape.projection_parameters:
         x = p.product(x, shape.embedding_size, shape.hidden_size, trained=p.trained)
@@ -162,6 +162,9 @@ def layer(
     elif shape.block == "sandwich":
         x = p.add(x, p.norm(_attention(p, p.norm(x, hidden), setup.eager), hidden))
         p.add(x, p.norm(_mlp(p, p.norm(x, hidden)), hidden))
+    elif shape.block == "branch":
+        x = p.add(x, p.norm(_attention(p, x, setup.eager), hidden))
+        p.add(x, p.norm(_mlp(p, x), hidden))
     elif shape.block == "post":
         attended = p.dropout(_attention(p, x, setup.eager), shape.dropout)
         x = p.norm(p.add(x, attended), hidden)
@@ -238,8 +241,12 @@ def _attention(p: Program, x: Tensor, force_eager: bool) -> Tensor:
     q, k, v = [p.linear(projections[0], x)] * 3 if fused else [p.linear(y, x) for y in projections]
     if shape.model_type == "opt":
         q = p.apply("scale", q)
+    if shape.clips:  # in place, for which autograd keeps a copy of what was there
+        q, k, v = (p.apply("clip", x, keeps="input") for x in (q, k, v))
     if shape.qk_norm:
-        q, k = p.norm(q, shape.head_dim), p.norm(k, shape.head_dim)
+        whole = shape.qk_norm == "all"
+        q = p.norm(q, shape.query_size if whole else shape.head_dim)
+        k = p.norm(k, shape.key_value_size if whole else shape.head_dim)
     if shape.rotary_dim:
         q, k = _rotate(p, q, query_bytes), _rotate(p, k, key_bytes)
     eager = force_eager or shape.attention == "eager"

@@ -325,8 +325,9 @@ def _optimizer_temporaries(shape: ModelShape, setting: MemorySetting, gradients:
 def _shared(shape: ModelShape, setup: Setup, *, held: bool = False) -> Size:
     """What all layers share: rotary cos and sin, and the masks where something holds them."""
     kinds = 2 if 0 < shape.num_sliding_layers < shape.num_layers else 1
-    tables = kinds if shape.model_type == "gemma3_text" else 1
-    token = tables * 2.0 * shape.rotary_dim * setup.itemsize if setup.backward else 0.0
+    tables = kinds if shape.rotary_per_kind else 1
+    itemsize = 4 if shape.wide_rotary else setup.itemsize
+    token = tables * 2.0 * shape.rotary_dim * itemsize if setup.backward else 0.0
     # The model holds its masks during the forward; a recomputation needs them to its end.
     eager = shape.attention == "eager"
     builds = (setup.masked and shape.model_type != "opt") or setup.window_masked or eager

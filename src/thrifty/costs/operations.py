@@ -261,11 +261,19 @@ class Program:
                 "layer_norm", (x,), x.size, grad=grad, saves=kept, packs=packs, passes=passes
             )
         wide = self.cast(x, self.itemsize, 4)
+        if self.shape.norm == "bare":
+            statistics = Tensor(f"{self.name()} statistics", Size(8.0))
+            kept = (wide, statistics) if x.grad else ()
+            packs = "after" if x.grad else ""
+            normal = self.emit(
+                "layer_norm", (wide,), wide.size, saves=kept, packs=packs, passes=(1.0, 2.0)
+            )
+            return self.cast(normal, 4, self.itemsize)
         square = self.apply("square", wide, keeps="input", passes=(1.0, 3.0))
         mean = self.apply("mean", square, share=1.0 / width)
         inverse = self.apply("rsqrt", mean, keeps="output", passes=(2.0, 3.0))
         normal = self.multiply(wide, inverse)
-        if self.shape.norm == "gemma":
+        if self.shape.norm == "wide":
             return self.cast(self.weigh(normal), 4, self.itemsize)
         return self.weigh(self.cast(normal, 4, self.itemsize))
 

@@ -63,19 +63,28 @@ class ModelShape:
     """The linears of one layer, in the order in which they run."""
 
     norm: str = "rms"
-    """``rms``; ``gemma``: RMS with its weight applied in float32; ``layer``: LayerNorm."""
+    """``rms``; ``wide``: RMS with its weight applied in float32; ``layer``: LayerNorm; ``bare``:
+    LayerNorm in float32 without weights."""
     norm_parameters: int
     """Of one norm over the hidden size: h, 2h with a bias, or 0."""
     block: str = "pre"
-    """Where a layer has its norms: ``pre``, ``post``, ``sandwich`` (both), or ``parallel``
-    (attention and mlp read the same input)."""
+    """Where a layer has its norms: ``pre``, ``post`` (after the sum), ``branch`` (before it),
+    ``sandwich`` (before and after a branch), or ``parallel`` (attention and mlp read the same
+    input)."""
     final_norm: bool = True
-    qk_norm: bool = False
-    """RMS norms over ``head_dim`` on the queries and the keys."""
+    qk_norm: str = ""
+    """RMS norms on the queries and the keys: over each ``head``, or over ``all`` of them."""
+    clips: bool = False
+    """Queries, keys and values are clamped."""
+    scaled_embedding: bool = False
     gated: bool = True
     activation: str = "silu"
     rotary_dim: int = 0
     """Rotated channels of a head; 0: positions are learned."""
+    wide_rotary: bool = False
+    """Its cosines and sines are float32, whatever the model is."""
+    rotary_per_kind: bool = False
+    """Layers that slide have cosines and sines of their own."""
     num_positions: int = 0
     """Rows of a learned position embedding."""
     embedding_size: int
@@ -123,7 +132,8 @@ class ModelShape:
     def layer_norm_parameters(self) -> int:
         """Parameters of all the norms of one layer."""
         norms = 4 if self.block == "sandwich" else 2
-        return norms * self.norm_parameters + (2 * self.head_dim if self.qk_norm else 0)
+        over = {"": 0, "head": 2 * self.head_dim, "all": self.query_size + self.key_value_size}
+        return norms * self.norm_parameters + over[self.qk_norm]
 
     @property
     def layer_parameters(self) -> int:

@@ -130,6 +130,9 @@ def test_rows_named_after_planning_are_refused(tiny_model, tiny_data, tmp_path):
     edit(folder, str(tiny_data["pool"]), str(tiny_data["small_pool"]))
     with pytest.raises(ValueError, match=r"pool.sources is not what .* was prepared from\nhint"):
         finish(folder)
+    (folder / "prepared.json").unlink()
+    with pytest.raises(ValueError, match=r"another version made it\nhint"):
+        finish(folder)
 
 
 def test_a_refused_test_leaves_a_control_on_dev_rows_and_is_made_up_for(
@@ -291,3 +294,54 @@ def test_scoring_never_passes_the_budget_whatever_was_predicted(
     with pytest.raises(BudgetExceeded, match=r"of FLOPs that was left for it\nhint: "):
         finish(folder)
     assert 0.5 * limit < ledger(folder).spent().flops <= limit
+
+
+# -- the rule -----------------------------------------------------------------------------------
+
+
+def test_the_rule_ends_a_run_and_remembers_across_a_pause(
+    tiny_model, tiny_data, tmp_path, monkeypatch
+):
+    """Nothing improves by ten nats: the plateau is seen at the same step either way."""
+    rule = {"plateau": {"min_delta": 10.0}}
+    fixed = {"stopping": rule, "training.eval_steps": 5, "training.save_steps": 5}
+    ends = []
+    for name in ("straight", "paused"):
+        folder = tmp_path / name
+        plan = planned(folder, tiny_model, tiny_data, budget=Budget(flops=2e10), fixed={**fixed})
+        if name == "paused":
+            with monkeypatch.context() as patch:
+                interrupt_at(patch, 8)
+                with pytest.raises(training.Interrupted):
+                    finish(folder)
+        finish(folder)
+        (stage,) = [s for s in ledger(folder).stages() if s["name"] == "train"]
+        stops = [d for d in ledger(folder).decisions() if d["chosen"] == "cool down and stop"]
+        assert len(stops) == 1
+        assert "3 of 3 evaluations without an improvement" in stops[0]["reason"]
+        assert stage["detail"]["steps"] == stops[0]["step"] + plan.training.cooldown_steps
+        assert stage["detail"]["steps"] < plan.training.max_steps
+        ends.append(stage["detail"]["steps"])
+    assert ends[0] == ends[1]
+
+
+def test_recomputing_activations_changes_the_cost_and_not_the_model(
+    tiny_model, tiny_data, tmp_path
+):
+    found = {}
+    for recompute in (False, True):
+        folder = tmp_path / str(recompute)
+        fixed = {"training.activation_checkpointing": recompute, "training.max_steps": 12}
+        plan = planned(folder, tiny_model, tiny_data, fixed={**fixed})
+        finish(folder)
+        trained = ledger(folder).spent(activity="train").flops
+        assert trained == pytest.approx(12 * plan_step(folder, plan), rel=1e-12)
+        found[recompute] = (trained, weights(folder / "model"))
+    assert 1.15 < found[True][0] / found[False][0] < 1.35
+    for name, weight in found[False][1].items():
+        torch.testing.assert_close(found[True][1][name], weight, rtol=1e-5, atol=1e-6)
+
+
+def plan_step(folder, plan) -> float:
+    with stages.at_work(RunFolder(folder), silent) as work:
+        return work.predicted(plan).step.flops

@@ -176,16 +176,27 @@ def at_work(run: RunFolder, say: Say, overrides: tuple[str, ...] = ()) -> Iterat
             "hint: task: sft trains on prompt and completion rows"
         )
     training.check_reporters(plan.training.report_to)
-    prepared = json.loads(run.prepared.read_text(encoding="utf-8"))
+    _check_prepared(run, plan)
+    with run.working() as ledger:
+        ledger.set_budget(plan.budget)
+        yield Work(run, plan, ledger, say)
+
+
+def _check_prepared(run: RunFolder, plan: Plan) -> None:
+    """The rows that lie in the folder must be those that the plan names."""
+    try:
+        prepared = json.loads(run.prepared.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(
+            f"{run.path} does not say what rows it was prepared from: another version made it\n"
+            "hint: `thrifty plan` again"
+        ) from None
     for key, value in what_was_read(plan).items():
-        if prepared[key] != json.loads(json.dumps(value)):
+        if prepared.get(key) != json.loads(json.dumps(value)):
             raise ValueError(
                 f"plan.yaml's {key} is not what {run.path} was prepared from\n"
                 "hint: `thrifty plan` again for other rows, or undo the edit"
             )
-    with run.working() as ledger:
-        ledger.set_budget(plan.budget)
-        yield Work(run, plan, ledger, say)
 
 
 # -- select -------------------------------------------------------------------------------------

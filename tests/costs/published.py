@@ -291,6 +291,14 @@ TINY: dict[str, Config] = {
         num_key_value_heads=2,
         vocab_size=160,
     ),
+    "phi": dict(
+        model_type="phi",
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=160,
+    ),
     "phi3": dict(
         model_type="phi3",
         hidden_size=64,
@@ -347,6 +355,8 @@ VARIANTS: dict[str, Config] = {
     "starcoder2-window": TINY["starcoder2"] | dict(sliding_window=16, use_bias=False),
     "starcoder2-dropout": TINY["starcoder2"]
     | dict(residual_dropout=0.1, embedding_dropout=0.1, tie_word_embeddings=False),
+    "phi-grouped-dropout": TINY["phi"]
+    | dict(num_key_value_heads=2, resid_pdrop=0.1, embd_pdrop=0.1, hidden_act="gelu"),
     "phi3-tied-partial": TINY["phi3"] | dict(tie_word_embeddings=True, partial_rotary_factor=0.5),
     "gpt2-no-dropout": TINY["gpt2"] | dict(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
     "gpt2-inner-untied": TINY["gpt2"] | dict(n_inner=96, tie_word_embeddings=False),

@@ -44,6 +44,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": GROUPED,
     "olmo3": {**GROUPED, "sliding_window": 4},
     "starcoder2": {**GROUPED, "sliding_window": 5},
+    "phi": SMALL,
     "phi3": {**GROUPED, "sliding_window": 5},
     "gpt2": {
         "vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,

@@ -510,6 +510,48 @@ def _starcoder2(config: _Config) -> ModelShape:
     )
 
 
+def _phi(config: _Config) -> ModelShape:
+    """Phi 1, 1.5 and 2."""
+    hidden = config.count("hidden_size", 2048)
+    heads = config.count("num_attention_heads", 32)
+    groups = config.count("num_key_value_heads", heads)
+    mlp = config.count("intermediate_size", 8192)
+    if heads % groups:
+        config.fail(f"{heads} attention heads are not a multiple of {groups} key-value heads")
+    if config.get("qk_layernorm"):
+        config.fail("qk_layernorm is not supported")
+    keys = groups * (hidden // heads)
+    return _layer_normed(
+        config,
+        hidden,
+        heads,
+        mlp,
+        vocab=51200,
+        groups=groups,
+        num_layers=config.count("num_hidden_layers", 24),
+        max_position_embeddings=config.count("max_position_embeddings", 2048),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        linears=_linears(
+            ("q_proj", hidden, hidden, "attention"),
+            ("k_proj", hidden, keys, "attention"),
+            ("v_proj", hidden, keys, "attention"),
+            ("dense", hidden, hidden, "attention"),
+            ("fc1", hidden, mlp, "mlp"),
+            ("fc2", mlp, hidden, "mlp"),
+            biased=("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
+        ),
+        norm_parameters=2 * hidden,
+        embedding_size=hidden,
+        head_bias=True,
+        block="shared",
+        activation=config.get("hidden_act", "gelu_new"),
+        rotary_dim=config.rotary_dim(hidden // heads, "partial_rotary_factor", 0.5),
+        dropout=config.rate("resid_pdrop", 0.0),
+        embedding_dropout=config.rate("embd_pdrop", 0.0),
+        attention_dropout=config.rate("attention_dropout", 0.0),
+    )
+
+
 FAMILIES = {
     "llama": _llama,
     "smollm3": _smollm3,
@@ -522,6 +564,7 @@ FAMILIES = {
     "olmo": _olmo1,
     "olmo2": _olmo2,
     "olmo3": _olmo3,
+    "phi": _phi,
     "phi3": _phi3,
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,

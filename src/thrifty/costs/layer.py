@@ -159,6 +159,10 @@ def layer(
         attended = p.dropout(_attention(p, p.norm(x, hidden), setup.eager), shape.dropout)
         mlp = p.dropout(_mlp(p, p.norm(x, hidden)), shape.dropout)
         p.add(x, p.add(attended, mlp))
+    elif shape.block == "shared":
+        normal = p.norm(x, hidden)
+        attended = p.dropout(_attention(p, normal, setup.eager), shape.dropout)
+        p.add(x, p.add(attended, p.dropout(_mlp(p, normal), shape.dropout)))
     elif shape.block == "sandwich":
         x = p.add(x, p.norm(_attention(p, p.norm(x, hidden), setup.eager), hidden))
         p.add(x, p.norm(_mlp(p, p.norm(x, hidden)), hidden))
@@ -256,7 +260,7 @@ def _attention(p: Program, x: Tensor, force_eager: bool) -> Tensor:
     else:
         attended = _fused_attention(p, q, k, v, query_bytes)
         # Concatenated rotary halves leave heads first; then the output is copied to tokens first.
-        if fused and shape.rotary_dim:
+        if shape.rotary_dim and (fused or shape.rotary_dim < shape.head_dim):
             attended = p.apply("copy", attended)
     result = p.linear(out, attended)
     p.hold(x, q, k, v)  # local variables of the attention's forward

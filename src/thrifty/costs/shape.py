@@ -69,8 +69,8 @@ class ModelShape:
     """Of one norm over the hidden size: h, 2h with a bias, or 0."""
     block: str = "pre"
     """Where a layer has its norms: ``pre``, ``post`` (after the sum), ``branch`` (before it),
-    ``sandwich`` (before and after a branch), or ``parallel`` (attention and mlp read the same
-    input)."""
+    ``sandwich`` (before and after a branch), ``parallel`` (attention and mlp read the same input,
+    each through its own), or ``shared`` (through one)."""
     final_norm: bool = True
     qk_norm: str = ""
     """RMS norms on the queries and the keys: over each ``head``, or over ``all`` of them."""
@@ -87,6 +87,7 @@ class ModelShape:
     """Layers that slide have cosines and sines of their own."""
     num_positions: int = 0
     """Rows of a learned position embedding."""
+    head_bias: bool = False
     embedding_size: int
     """Width of the token embedding; other than ``hidden_size`` only in opt-350m."""
     attention: str = "sdpa"
@@ -131,7 +132,7 @@ class ModelShape:
     @property
     def layer_norm_parameters(self) -> int:
         """Parameters of all the norms of one layer."""
-        norms = 4 if self.block == "sandwich" else 2
+        norms = {"sandwich": 4, "shared": 1}.get(self.block, 2)
         over = {"": 0, "head": 2 * self.head_dim, "all": self.query_size + self.key_value_size}
         return norms * self.norm_parameters + over[self.qk_norm]
 
@@ -156,6 +157,7 @@ class ModelShape:
         parts["norms"] += self.norm_parameters if self.final_norm else 0
         parts["head"] = self.projection_parameters
         parts["head"] += 0 if self.tie_word_embeddings else self.head_parameters
+        parts["head"] += self.vocab_size if self.head_bias else 0
         return parts
 
     @cached_property

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 _LOGITS_BYTES = 2**28
 """Logits of a batch in fp32 stay below this: a large vocabulary gets smaller batches."""
 _MAX_BATCH_TOKENS = 8192
-PADDING = 1.06
-"""Padded over real tokens of ``padded_batches``, mixed lengths."""
+_MOST_PADDING = 0.075
+"""Of ``padded_batches``: no row is shorter than 0.85 of its batch's longest."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def forward_cost(
     max_tokens: int | None = None,
 ) -> Cost:
     """Predicted cost of ``example_losses`` over rows like ``stats``: their time as if all had their
-    mean length, padded by what batches of like lengths pad on average."""
+    mean length, their FLOPs with the padding of batches of like lengths."""
     if not stats.num_examples:
         return Cost()
     length = max(1, min(round(stats.mean_tokens), max_length))
@@ -150,10 +150,17 @@ def forward_cost(
     peak = max(examples * length, longest)
     flops = mean_flops(lambda tokens: forward_flops(shape, 1, tokens), stats, length)
     return Cost(
-        flops=flops * stats.num_examples * PADDING,
+        flops=flops * stats.num_examples * _padding(stats, longest, examples),
         seconds=forward_seconds(shape, examples, length, dtype, device) * batches,
         peak_memory_bytes=_peak(shape, max(1, peak // longest), longest, dtype, device),
     )
+
+
+def _padding(stats: PoolStats, longest: int, batch: int) -> float:
+    """Padded over real tokens: sorted rows span ``batch / num_examples`` of all lengths in a batch,
+    and half of that is padding."""
+    span = longest / max(stats.mean_tokens, 1.0) * batch / stats.num_examples
+    return 1.0 + min(_MOST_PADDING, 0.5 * span)
 
 
 def mean_flops(flops: Callable[[int], float], stats: PoolStats, length: int) -> float:

@@ -8,9 +8,9 @@ all and needs the mask spelt out. Flash attention looks at ``position_ids`` in b
 and needs the documents' borders otherwise.
 
 Checked against each document alone, sdpa and eager: llama, smollm3, mistral, qwen2, qwen3, gemma,
-gemma2 (eager only, it has no sdpa), gemma3_text, olmo, olmo2, olmo3, phi, phi3, gpt2, gpt_neox, opt,
-starcoder2, with and without sliding windows. Flash attention follows its documentation and is not
-checked here. For any other model, or before trusting one, ``check_isolation`` asks the model
+gemma2 (eager only, it has no sdpa), gemma3_text, olmo, olmo2, olmo3, phi, phi3, gpt2, gpt_neox,
+opt, starcoder2, with and without sliding windows. Flash attention follows its documentation and is
+not checked here. For any other model, or before trusting one, ``check_isolation`` asks the model
 itself; recurrent models (Mamba, hybrids) carry their state across documents and fail it.
 """
 

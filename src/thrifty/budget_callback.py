@@ -8,7 +8,7 @@ resumed run goes on from what was really spent. Gradients that are not finite ra
 optimizer sees them.
 
 Under ``torchrun`` rank 0 keeps the ledger, for the sums over all ranks, and tells the others when
-stop, so that all stop at the same step.
+to stop, so that all stop at the same step.
 
 FLOPs are counted on the shapes that went through the model (``signals/metering.py``). The next
 step's are bounded by its longest possible batch where the trainer says what that is (``max_length``
@@ -196,17 +196,14 @@ class BudgetCallback(TrainerCallback):
         if gradients and not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
             raise NonFiniteGradient.at(step)
 
-    def see(self, loss: Any) -> None:
+    def _see_output(self, module: Any, args: Any, output: Any) -> None:
         """Remember whether a training loss was finite, without waiting for the device."""
         import torch
 
-        finite = torch.isfinite(loss.detach()).all()
-        self._all_finite = finite if self._all_finite is None else self._all_finite & finite
-
-    def _see_output(self, module: Any, args: Any, output: Any) -> None:
         loss = getattr(output, "loss", None)
         if module.training and loss is not None:
-            self.see(loss)
+            finite = torch.isfinite(loss.detach()).all()
+            self._all_finite = finite if self._all_finite is None else self._all_finite & finite
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -339,33 +339,21 @@ def test(work: Work, branch: Branch) -> None:
     part = "test" if work.has_test and (branch is work.main or kept.is_file()) else "dev"
     if branch is work.main and part == "dev":
         return  # training has measured those already
-    rows = work.rows(part)
-    weights = work.weights(rows)
-    costs = work.predicted(branch.plan)
-    most = branch.plan.training.micro_batch_tokens
-    upper = costs.test if branch is work.main else Cost()
+    upper = work.predicted(branch.plan).test if branch is work.main else Cost()
     try:
         with work.ledger.stage(
             name, part, predicted=upper, account=branch.account, limit=branch.limit
         ) as stage:
-            _test(work, branch, stage, part, rows, weights, upper, most)
+            _test(work, branch, stage, part, upper)
     except BudgetExceeded as refusal:  # the stage stays open: with a larger budget it is done
         line = str(refusal).partition("\n")[0]
         work.ledger.decide("test or not", "not", f"what is left does not pay for it: {line}")
         work.say(f"not tested: {line}")
 
 
-def _test(
-    work: Work,
-    branch: Branch,
-    stage: Stage,
-    part: str,
-    rows: Mapping[str, Rows],
-    weights: Mapping[str, float],
-    upper: Cost,
-    most: int,
-) -> None:
-    kept = work.run.path / "test_losses.npz"
+def _test(work: Work, branch: Branch, stage: Stage, part: str, upper: Cost) -> None:
+    rows, most = work.rows(part), branch.plan.training.micro_batch_tokens
+    weights, kept = work.weights(rows), work.run.path / "test_losses.npz"
     with stage.spending("test", upper) as lease, peak_noted(lease, local_device()):
         model = _trained(work, branch)
         after = measure(model, work.shape, rows, weights, lease, most)

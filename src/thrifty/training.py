@@ -44,7 +44,7 @@ from thrifty.schedule import WarmupStableDecay
 from thrifty.signals.models import load_model
 from thrifty.signals.peak_memory import memory_bytes, release_free_memory
 
-SECONDS_MARGIN = 1.5
+ACTIVITY_MARGIN = 1.5
 """Reserved for an evaluation or a checkpoint over what the last one took."""
 _KEPT_CHECKPOINTS = 2
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md")
@@ -350,14 +350,14 @@ class BudgetedTrainer(Trainer):
     def _cost_of(self, activity: str, predicted: Cost) -> Cost:
         """Upper bound of an evaluation or a checkpoint: as it last was, with a margin."""
         seconds = self._seconds[activity] or predicted.seconds
-        cost = replace(predicted, seconds=seconds * SECONDS_MARGIN)
+        cost = replace(predicted, seconds=seconds * ACTIVITY_MARGIN)
         return self._stage.ledger.rates.of(cost)
 
     def _reserved(self) -> Cost:
         """What the test will take, at the speed that evaluations here turned out to have."""
         predicted, measured = self.job.predicted_evaluation.seconds, self._seconds["evaluate"]
-        slower = measured / predicted if predicted and measured else 1.0
-        seconds = self.job.reserved.seconds * slower * SECONDS_MARGIN
+        slower = measured / predicted if predicted else 1.0
+        seconds = self.job.reserved.seconds * max(slower, 1.0) * ACTIVITY_MARGIN
         return self._stage.ledger.rates.of(replace(self.job.reserved, seconds=seconds))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -396,9 +396,7 @@ class BudgetedTrainer(Trainer):
             attn_implementation=self._inner().config._attn_implementation or "eager",
             dtype=self._inner().dtype,
         )
-        found = super().compute_loss(model, {**inputs, **apart}, *args, **kwargs)
-        self.budget.see(found[0] if isinstance(found, tuple) else found)
-        return found
+        return super().compute_loss(model, {**inputs, **apart}, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The objective on the dev rows, charged, journalled, and put to the governor."""

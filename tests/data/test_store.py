@@ -14,7 +14,7 @@ import pytest
 
 from thrifty.data import store as store_module
 from thrifty.data.pool import BadRow, Row, read_rows
-from thrifty.data.store import Store, StoreManifest, build_store, open_store
+from thrifty.data.store import FORMAT, Store, StoreManifest, build_store, open_store
 from thrifty.data.tokens import (
     Tokens,
     load_tokenizer,
@@ -197,7 +197,7 @@ def test_damage_is_named(store: Store) -> None:
     manifest = store.directory / "manifest.json"
     values = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**values, "format": 99}))
-    with pytest.raises(ValueError, match=r"format 99, not \d+\nhint"):
+    with pytest.raises(ValueError, match=rf"format 99, not {FORMAT}\nhint"):
         open_store(store.directory)
     manifest.write_text("{")
     with pytest.raises(ValueError, match="is damaged"):

@@ -345,3 +345,27 @@ def test_recomputing_activations_changes_the_cost_and_not_the_model(
 def plan_step(folder, plan) -> float:
     with stages.at_work(RunFolder(folder), silent) as work:
         return work.predicted(plan).step.flops
+
+
+def test_a_killed_scoring_goes_on_at_the_shard(tiny_model, tiny_data, tmp_path, monkeypatch):
+    from thrifty.data.store import build_store
+    from thrifty.scorers.baselines.length import Length
+
+    monkeypatch.setitem(build_store.__kwdefaults__, "shard_rows", 128)
+    folder = tmp_path / "run"
+    planned(folder, tiny_model, tiny_data, fixed={"selection.scorer": "length"})
+    plain, scored = Length.score, []
+
+    def score(self, shard, state, meter):
+        if len(scored) == 3:
+            scored.append(None)
+            raise Killed
+        scored.append(int(shard.ids[0]))
+        return plain(self, shard, state, meter)
+
+    monkeypatch.setattr(Length, "score", score)
+    with pytest.raises(Killed):
+        finish(folder)
+    finish(folder)
+    firsts = [first for first in scored if first is not None]
+    assert len(firsts) == len(set(firsts)) > 4, "no shard is scored twice, and all are"

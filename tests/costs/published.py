@@ -130,6 +130,48 @@ PUBLISHED: dict[str, Config] = {
         sliding_window=2047,
         torch_dtype="bfloat16",
     ),
+    "Mixtral-8x7B": dict(
+        model_type="mixtral",
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        vocab_size=32000,
+        torch_dtype="bfloat16",
+    ),
+    "Qwen1.5-MoE-A2.7B": dict(
+        model_type="qwen2_moe",
+        hidden_size=2048,
+        intermediate_size=5632,
+        moe_intermediate_size=1408,
+        shared_expert_intermediate_size=5632,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        num_experts=60,
+        num_experts_per_tok=4,
+        vocab_size=151936,
+        torch_dtype="bfloat16",
+    ),
+    "Qwen3-30B-A3B": dict(
+        model_type="qwen3_moe",
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        vocab_size=151936,
+        max_position_embeddings=40960,
+        torch_dtype="bfloat16",
+    ),
     "GPT-2": dict(
         model_type="gpt2",
         n_embd=768,
@@ -336,6 +378,45 @@ TINY: dict[str, Config] = {
     ),
 }
 
+TINY |= {
+    "mixtral": dict(
+        model_type="mixtral",
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=160,
+        num_local_experts=4,
+    ),
+    "qwen2_moe": dict(
+        model_type="qwen2_moe",
+        hidden_size=64,
+        intermediate_size=160,
+        moe_intermediate_size=48,
+        shared_expert_intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=160,
+        num_experts=6,
+        num_experts_per_tok=3,
+    ),
+    "qwen3_moe": dict(
+        model_type="qwen3_moe",
+        hidden_size=64,
+        intermediate_size=160,
+        moe_intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=160,
+        num_experts=8,
+        num_experts_per_tok=2,
+    ),
+}
+
 VARIANTS: dict[str, Config] = {
     "llama-biased": TINY["llama"] | dict(attention_bias=True, mlp_bias=True),
     "llama-mha-tied": TINY["llama"] | dict(num_key_value_heads=None, tie_word_embeddings=True),
@@ -366,6 +447,11 @@ VARIANTS: dict[str, Config] = {
     "opt-post-projected": TINY["opt"] | dict(do_layer_norm_before=False, word_embed_proj_dim=32),
     "opt-plain": TINY["opt"]
     | dict(enable_bias=False, layer_norm_elementwise_affine=False, dropout=0.0),
+    "mixtral-window": TINY["mixtral"] | dict(sliding_window=16, num_experts_per_tok=1),
+    "qwen2_moe-alternate": TINY["qwen2_moe"]
+    | dict(decoder_sparse_step=2, norm_topk_prob=True, num_hidden_layers=4),
+    "qwen3_moe-some-dense": TINY["qwen3_moe"]
+    | dict(mlp_only_layers=[0], norm_topk_prob=True, attention_bias=True),
     "opt-untied-no-final": TINY["opt"]
     | dict(tie_word_embeddings=False, _remove_final_layer_norm=True),
 }

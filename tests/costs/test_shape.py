@@ -50,9 +50,9 @@ def test_linears_are_those_of_a_layer(name):
             name, bias = path.rsplit(".", 1)[-1], module.bias is not None
             found[name, size if isinstance(module, Conv1D) else size[::-1], bias] = path
     assert found.keys() == {
-        (x.name, (x.in_features, x.out_features), x.bias) for x in shape.linears
+        (x.name, (x.in_features, x.out_features), x.bias) for x in shape.linears_of(0)
     }
-    for linear in shape.linears:
+    for linear in shape.linears_of(0):
         path = found[linear.name, (linear.in_features, linear.out_features), linear.bias]
         assert (linear.part == "mlp") == ("mlp" in path or path.startswith("fc")), path
 

@@ -24,6 +24,8 @@ def build(
     """A model in training mode, with PEFT's adapter and transformers' checkpointing if asked."""
     fields = dict(config)
     options = {} if attention is None else {"attn_implementation": attention}
+    if attention == "eager":  # the flop counter knows no grouped product either
+        options["experts_implementation"] = "eager"
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(fields.pop("model_type"), **fields),
         dtype=getattr(torch, dtype),

@@ -1,6 +1,6 @@
 """What a decoder executes: embedding, one layer, and the head with its loss, in transformers 5.x.
 
-One program for all ten families; the differences are switches of ``ModelShape``. Read from the
+One program for all families; the differences are switches of ``ModelShape``. Read from the
 models' own ``forward`` and checked against what autograd saves. Attention is the default of
 transformers: fused (sdpa) wherever the family supports it, otherwise eager (gemma2). With a mask
 (packed documents, padding, a window shorter than the sequence) sdpa gets a 4-D mask, which it
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from thrifty.costs.mixture import mixture_of_experts
 from thrifty.costs.operations import Adapter, Operation, Product, Program, Size, Tensor
 from thrifty.costs.shape import ModelShape
 
@@ -126,7 +127,7 @@ def layers(shape: ModelShape, setup: Setup) -> Iterator[tuple[Operation, ...]]:
         trained = trained and setup.backward
         adapter = setup.adapter if index in adapted else None
         masked = setup.masked or (setup.window_masked and sliding[index])
-        yield layer(shape, setup, trained, adapter, grad, masked)
+        yield layer(shape, setup, trained, adapter, grad, masked, shape.is_mixture(index))
         grad = grad or trained or adapter is not None
 
 
@@ -151,8 +152,9 @@ def layer(
     adapter: Adapter | None,
     grad: bool,
     masked: bool,
+    mixture: bool,
 ) -> tuple[Operation, ...]:
-    """One decoder layer; ``grad``: its input needs a gradient."""
+    """One decoder layer; ``grad``: its input needs a gradient; ``mixture``: it has experts."""
     p = _program(shape, setup, trained=trained, adapter=adapter, masked=masked)
     x, hidden = _input(shape, setup, grad=grad), shape.hidden_size
     if shape.block == "parallel":
@@ -176,7 +178,8 @@ def layer(
     else:
         attended = _attention(p, p.norm(x, hidden), setup.eager)
         x = p.add(x, p.dropout(attended, shape.dropout))
-        p.add(x, p.dropout(_mlp(p, p.norm(x, hidden)), shape.dropout))
+        branch = mixture_of_experts if mixture else _mlp
+        p.add(x, p.dropout(branch(p, p.norm(x, hidden)), shape.dropout))
     return tuple(p.operations)
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from thrifty.costs.layer import Setup
 from thrifty.costs.liveness import Piece, Point, highest, pieces
 from thrifty.costs.operations import Adapter, Size
-from thrifty.costs.shape import ITEMSIZE, ModelShape
+from thrifty.costs.shape import ITEMSIZE, LinearShape, ModelShape
 
 TERMS = (
     "weights",
@@ -314,12 +314,17 @@ def _optimizer_temporaries(shape: ModelShape, setting: MemorySetting, gradients:
     if setting.device_kind == "cuda":
         return gradients
     if setting.adapter is not None:
-        widest = max(max(each.in_features, each.out_features) for each in shape.linears)
+        widest = max(max(each.in_features, each.out_features) for each in _linears(shape))
         return 2.0 * setting.adapter.rank * widest * ITEMSIZE[setting.adapter_dtype]
-    largest = max(
-        shape.head_parameters, *(each.in_features * each.out_features for each in shape.linears)
-    )
-    return 2.0 * largest * ITEMSIZE[setting.dtype]
+    largest = max(each.in_features * each.out_features for each in _linears(shape))
+    if shape.experts is not None:
+        expert = shape.hidden_size * 2 * shape.experts.intermediate_size
+        largest = max(largest, shape.experts.num_experts * expert)
+    return 2.0 * max(largest, shape.head_parameters) * ITEMSIZE[setting.dtype]
+
+
+def _linears(shape: ModelShape) -> tuple[LinearShape, ...]:
+    return shape.linears + shape.mixture_linears
 
 
 def _shared(shape: ModelShape, setup: Setup, *, held: bool = False) -> Size:

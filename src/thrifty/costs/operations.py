@@ -3,9 +3,10 @@
 A piece of a model is a list of ``Operation``s on named ``Tensor``s, about one per ATen kernel. Each
 knows its matrix products, what autograd keeps of it until the backward pass, and what it reads and
 writes, so that FLOPs, bytes and seconds are three readings of the same list and cannot disagree.
-Sizes grow with the tokens T = batch x sequence, those of attention maps also with the keys S:
+Sizes grow with the tokens T = batch x sequence, those of attention maps also with the keys S; a few
+are those of a weight:
 
-    bytes = T (token + map S)
+    bytes = T (token + map S) + fixed
 
 Where a gradient is needed, autograd's rules apply (PyTorch's derivatives.yaml): a matrix product
 keeps its input only if its weight is trained; ``a * b`` keeps b if a needs a gradient; SiLU and
@@ -24,24 +25,26 @@ from thrifty.costs.shape import LinearShape, ModelShape
 
 
 class Size(NamedTuple):
-    """Bytes per token, and bytes per token and key."""
+    """Bytes per token, bytes per token and key, and bytes whatever the batch."""
 
     token: float = 0.0
     map: float = 0.0
+    fixed: float = 0.0
 
     def at(self, tokens: float, keys: float) -> float:
-        return tokens * (self.token + self.map * keys)
+        return tokens * (self.token + self.map * keys) + self.fixed
 
     def times(self, factor: float) -> Size:
-        return Size(self.token * factor, self.map * factor)
+        return Size(self.token * factor, self.map * factor, self.fixed * factor)
 
 
 def total(sizes: Iterable[Size]) -> Size:
-    token = keyed = 0.0
+    token = keyed = fixed = 0.0
     for size in sizes:
         token += size.token
         keyed += size.map
-    return Size(token, keyed)
+        fixed += size.fixed
+    return Size(token, keyed, fixed)
 
 
 class Tensor(NamedTuple):
@@ -99,7 +102,9 @@ class Adapter:
             raise ValueError(f"LoRA rank must be at least 1, not {self.rank}\nhint: try rank 16")
 
     def adapts(self, linear: LinearShape) -> bool:
-        return self.targets is None or linear.name in self.targets
+        if self.targets is None:
+            return linear.out_features > 1  # the gate of a shared expert is no place for an adapter
+        return linear.name in self.targets
 
     def check(self, shape: ModelShape) -> None:
         """Its targets and layers must exist in the model."""
@@ -115,18 +120,15 @@ class Adapter:
                 f"hint: layers count from 0 to {shape.num_layers - 1}"
             )
 
-    def layer_parameters(self, shape: ModelShape) -> int:
-        """Parameters that one adapted layer gets."""
-        return sum(
-            self.rank * (linear.in_features + linear.out_features)
-            for linear in shape.linears
-            if self.adapts(linear)
-        )
-
     def num_parameters(self, shape: ModelShape) -> int:
         self.check(shape)
-        layers = shape.num_layers if self.layers is None else len(set(self.layers))
-        return layers * self.layer_parameters(shape)
+        layers = range(shape.num_layers) if self.layers is None else set(self.layers)
+        return sum(
+            self.rank * (linear.in_features + linear.out_features)
+            for index in layers
+            for linear in shape.linears_of(index)
+            if self.adapts(linear)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,17 +214,24 @@ class Program:
         return self.emit("dropout", (x, noise), x.size, saves=kept, packs=packs)
 
     def product(
-        self, x: Tensor, inputs: int, outputs: int, *, trained: bool, itemsize: int = 0
+        self,
+        x: Tensor,
+        inputs: int,
+        outputs: int,
+        *,
+        trained: bool,
+        itemsize: int = 0,
+        kept: tuple[Tensor, ...] = (),
     ) -> Tensor:
         """``[tokens, inputs] @ [inputs, outputs]``. Its backward needs the weight only to reach x,
-        and x only for the weight's own gradient."""
+        and x only for the weight's own gradient. ``kept``: a copy of the weight made for this."""
         grad = x.grad or trained
         return self.emit(
             "linear",
-            (x,),
-            Size(outputs * (itemsize or self.itemsize)),
+            (x, *kept),
+            Size(float(outputs * (itemsize or self.itemsize))),
             grad=grad,
-            saves=(x,) if trained else (),
+            saves=((x,) if trained else ()) + (kept if x.grad else ()),
             packs="before" if grad else "",
             forward=(Product(inputs, outputs),),
             backward=(Product(inputs, outputs),) * (x.grad + trained),

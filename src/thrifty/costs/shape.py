@@ -6,8 +6,8 @@ change what is executed. With hidden size h, vocabulary V and L layers,
 
     parameters = V h [+ positions] + L (attention + mlp + norms) + final norm [+ V h, head not tied]
 
-Parameter counts are exact for the families in ``families.py``. Limits: dense decoders whose layers
-are all equal; no mixture of experts, no vision tower, no quantised storage, no cross attention.
+where some layers may have a mixture of experts for their mlp. Parameter counts are exact for the
+families in ``families/``. Limits: no vision tower, no quantised storage, no cross attention.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of one element."""
 
 
-PARTS = ("embedding", "attention", "mlp", "norms", "head")
+PARTS = ("embedding", "attention", "mlp", "experts", "norms", "head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,39 @@ class LinearShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The mixture of experts that stands in the mlp's place in some layers."""
+
+    layers: frozenset[int]
+    """Which layers have it."""
+    num_experts: int
+    num_active: int
+    """Experts that a token goes through, the shared ones not among them."""
+    intermediate_size: int
+    """Of one expert. All are gated; their weights are two tensors, no linears."""
+    bias: bool = False
+    router: str
+    """``softmax`` of all logits and the best of it; ``raw``: the best, then their softmax;
+    ``wide``: computed in float32, weights included; ``sigmoid``: wide, with a sigmoid, groups and
+    normalised weights."""
+    router_bias: bool = False
+    normalised: bool = False
+    """The chosen experts' weights are divided by their sum."""
+    wide_weights: bool = False
+    """They stay float32, whatever the model is."""
+    shared: tuple[LinearShape, ...] = ()
+    """Linears of the expert that every token goes through; with a gate of its own first, if any."""
+
+    def parameters(self, hidden_size: int) -> int:
+        """Of the routed experts and the router of one layer."""
+        inner = self.intermediate_size
+        expert = 3 * hidden_size * inner + self.bias * (2 * inner + hidden_size)
+        return self.num_experts * (expert + hidden_size + self.router_bias)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Sizes of a decoder with ``num_layers`` equal layers."""
+    """Sizes of a decoder with ``num_layers`` layers, equal but for experts and windows."""
 
     model_type: str
     num_layers: int
@@ -60,7 +91,8 @@ class ModelShape:
     dtype: str
     """What the checkpoint is stored in."""
     linears: tuple[LinearShape, ...]
-    """The linears of one layer, in the order in which they run."""
+    """The linears of a dense layer, in the order in which they run."""
+    experts: Experts | None = None
 
     norm: str = "rms"
     """``rms``; ``wide``: RMS with its weight applied in float32; ``layer``: LayerNorm; ``bare``:
@@ -136,23 +168,40 @@ class ModelShape:
         over = {"": 0, "head": 2 * self.head_dim, "all": self.query_size + self.key_value_size}
         return norms * self.norm_parameters + over[self.qk_norm]
 
-    @property
-    def layer_parameters(self) -> int:
-        return sum(linear.num_parameters for linear in self.linears) + self.layer_norm_parameters
+    def is_mixture(self, index: int) -> bool:
+        """Whether a layer has experts in its mlp's place."""
+        return self.experts is not None and index in self.experts.layers
 
-    @property
+    @cached_property
+    def mixture_linears(self) -> tuple[LinearShape, ...]:
+        """The linears of a layer with experts: attention, and what all tokens go through."""
+        attention = tuple(linear for linear in self.linears if linear.part == "attention")
+        return attention + (self.experts.shared if self.experts else ())
+
+    def linears_of(self, index: int) -> tuple[LinearShape, ...]:
+        """The linears of one layer; the weights of experts are not among them."""
+        return self.mixture_linears if self.is_mixture(index) else self.linears
+
+    @cached_property
     def lora_targets(self) -> tuple[str, ...]:
-        """The default LoRA targets: every linear of the layers, not the head."""
-        return tuple(dict.fromkeys(linear.name for linear in self.linears))
+        """The default LoRA targets: every linear of the layers, not the head, no router or gate."""
+        layers = range(self.num_layers)
+        found = (linear for index in layers for linear in self.linears_of(index))
+        return tuple(dict.fromkeys(linear.name for linear in found if linear.out_features > 1))
 
     @cached_property
     def parameters_by_part(self) -> dict[str, int]:
-        """Parameters of embedding, attention, mlp, norms and head; a tied head counts 0."""
+        """Parameters of each of ``PARTS``: a router's are the experts', a shared expert's the mlp's,
+        a tied head's 0."""
         parts: dict[str, int] = dict.fromkeys(PARTS, 0)
         positions = self.num_positions * self.hidden_size
         parts["embedding"] = self.head_parameters + positions + self.projection_parameters
-        for linear in self.linears:
-            parts[linear.part] += self.num_layers * linear.num_parameters
+        for index in range(self.num_layers):
+            for linear in self.linears_of(index):
+                parts[linear.part] += linear.num_parameters
+        if self.experts is not None:
+            mixtures = len(self.experts.layers)
+            parts["experts"] = mixtures * self.experts.parameters(self.hidden_size)
         parts["norms"] = self.num_layers * self.layer_norm_parameters
         parts["norms"] += self.norm_parameters if self.final_norm else 0
         parts["head"] = self.projection_parameters

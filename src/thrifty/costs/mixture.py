@@ -1,0 +1,141 @@
+"""What a mixture of experts executes, as transformers 5.x runs it by default (``grouped_mm``).
+
+Each token is copied to the k experts that the router chose for it, sorted by expert; two grouped
+products run over the sorted rows, and the results are weighed, put back in order and summed. So a
+layer with experts keeps k times what a gated mlp keeps, and the copies on top:
+
+    T k (2 h + 4 inner + 2 inner + 2 inner + 2 h) bytes in bf16, and some indices,
+
+whatever the router decides, since no token is dropped. An expert that every token shares runs
+beside them as ordinary linears, behind a gate of its own in Qwen2-MoE.
+"""
+
+from __future__ import annotations
+
+from thrifty.costs.operations import Product, Program, Size, Tensor
+from thrifty.costs.shape import Experts
+
+INDEX_BYTES = 8.0
+
+
+def mixture_of_experts(p: Program, x: Tensor) -> Tensor:
+    mixture = p.shape.experts
+    assert mixture is not None
+    routed = _routed(p, mixture, x, _router(p, mixture, x))
+    if mixture.shared:
+        shared = _shared(p, mixture, x)
+        routed = p.add(routed, shared)
+    p.hold(x)
+    return routed
+
+
+def _router(p: Program, mixture: Experts, x: Tensor) -> Tensor:
+    """The weights of a token's experts."""
+    chosen = mixture.num_active
+    wide = mixture.router in ("wide", "sigmoid")
+    if wide:
+        x = p.cast(x, p.itemsize, 4)
+    size = 4 if wide else p.itemsize
+    elements = p.shape.hidden_size * mixture.num_experts
+    weight: tuple[Tensor, ...] = ()
+    if wide and p.itemsize != 4:  # the weight is made float32 for it, and kept to reach x
+        weight = (p.emit("cast", (), Size(fixed=4.0 * elements), grad=p.trained),)
+    logits = p.product(
+        x, p.shape.hidden_size, mixture.num_experts, trained=p.trained, itemsize=size, kept=weight
+    )
+    if mixture.router == "raw":
+        best = _best(p, logits, chosen)
+        return p.apply("softmax", best, keeps="output", passes=(2.0, 2.0))
+    scores = p.cast(logits, size, 4)
+    kind = "sigmoid" if mixture.router == "sigmoid" else "softmax"
+    scores = p.apply(kind, scores, keeps="output", passes=(2.0, 2.0))
+    weights = _best(p, scores, chosen)
+    if mixture.normalised:
+        total = p.apply("sum", weights, share=1.0 / chosen)
+        weights = p.emit("divide", (weights, total), weights.size, saves=(weights, total))
+    return weights if mixture.wide_weights else p.cast(weights, 4, p.itemsize)
+
+
+def _best(p: Program, scores: Tensor, chosen: int) -> Tensor:
+    """The ``chosen`` largest, whose places autograd keeps."""
+    assert p.shape.experts is not None
+    places = Tensor(f"{p.name()} places", Size(INDEX_BYTES * chosen))
+    size = scores.size.times(chosen / p.shape.experts.num_experts)
+    return p.emit("topk", (scores,), size, saves=(places,) if scores.grad else ())
+
+
+def _routed(p: Program, mixture: Experts, x: Tensor, weights: Tensor) -> Tensor:
+    chosen, hidden, inner = mixture.num_active, p.shape.hidden_size, mixture.intermediate_size
+    rows = Size(INDEX_BYTES * chosen)
+    order = p.emit("sort", (), rows, grad=False)
+    copied = _gather(p, x, x.size.times(chosen))
+    sorted_weights = p.emit(
+        "gather", (weights, order), weights.size, saves=(order,) if weights.grad else ()
+    )
+    both = _grouped(p, mixture, copied, hidden, 2 * inner)
+    if mixture.bias:
+        both = _clamped_gate(p, both)
+    else:
+        both = p.multiply(p.apply(p.shape.activation, both, keeps="input", share=0.5), both)
+    out = _grouped(p, mixture, both, inner, hidden)
+    width = 4 if mixture.wide_weights else p.itemsize
+    kept = ((out,) if sorted_weights.grad else ()) + ((sorted_weights,) if out.grad else ())
+    weighed = p.emit(
+        "weigh_rows", (out, sorted_weights), Size(float(chosen * hidden * width)), saves=kept,
+        packs="before" if kept else "", passes=(1.0, 2.0),
+    )  # fmt: skip
+    restored = _gather(p, weighed, weighed.size)
+    summed = p.apply("sum", restored, share=1.0 / chosen)
+    return p.cast(summed, width, p.itemsize)
+
+
+def _gather(p: Program, x: Tensor, size: Size) -> Tensor:
+    """Rows of ``x`` by index; the indices are kept."""
+    assert p.shape.experts is not None
+    index = Tensor(f"{p.name()} index", Size(INDEX_BYTES * p.shape.experts.num_active))
+    return p.emit(
+        "gather", (x,), size, saves=(index,) if x.grad else (), packs="after" if x.grad else ""
+    )
+
+
+def _grouped(p: Program, mixture: Experts, x: Tensor, inputs: int, outputs: int) -> Tensor:
+    """Every row through its expert's matrix."""
+    grad = x.grad or p.trained
+    product = (Product(inputs, outputs * mixture.num_active),)
+    out = p.emit(
+        "grouped_mm",
+        (x,),
+        Size(float(mixture.num_active * outputs * p.itemsize)),
+        grad=grad,
+        saves=(x,) if p.trained else (),
+        packs="before" if grad else "",
+        forward=product,
+        backward=product * (x.grad + p.trained),
+        weight_elements=mixture.num_experts * inputs * outputs,
+        trained=p.trained,
+        passes=(0.0, 0.0),
+    )
+    if not mixture.bias:
+        return out
+    bias = p.emit("gather", (), out.size, grad=p.trained)  # a row's bias, added in place
+    p.hold(bias)
+    return out
+
+
+def _clamped_gate(p: Program, both: Tensor) -> Tensor:
+    """gpt-oss: (up + 1) gate sigmoid(alpha gate), gate and up clamped."""
+    gate = p.apply("clamp", both, keeps="input", share=0.5)
+    up = p.apply("clamp", both, keeps="input", share=0.5)
+    open_ = p.apply("sigmoid", p.apply("scale", gate), keeps="output")
+    return p.multiply(p.apply("scale", up), p.multiply(gate, open_))
+
+
+def _shared(p: Program, mixture: Experts, x: Tensor) -> Tensor:
+    *gates, into, up, down = mixture.shared
+    active = p.apply(p.shape.activation, p.linear(into, x), keeps="input")
+    out = p.linear(down, p.multiply(active, p.linear(up, x)))
+    for gate in gates:
+        share = p.apply("sigmoid", p.linear(gate, x), keeps="output")
+        kept = ((share,) if out.grad else ()) + ((out,) if share.grad else ())
+        out = p.emit("weigh_rows", (out, share), out.size, saves=kept, passes=(1.0, 2.0))
+    return out

@@ -417,6 +417,17 @@ TINY |= {
     ),
 }
 
+TINY |= {
+    "falcon": dict(
+        model_type="falcon",
+        hidden_size=64,
+        ffn_hidden_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=160,
+    ),
+}
+
 VARIANTS: dict[str, Config] = {
     "llama-biased": TINY["llama"] | dict(attention_bias=True, mlp_bias=True),
     "llama-mha-tied": TINY["llama"] | dict(num_key_value_heads=None, tie_word_embeddings=True),
@@ -452,6 +463,14 @@ VARIANTS: dict[str, Config] = {
     | dict(decoder_sparse_step=2, norm_topk_prob=True, num_hidden_layers=4),
     "qwen3_moe-some-dense": TINY["qwen3_moe"]
     | dict(mlp_only_layers=[0], norm_topk_prob=True, attention_bias=True),
+    "falcon-grouped": TINY["falcon"]
+    | dict(new_decoder_architecture=True, num_kv_heads=2, tie_word_embeddings=False),
+    "falcon-grouped-one-norm": TINY["falcon"]
+    | dict(new_decoder_architecture=True, num_kv_heads=1, num_ln_in_parallel_attn=1, bias=True),
+    "falcon-grouped-all": TINY["falcon"] | dict(new_decoder_architecture=True, num_kv_heads=4),
+    "falcon-sequential": TINY["falcon"] | dict(multi_query=False, parallel_attn=False, bias=True),
+    "falcon-alibi": TINY["falcon"]
+    | dict(multi_query=False, parallel_attn=False, bias=True, alibi=True),
     "opt-untied-no-final": TINY["opt"]
     | dict(tie_word_embeddings=False, _remove_final_layer_norm=True),
 }

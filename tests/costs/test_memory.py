@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from published import PUBLISHED, TINY, VARIANTS
-from tracing import allocated_peak, batch, build, saved_bytes
+from tracing import allocated_peak, batch, build, input_bytes, saved_bytes
 
 from thrifty.costs import memory
 from thrifty.costs.memory import (
     Adapter,
     MemorySetting,
+    Storage,
     account,
     checkpoint_bytes,
     forward_account,
@@ -33,9 +34,8 @@ def test_saved_activations(name, dtype, masked):
     config = (TINY | VARIANTS)[name]
     shape = ModelShape.from_config(config)
     for adapter in ADAPTERS if name in TINY else ADAPTERS[:1]:
-        measured = saved_bytes(
-            build(config, dtype=dtype, adapter=adapter), batch(ROWS, SEQUENCE, masked=masked)
-        )
+        model = build(config, dtype=dtype, adapter=adapter)
+        measured = saved_bytes(model, batch(ROWS, SEQUENCE, masked=masked, model=model))
         setting = MemorySetting(
             micro_batch=ROWS, sequence=SEQUENCE, dtype=dtype, adapter=adapter, masked=masked
         )
@@ -91,8 +91,9 @@ def test_peak_of_forward_and_backward(setting):
     config = TINY[family] | sizes | {"num_key_value_heads": 2}
     if family in ("gpt2", "gpt_neox", "opt"):
         del config["num_key_value_heads"]
-    shape, inputs = ModelShape.from_config(config), batch(4, 96, masked=True)
+    shape = ModelShape.from_config(config)
     model = build(config, dtype=dtype, adapter=adapter, recompute=recompute)
+    inputs = batch(4, 96, masked=True, model=model)
     measured = allocated_peak(lambda: model(**inputs).loss.backward())
     setting = MemorySetting(
         micro_batch=4, sequence=96, dtype=dtype, adapter=adapter, recompute=recompute
@@ -100,9 +101,8 @@ def test_peak_of_forward_and_backward(setting):
     seen = account(shape, setting)
     held = sum(seen.phases["loss"][term] for term in ("weights", "adapter", "optimizer_states"))
     most = max(seen.phase_bytes(phase) for phase in ("loss", "backward"))
-    inputs_bytes = sum(tensor.nbytes for tensor in inputs.values())
     # Kernels' own buffers are not counted; small here, they show with an adapter in bf16.
-    assert most - held - inputs_bytes == pytest.approx(measured, rel=0.08 if adapter else 0.03)
+    assert most - held - input_bytes(inputs) == pytest.approx(measured, rel=0.08 if adapter else 0.03)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -205,7 +205,9 @@ def test_cache_and_checkpoint():
     [
         ({"micro_batch": 0}, "micro_batch must be at least 1"),
         ({"dtype": "int8"}, "dtype 'int8' is not known"),
-        ({"optimizer": "lion"}, "optimizer 'lion' is not known"),
+        ({"storage": Storage(name="nf4", bits=4.5)}, "stored in nf4 cannot be trained"),
+        ({"in_backward": True, "gradient_accumulation_steps": 2}, "cannot be accumulated"),
+        ({"num_devices": 0}, "num_devices must be at least 1"),
         ({"device_kind": "tpu"}, "device kind 'tpu'"),
     ],
 )

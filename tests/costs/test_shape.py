@@ -90,6 +90,7 @@ def test_parts_of_a_known_model():
         "embedding": 128256 * 4096,
         "attention": 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024),
         "mlp": 32 * 3 * 4096 * 14336,
+        "experts": 0,
         "norms": 65 * 4096,
         "head": 128256 * 4096,
     }

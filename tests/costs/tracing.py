@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from thrifty.costs.operations import Adapter
 from thrifty.costs.shape import ModelShape
+from thrifty.data.packed_attention import pack_attention_kwargs
 
 
 def build(
@@ -52,19 +53,44 @@ def build(
     return model.train()
 
 
-def batch(rows: int, sequence: int, *, masked: bool = False) -> dict[str, torch.Tensor]:
-    """Packed rows: masked ones hold two documents each, the others one."""
+def batch(
+    rows: int, sequence: int, *, masked: bool = False, model: torch.nn.Module | None = None
+) -> dict[str, torch.Tensor]:
+    """Packed rows: masked ones hold two documents each, the others one; with the mask that
+    ``model`` has to be given to keep them apart."""
     ids = torch.ones(rows, sequence, dtype=torch.long)
     positions = torch.arange(sequence).repeat(rows, 1)
     if masked:
         positions %= sequence // 2 + 1
-    return {"input_ids": ids, "labels": ids, "position_ids": positions}
+    inputs = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    if masked and model is not None:
+        given = pack_attention_kwargs(
+            model.config.model_type,
+            positions,
+            dtype=model.dtype,
+            window=getattr(model.config, "sliding_window", None),
+        )
+        if "attention_mask" in given and not getattr(model.config, "alibi", False):
+            inputs["attention_mask"] = given["attention_mask"]
+    return inputs
+
+
+def masks(inputs: dict[str, Any]) -> list[torch.Tensor]:
+    """Those that a batch holds."""
+    given = inputs.get("attention_mask")
+    return list(given.values()) if isinstance(given, dict) else [] if given is None else [given]
+
+
+def input_bytes(inputs: dict[str, Any]) -> int:
+    plain = [tensor for name, tensor in inputs.items() if name != "attention_mask"]
+    return sum(tensor.nbytes for tensor in (*plain, *masks(inputs)))
 
 
 def saved_bytes(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> int:
-    """Bytes of the distinct buffers that autograd keeps after a forward, parameters excluded."""
+    """Bytes of the distinct buffers that autograd keeps after a forward, parameters excluded, and
+    of the masks given."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    held: dict[int, torch.Tensor] = {}
+    held = {mask.untyped_storage().data_ptr(): mask for mask in masks(inputs)}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() not in own:

@@ -125,7 +125,13 @@ def _step(
     shape: ModelShape, adapter: Adapter | None, last_layers: int | None, recompute: bool
 ) -> tuple[float, float]:
     """FLOPs of a forward and backward: per token, and per token and key."""
-    setup = Setup(eager=True, adapter=adapter, last_layers=last_layers, recompute=recompute)
+    only = None if last_layers is None else range(shape.num_layers - last_layers, shape.num_layers)
+    setup = Setup(
+        eager=True,
+        adapter=adapter,
+        only_layers=None if only is None else frozenset(only),
+        recompute=recompute,
+    )
     body = list(layers(shape, setup))
     products = _products(embedding(shape, setup), *body, head(shape, setup), backward=True)
     if recompute:

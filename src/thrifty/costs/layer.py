@@ -34,9 +34,14 @@ class Setup:
     adapter_itemsize: int = 4
     on_cpu: bool = True
     adapter: Adapter | None = None
-    last_layers: int | None = None
-    """Only the weights of this many last layers are trained; None: all, or the adapter."""
+    only_layers: frozenset[int] | None = None
+    """Only the weights of these layers are trained; None: all, or the adapter."""
+    only_head: bool = False
+    """Only the head's matrix is trained."""
     recompute: bool = False
+    """Some layers are run again in the backward."""
+    quantised: bool = False
+    """The layers' linears are stored in few bits, and made whole for each use."""
     backward: bool = True
     training: bool = True
     masked: bool = False
@@ -47,20 +52,26 @@ class Setup:
 
     @property
     def trains_all(self) -> bool:
-        return self.backward and self.adapter is None and self.last_layers is None
+        chosen = self.adapter is not None or self.only_layers is not None or self.only_head
+        return self.backward and not chosen
 
-    def embedding_grad(self) -> bool:
+    def trains_embedding(self, shape: ModelShape) -> bool:
+        """A head that is trained alone takes the embedding with it where they are tied."""
+        tied = self.backward and self.only_head and shape.tie_word_embeddings
+        return self.trains_all or tied
+
+    def embedding_grad(self, shape: ModelShape) -> bool:
         # transformers makes the embedding's output require a gradient under checkpointing, so that
         # the backward then runs through every layer whatever is frozen.
-        return self.backward and (self.trains_all or self.recompute)
+        return self.trains_embedding(shape) or (self.backward and self.recompute)
 
 
 @lru_cache(maxsize=512)
 def embedding(shape: ModelShape, setup: Setup) -> tuple[Operation, ...]:
     """Token ids -> the first layer's input."""
-    p = _program(shape, setup, trained=setup.trains_all)
+    p = _program(shape, setup, trained=setup.trains_embedding(shape))
     ids = Tensor("ids", Size(8.0))
-    grad = setup.embedding_grad()
+    grad = setup.embedding_grad(shape)
     width = Size(shape.embedding_size * p.itemsize)
     kept = (ids,) if p.trained else ()
     x = p.emit(
@@ -95,12 +106,14 @@ def embedding(shape: ModelShape, setup: Setup) -> tuple[Operation, ...]:
 def head(shape: ModelShape, setup: Setup, loss: bool = True) -> tuple[Operation, ...]:
     """The last layer's output -> logits, and the loss that ``ForCausalLMLoss`` takes in float32."""
     p = _program(shape, setup, trained=setup.trains_all)
-    x = _input(shape, setup, grad=setup.backward)
+    reached = setup.embedding_grad(shape) or not setup.only_head
+    x = _input(shape, setup, grad=setup.backward and reached)
     if shape.final_norm:
         x = p.norm(x, shape.hidden_size)
     if shape.projection_parameters:
         x = p.product(x, shape.hidden_size, shape.embedding_size, trained=p.trained)
-    logits = p.product(x, shape.embedding_size, shape.vocab_size, trained=p.trained)
+    trained = p.trained or (setup.only_head and setup.backward)
+    logits = p.product(x, shape.embedding_size, shape.vocab_size, trained=trained)
     if shape.logit_softcap:
         logits = p.apply("scale", logits)
         logits = p.apply("tanh", logits, keeps="output")
@@ -119,12 +132,10 @@ def layers(shape: ModelShape, setup: Setup) -> Iterator[tuple[Operation, ...]]:
     if setup.adapter is not None:
         setup.adapter.check(shape)
     adapted = _adapted(shape, setup)
-    first_trained = shape.num_layers - (setup.last_layers or 0)
-    grad = setup.embedding_grad()
+    grad = setup.embedding_grad(shape)
     sliding = _sliding(shape)
     for index in range(shape.num_layers):
-        trained = setup.trains_all or (setup.last_layers is not None and index >= first_trained)
-        trained = trained and setup.backward
+        trained = setup.trains_all or (setup.backward and index in (setup.only_layers or ()))
         adapter = setup.adapter if index in adapted else None
         masked = setup.masked or (setup.window_masked and sliding[index])
         yield layer(shape, setup, trained, adapter, grad, masked, shape.is_mixture(index))
@@ -200,6 +211,7 @@ def _program(
         adapter=adapter,
         masked=masked,
         training=setup.training,
+        quantised=setup.quantised,
         operations=[],
     )
 
@@ -246,6 +258,11 @@ def _attention(p: Program, x: Tensor, force_eager: bool) -> Tensor:
     fused = len(projections) == 1
     # With one product for q, k and v the three are views of the same buffer.
     q, k, v = [p.linear(projections[0], x)] * 3 if fused else [p.linear(y, x) for y in projections]
+    parts = (q,) if shape.splits else ()
+    if shape.splits:
+        k, v = p.emit("copy", (k,), key_bytes), p.emit("copy", (v,), key_bytes)
+    if shape.splits == "copies":
+        q = p.emit("copy", (q,), query_bytes)
     if shape.model_type == "opt":
         q = p.apply("scale", q)
     if shape.clips:  # in place, for which autograd keeps a copy of what was there
@@ -258,7 +275,7 @@ def _attention(p: Program, x: Tensor, force_eager: bool) -> Tensor:
         q, k = _rotate(p, q, query_bytes), _rotate(p, k, key_bytes)
     eager = force_eager or shape.attention == "eager"
     drops = shape.attention_dropout > 0 and p.training
-    if eager or (drops and p.on_cpu):
+    if eager or shape.attention == "math" or (drops and p.on_cpu):
         attended = _plain_attention(p, q, k, v, query_bytes, eager)
     else:
         attended = _fused_attention(p, q, k, v, query_bytes)
@@ -266,7 +283,7 @@ def _attention(p: Program, x: Tensor, force_eager: bool) -> Tensor:
         if shape.rotary_dim and (fused or shape.rotary_dim < shape.head_dim):
             attended = p.apply("copy", attended)
     result = p.linear(out, attended)
-    p.hold(x, q, k, v)  # local variables of the attention's forward
+    p.hold(x, *parts, q, k, v)  # local variables of the attention's forward
     return result
 
 
@@ -285,7 +302,7 @@ def _attention_product(p: Program) -> Product:
 def _fused_attention(p: Program, q: Tensor, k: Tensor, v: Tensor, out: Size) -> Tensor:
     shape = p.shape
     extra: tuple[Tensor, ...] = ()
-    if p.masked and shape.model_type != "opt":
+    if (p.masked and shape.mask == "positions") or (not p.masked and shape.mask == "always"):
         mask = p.emit("mask", (), Size(0.0, p.itemsize), grad=False)
         extra = (mask,)
         # A single key-value head is broadcast without a copy.

@@ -10,13 +10,18 @@ Limits: buffers inside a kernel are not seen, except the few of ``WORKSPACE``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from thrifty.costs.layer import Setup, embedding, head, layers
 from thrifty.costs.operations import Operation, Size, recomputed, saved, total
 from thrifty.costs.shape import ModelShape
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 WORKSPACE = {"square": 2.0, "rotate": 1.5, "weigh": 1.0, "gelu_new": 1.0}
 """Buffers that a backward made of several kernels needs beside the gradients, in outputs."""
@@ -35,30 +40,44 @@ class Point(NamedTuple):
     """Those of them whose gradient is made at this instant."""
 
 
+class Instants(NamedTuple):
+    """The points of a pass as columns, to be looked at for many batches at once."""
+
+    points: tuple[Point, ...]
+    columns: NDArray[np.float64]  # [num_points, 5]: token, map, fixed, done, fresh
+
+    def highest(
+        self, tokens: NDArray[Any], keys: NDArray[Any], done: float = 0.0, fresh: float = 0.0
+    ) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+        """For each batch the most bytes held and the instant at which they are; ``done``,
+        ``fresh``: bytes of an element of their gradients."""
+        token, keyed, fixed, left, made = self.columns.T[:, :, None]
+        held = tokens * (token + keyed * keys) + fixed + left * done + made * fresh
+        at = np.argmax(held, axis=0)
+        return held[at, np.arange(held.shape[1])], at
+
+
+def instants(points: Sequence[Point]) -> Instants:
+    rows = [(*total((p.kept, p.beside)), p.done, p.fresh) for p in points]
+    return Instants(tuple(points), np.array(rows, dtype=float))
+
+
 class Piece(NamedTuple):
     """A run of operations: the embedding, a layer, or the head."""
 
     saved: Size
     """Kept from its forward to its backward."""
-    forward: tuple[Point, ...]
-    backward: tuple[Point, ...]
-    recompute: tuple[Point, ...]
+    products: Size
+    """What its matrix products and its attention put out, which selective recomputation keeps."""
+    forward: Instants
+    backward: Instants
+    recompute: Instants
     """Its second forward and its backward, when its input is stored to recompute the rest."""
+    selective: Instants
+    """The same when the outputs of products are stored as well."""
     weight_elements: int
     """Elements that get a gradient."""
-
-
-def highest(
-    points: Iterable[Point], tokens: int, keys: int, done: float = 0.0, fresh: float = 0.0
-) -> Point:
-    """The instant that holds most; ``done``, ``fresh``: bytes of an element of their gradients."""
-
-    def held(point: Point) -> float:
-        token = point.kept.token + point.beside.token
-        keyed = point.kept.map + point.beside.map
-        return tokens * (token + keyed * keys) + point.done * done + point.fresh * fresh
-
-    return max(points, key=held)
+    input: Size
 
 
 @lru_cache(maxsize=2048)
@@ -68,39 +87,51 @@ def pieces(shape: ModelShape, setup: Setup) -> tuple[Piece, ...]:
     programs = (embedding(shape, setup), *layers(shape, setup), head(shape, setup))
     for operations in programs:
         if id(operations) not in known:
-            known[id(operations)] = _piece(operations)
+            known[id(operations)] = _piece(operations, Size(shape.hidden_size * setup.itemsize))
     return tuple(known[id(operations)] for operations in programs)
 
 
-def _piece(operations: Sequence[Operation]) -> Piece:
+def _piece(operations: Sequence[Operation], given: Size) -> Piece:
     backward, waiting = _backward_points(operations)
-    again = _forward_points(operations, len(recomputed(operations)), waiting)
+    stored, _ = _backward_points(operations, stored=True)
+    again = len(recomputed(operations))
+    cached = {each.writes.name: each.writes.size for each in operations[:again] if each.forward}
     return Piece(
         saved=total(tensor.size for tensor in saved(operations).values()),
-        forward=_forward_points(operations, len(operations)),
-        backward=backward,
-        recompute=again + _backward_points(operations, stored=True)[0],
+        products=total(cached.values()),
+        forward=instants(_forward_points(operations, len(operations))),
+        backward=instants(backward),
+        recompute=instants(_forward_points(operations, again, waiting) + stored),
+        selective=instants(_forward_points(operations, again, waiting, cached) + stored),
         weight_elements=sum(each.weight_elements for each in operations if each.trained),
+        input=given,
     )
 
 
 def _forward_points(
-    operations: Sequence[Operation], num_executed: int, waiting: Size | None = None
+    operations: Sequence[Operation],
+    num_executed: int,
+    waiting: Size | None = None,
+    cached: Mapping[str, Size] | None = None,
 ) -> tuple[Point, ...]:
-    """``waiting``: gradients alive throughout a recomputation, whose input is stored elsewhere."""
+    """``waiting``: gradients alive throughout a recomputation, whose input is stored elsewhere;
+    ``cached``: what was stored of it, handed out as it is come by."""
     last = {t.name: i for i, each in enumerate(operations) for t in (*each.reads, each.writes)}
     keeping = saved(operations)
     kept: dict[str, Size] = {}
     live: dict[str, Size] = {}
+    cache = dict(cached or {})
     points = [Point()]
     for index, each in enumerate(operations[:num_executed]):
+        cache.pop(each.writes.name, None)
         for tensor in (*each.reads, each.writes, *each.saves):
             (kept if tensor.name in keeping else live)[tensor.name] = tensor.size
         if waiting is not None:
             live["waiting"] = waiting
             live.pop("input", None)
             kept.pop("input", None)
-        points.append(Point(total(kept.values()), total(live.values())))
+        beside = total((*live.values(), *cache.values(), Size(fixed=each.unpacks)))
+        points.append(Point(total(kept.values()), beside))
         live = {name: size for name, size in live.items() if last.get(name, -1) > index}
     return tuple(points)
 
@@ -131,7 +162,8 @@ def _backward_points(
         work = each.writes.size.times(WORKSPACE.get(each.kind, 0.0))
         fresh = each.weight_elements if each.trained else 0
         done += fresh
-        beside = total((*gradients.values(), *written.values(), work))
+        unpacked = Size(fixed=each.unpacks if written else 0.0)
+        beside = total((*gradients.values(), *written.values(), work, unpacked))
         points.append(Point(total(kept.values()), beside, done, fresh))
         del gradients[each.writes.name]
         for name, size in written.items():

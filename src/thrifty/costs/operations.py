@@ -31,7 +31,8 @@ class Size(NamedTuple):
     map: float = 0.0
     fixed: float = 0.0
 
-    def at(self, tokens: float, keys: float) -> float:
+    def at(self, tokens: Any, keys: Any) -> Any:
+        """At these tokens and keys: numbers, or arrays of them."""
         return tokens * (self.token + self.map * keys) + self.fixed
 
     def times(self, factor: float) -> Size:
@@ -81,6 +82,8 @@ class Operation:
     backward: tuple[Product, ...] = ()
     weight_elements: int = 0
     trained: bool = False
+    unpacks: float = 0.0
+    """Bytes of the weight, made whole out of few bits for the forward and for the backward."""
     passes: tuple[float, float] = (1.0, 1.0)
     """Elementwise kernels of the forward and of the backward, each over about its output."""
 
@@ -145,6 +148,7 @@ class Program:
     adapter: Adapter | None = None
     masked: bool = False
     training: bool = True
+    quantised: bool = False
     operations: list[Operation]
 
     def name(self) -> str:
@@ -222,6 +226,7 @@ class Program:
         trained: bool,
         itemsize: int = 0,
         kept: tuple[Tensor, ...] = (),
+        unpacks: float = 0.0,
     ) -> Tensor:
         """``[tokens, inputs] @ [inputs, outputs]``. Its backward needs the weight only to reach x,
         and x only for the weight's own gradient. ``kept``: a copy of the weight made for this."""
@@ -237,12 +242,16 @@ class Program:
             backward=(Product(inputs, outputs),) * (x.grad + trained),
             weight_elements=inputs * outputs,
             trained=trained,
+            unpacks=unpacks,
             passes=(0.0, 0.0),
         )
 
     def linear(self, linear: LinearShape, x: Tensor) -> Tensor:
         inputs, outputs = linear.in_features, linear.out_features
-        out = self.product(x, inputs, outputs, trained=self.trained)
+        unpacks = float(inputs * outputs * self.itemsize) if self.quantised else 0.0
+        out = self.product(x, inputs, outputs, trained=self.trained, unpacks=unpacks)
+        if linear.bias and self.shape.bias_apart:
+            out = self.apply("bias", out)
         if self.adapter is None or not self.adapter.adapts(linear):
             return out
         itemsize = self.adapter_itemsize

@@ -75,6 +75,21 @@ class Experts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Latent:
+    """Multi-head latent attention: all keys and values of a token come from one narrow vector."""
+
+    query_rank: int = 0
+    """Width of the queries' own latent; 0: they come straight from the hidden state."""
+    rank: int
+    """Width of the latent that keys and values are expanded from."""
+    value_dim: int
+    """Of a head; queries and keys have ``head_dim``, of which ``rotary_dim`` is rotated and, in the
+    keys, shared by all heads."""
+    complex_rotary: bool = False
+    """Rotated as complex numbers in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """Sizes of a decoder with ``num_layers`` layers, equal but for experts and windows."""
 
@@ -93,6 +108,7 @@ class ModelShape:
     linears: tuple[LinearShape, ...]
     """The linears of a dense layer, in the order in which they run."""
     experts: Experts | None = None
+    latent: Latent | None = None
 
     norm: str = "rms"
     """``rms``; ``wide``: RMS with its weight applied in float32; ``layer``: LayerNorm; ``bare``:
@@ -115,6 +131,10 @@ class ModelShape:
     """Rotated channels of a head; 0: positions are learned."""
     wide_rotary: bool = False
     """Its cosines and sines are float32, whatever the model is."""
+    paired_rotary: bool = False
+    """They have one entry for two channels."""
+    no_rope_layers: frozenset[int] = frozenset()
+    """Layers that rotate nothing."""
     rotary_per_kind: bool = False
     """Layers that slide have cosines and sines of their own."""
     num_positions: int = 0
@@ -123,7 +143,18 @@ class ModelShape:
     embedding_size: int
     """Width of the token embedding; other than ``hidden_size`` only in opt-350m."""
     attention: str = "sdpa"
-    """What transformers runs by default: ``sdpa``, or ``eager`` where sdpa cannot (gemma2)."""
+    """What transformers runs by default: ``sdpa``; ``math``, its reference kernel, where it has no
+    fused one; or ``eager`` where it cannot be used (gemma2, gpt-oss)."""
+    mask: str = "positions"
+    """Who makes the mask that keeps the documents of a row apart: transformers from
+    ``positions``, or the caller: it is ``given``, shared by all layers. ``always``: given, and
+    without one transformers makes one for each layer. ``alibi``: biases of every head, made once;
+    documents cannot be kept apart."""
+    splits: str = ""
+    """What a product for queries, keys and values at once is cut into: views; copies of the
+    ``keys`` and values; or ``copies`` of all three, for all heads."""
+    bias_apart: bool = False
+    """A linear's bias is added by a kernel of its own."""
     attention_softcap: bool = False
     logit_softcap: bool = False
     sliding_window: int = 0
@@ -151,6 +182,26 @@ class ModelShape:
         return self.num_key_value_heads * self.head_dim
 
     @property
+    def value_dim(self) -> int:
+        """Width of a head's values, and of what it attends to."""
+        return self.latent.value_dim if self.latent else self.head_dim
+
+    @property
+    def cached_size(self) -> int:
+        """Elements that a KV cache holds of a token in a layer; of a latent, before it is expanded."""
+        if self.latent is None:
+            return 2 * self.key_value_size
+        return self.latent.rank + self.rotary_dim
+
+    @property
+    def expansion_parameters(self) -> int:
+        """Elements of the matrix that every token of a cache goes through at each step, or 0."""
+        if self.latent is None:
+            return 0
+        width = self.head_dim - self.rotary_dim + self.latent.value_dim
+        return self.latent.rank * self.num_attention_heads * width
+
+    @property
     def head_parameters(self) -> int:
         """Elements of the output matrix, tied or not."""
         return self.vocab_size * self.embedding_size
@@ -166,7 +217,8 @@ class ModelShape:
         """Parameters of all the norms of one layer."""
         norms = {"sandwich": 4, "shared": 1}.get(self.block, 2)
         over = {"": 0, "head": 2 * self.head_dim, "all": self.query_size + self.key_value_size}
-        return norms * self.norm_parameters + over[self.qk_norm]
+        latents = self.latent.query_rank + self.latent.rank if self.latent else 0
+        return norms * self.norm_parameters + over[self.qk_norm] + latents
 
     def is_mixture(self, index: int) -> bool:
         """Whether a layer has experts in its mlp's place."""
@@ -182,6 +234,13 @@ class ModelShape:
         """The linears of one layer; the weights of experts are not among them."""
         return self.mixture_linears if self.is_mixture(index) else self.linears
 
+    def layer_parameters(self, index: int) -> int:
+        """All parameters of one layer."""
+        own = sum(linear.num_parameters for linear in self.linears_of(index))
+        if self.is_mixture(index) and self.experts is not None:
+            own += self.experts.parameters(self.hidden_size)
+        return own + self.layer_norm_parameters
+
     @cached_property
     def lora_targets(self) -> tuple[str, ...]:
         """The default LoRA targets: every linear of the layers, not the head, no router or gate."""
@@ -191,8 +250,8 @@ class ModelShape:
 
     @cached_property
     def parameters_by_part(self) -> dict[str, int]:
-        """Parameters of each of ``PARTS``: a router's are the experts', a shared expert's the mlp's,
-        a tied head's 0."""
+        """Parameters of each of ``PARTS``: a router counts to the experts, a shared expert to the
+        mlp, a tied head to neither."""
         parts: dict[str, int] = dict.fromkeys(PARTS, 0)
         positions = self.num_positions * self.hidden_size
         parts["embedding"] = self.head_parameters + positions + self.projection_parameters

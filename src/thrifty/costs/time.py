@@ -32,7 +32,6 @@ from thrifty.costs.memory import (
     num_trained,
     saved_bytes,
     setup_of,
-    trained_itemsize,
 )
 from thrifty.costs.operations import Operation, Product, Size, recomputed
 from thrifty.costs.shape import ModelShape
@@ -113,7 +112,7 @@ def step_terms(
             kept = saved_bytes(shape, setting, head=False)
             fresh += max(0.0, kept - TRIM_THRESHOLD)
         memory += device.fault_seconds * fresh
-    trained = num_trained(shape, setting) * trained_itemsize(setting) if train else 0.0
+    trained = num_trained(shape, setting) * setting.trained_itemsize if train else 0.0
     return (
         products,
         memory,

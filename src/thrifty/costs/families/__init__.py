@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from thrifty.costs.families import gated, gemma, layer_normed, mixtures, olmo
+from thrifty.costs.families import falcon, gated, gemma, layer_normed, mixtures, olmo
 from thrifty.costs.families.config import Config
 from thrifty.costs.shape import ModelShape
 
@@ -37,6 +37,7 @@ FAMILIES: dict[str, Callable[[Config], ModelShape]] = {
     "gpt2": layer_normed.gpt2,
     "gpt_neox": layer_normed.gpt_neox,
     "opt": layer_normed.opt,
+    "falcon": falcon.falcon,
     "starcoder2": layer_normed.starcoder2,
 }
 

@@ -126,6 +126,7 @@ def opt(config: Config) -> ModelShape:
         block="pre" if before else "post",
         final_norm=before and not config.get("_remove_final_layer_norm", False),
         activation=config.get("activation_function", "relu"),
+        mask="given",
         dropout=config.rate("dropout", 0.1),
         attention_dropout=config.rate("attention_dropout", 0.0),
     )

@@ -1,0 +1,182 @@
+"""One way to run a training step, in plain numbers: all that decides its bytes.
+
+Memory techniques (``thrifty/memory/``) rewrite a setting; ``costs/memory.py`` evaluates it, since
+what they save does not add up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from thrifty.costs.layer import Setup
+from thrifty.costs.operations import Adapter
+from thrifty.costs.shape import ITEMSIZE, LinearShape, ModelShape
+
+DEVICE_KINDS = ("cpu", "cuda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """How the frozen linears of the layers lie in memory: fewer bits, made whole for each use."""
+
+    name: str
+    bits: float
+    """Of a weight, the scales of its blocks included."""
+    row_bytes: float = 0.0
+    """Of the scale of an output row."""
+
+    def bytes_of(self, linear: LinearShape) -> float:
+        elements = linear.in_features * linear.out_features
+        return elements * self.bits / 8 + self.row_bytes * linear.out_features
+
+
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """What an optimizer keeps of a trained tensor, and what its step allocates beside.
+
+    For a matrix of m x n elements of ``itemsize`` bytes, n the larger,
+
+        m n (relative itemsize + absolute) + edge (m + n)
+
+    or, with a rank r < m, (2 r n + m r) itemsize; for a vector ``vector`` bytes an element, where
+    given.
+    """
+
+    name: str
+    relative: float = 0.0
+    absolute: float = 0.0
+    edge: float = 0.0
+    rank: int = 0
+    """Moments of the gradient projected to this rank, and the projector."""
+    projector: bool = True
+    """False: the projector is made anew from a seed."""
+    vector: float | None = None
+    wide_embedding: float = 0.0
+    """Bytes an element of the embedding keeps instead, where it is treated apart."""
+    step_all: float = 0.0
+    """Copies of all that is trained, which the step makes; 1 for AdamW's ``foreach`` on CUDA."""
+    step_largest: float = 0.0
+    """Bytes an element of the largest trained tensor."""
+
+    def matrix_bytes(self, rows: int, columns: int, itemsize: int) -> float:
+        small, large = sorted((rows, columns))
+        if self.rank and self.rank < small:
+            return (2.0 * self.rank * large + self.projector * small * self.rank) * itemsize
+        elements = rows * columns * (self.relative * itemsize + self.absolute)
+        return elements + self.edge * (rows + columns)
+
+    def vector_bytes(self, elements: int, itemsize: int) -> float:
+        if self.vector is not None:
+            return self.vector * elements
+        return elements * (self.relative * itemsize + self.absolute)
+
+
+ADAMW = States(name="adamw", relative=2.0)
+"""Two moments in the weight's dtype, as ``torch.optim.AdamW`` keeps them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySetting:
+    """One way to run the training step."""
+
+    micro_batch: int = 1
+    sequence: int = 1024
+    """Tokens of a row, padding included."""
+    dtype: str = "bfloat16"
+    """Of the model's weights; gradients and AdamW's states follow it."""
+    masked: bool = True
+    """Attention gets a mask: rows are packed with several documents, or padded."""
+    gradient_accumulation_steps: int = 1
+    device_kind: str = "cpu"
+    num_devices: int = 1
+    """Over which weights, gradients and states are sharded (FSDP), a layer gathered at a time."""
+
+    # what is trained: all weights, unless one of these says otherwise
+    adapter: Adapter | None = None
+    adapter_dtype: str = "float32"
+    """PEFT keeps adapters in float32 unless told otherwise."""
+    only_layers: frozenset[int] | None = None
+    """Blockwise: the weights of these layers alone."""
+    only_head: bool = False
+    zeroth_order: bool = False
+    """Two forwards and no backward (MeZO)."""
+
+    # how it is held
+    storage: Storage | None = None
+    """Of the frozen linears; None: as they are."""
+    states: States = ADAMW
+    states_offloaded: bool = False
+    """They live on the host."""
+    fused: bool = True
+    """``adamw_torch_fused``. Unfused AdamW allocates more: on CUDA a copy of what it trains."""
+    in_backward: bool = False
+    """A weight is updated as soon as its gradient is there, which is then dropped."""
+
+    # activations and loss
+    recompute: int = 0
+    """Every how many layers one is run again in the backward; 0: none, 1 (or True): all."""
+    selective: bool = False
+    """Of those, the outputs of products and attention are kept."""
+    offload: bool = False
+    """What is kept from the forward to the backward waits on the host."""
+    loss_chunk: int = 0
+    """Tokens whose logits exist at a time; 0: all."""
+    holds_logits: bool = False
+    """The model's output, so its logits, stays alive during the backward."""
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch", "sequence", "gradient_accumulation_steps", "num_devices"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1\nhint: leave it out for the default")
+        for name in ("dtype", "adapter_dtype"):
+            if getattr(self, name) not in ITEMSIZE:
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} is not known\nhint: use {', '.join(ITEMSIZE)}"
+                )
+        if self.device_kind not in DEVICE_KINDS:
+            raise ValueError(
+                f"device kind {self.device_kind!r} is not known\nhint: use cpu or cuda"
+            )
+        if self.storage is not None and self.adapter is None and not self.zeroth_order:
+            raise ValueError(
+                f"weights stored in {self.storage.name} cannot be trained themselves\n"
+                "hint: train an adapter on them"
+            )
+        if self.in_backward and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "gradients that are used up in the backward cannot be accumulated\n"
+                "hint: gradient_accumulation_steps 1 and a larger micro-batch, or another optimizer"
+            )
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_batch * self.sequence
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of the model."""
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def trained_itemsize(self) -> int:
+        """Bytes of an element of what is trained."""
+        return self.itemsize if self.adapter is None else ITEMSIZE[self.adapter_dtype]
+
+
+def setup_of(shape: ModelShape, setting: MemorySetting, *, backward: bool = True) -> Setup:
+    """What of a setting decides which kernels run."""
+    backward = backward and not setting.zeroth_order
+    return Setup(
+        itemsize=setting.itemsize,
+        adapter_itemsize=ITEMSIZE[setting.adapter_dtype],
+        on_cpu=setting.device_kind == "cpu",
+        adapter=setting.adapter,
+        only_layers=setting.only_layers,
+        only_head=setting.only_head,
+        recompute=bool(setting.recompute),
+        quantised=setting.storage is not None,
+        backward=backward,
+        training=backward,
+        masked=setting.masked,
+        window_masked=0 < shape.sliding_window <= setting.sequence,
+    )

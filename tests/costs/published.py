@@ -421,7 +421,6 @@ TINY |= {
     "falcon": dict(
         model_type="falcon",
         hidden_size=64,
-        ffn_hidden_size=160,
         num_hidden_layers=2,
         num_attention_heads=4,
         vocab_size=160,
@@ -466,7 +465,8 @@ VARIANTS: dict[str, Config] = {
     "falcon-grouped": TINY["falcon"]
     | dict(new_decoder_architecture=True, num_kv_heads=2, tie_word_embeddings=False),
     "falcon-grouped-one-norm": TINY["falcon"]
-    | dict(new_decoder_architecture=True, num_kv_heads=1, num_ln_in_parallel_attn=1, bias=True),
+    | dict(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1, bias=True)
+    | dict(ffn_hidden_size=160),
     "falcon-grouped-all": TINY["falcon"] | dict(new_decoder_architecture=True, num_kv_heads=4),
     "falcon-sequential": TINY["falcon"] | dict(multi_query=False, parallel_attn=False, bias=True),
     "falcon-alibi": TINY["falcon"]

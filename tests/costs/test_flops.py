@@ -16,8 +16,10 @@ from thrifty.costs.flops import (
     forward_flops,
     gradient_score_flops,
     score_flops,
+    step_flops,
     train_flops,
 )
+from thrifty.costs.setting import MemorySetting
 from thrifty.costs.shape import ModelShape
 
 ROWS, SEQUENCE = 2, 16
@@ -134,3 +136,75 @@ def test_a_price_takes_microseconds():
     for sequence in range(1, 501):
         train_flops(shape, 1, sequence, adapter=adapter)
     assert time.perf_counter() - start < 0.1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_the_head_alone(family):
+    config = THREE[family]
+    shape, model = ModelShape.from_config(config), build(config, attention="eager")
+    model.requires_grad_(False)
+    model.get_output_embeddings().weight.requires_grad_(True)
+    measured = counted(lambda: model(**batch(ROWS, SEQUENCE)).loss.backward())
+    setting = MemorySetting(micro_batch=ROWS, sequence=SEQUENCE, only_head=True)
+    # GPT-2's head is its embedding, so that its gradient is wanted through all layers.
+    assert step_flops(shape, setting) == measured
+
+
+@pytest.mark.parametrize("recompute", [0, 1])
+def test_one_block_of_layers(recompute):
+    shape, config = ModelShape.from_config(THREE["llama"]), THREE["llama"]
+    model = build(config, attention="eager", recompute=bool(recompute))
+    model.requires_grad_(False)
+    model.model.layers[1].requires_grad_(True)
+    measured = counted(lambda: model(**batch(ROWS, SEQUENCE)).loss.backward())
+    setting = MemorySetting(
+        micro_batch=ROWS, sequence=SEQUENCE, only_layers=frozenset({1}), recompute=recompute
+    )
+    assert step_flops(shape, setting) == measured
+
+
+def test_recomputing_every_second_layer():
+    shape = ModelShape.from_config(THREE["llama"])
+    model = build(THREE["llama"], attention="eager", recompute=True)
+    for index, layer in enumerate(model.model.layers):
+        layer.gradient_checkpointing = index % 2 == 0
+    measured = counted(lambda: model(**batch(ROWS, SEQUENCE)).loss.backward())
+    setting = MemorySetting(micro_batch=ROWS, sequence=SEQUENCE, recompute=2)
+    assert step_flops(shape, setting) == measured
+
+
+def test_selective_recomputation_runs_no_product_again():
+    from functools import partial
+
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    products = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default}
+
+    def policy(context, operation, *args, **kwargs):
+        kept = operation in products
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    shape, model = ModelShape.from_config(THREE["llama"]), build(THREE["llama"], attention="eager")
+    model.gradient_checkpointing_enable(
+        {
+            "use_reentrant": False,
+            "context_fn": partial(create_selective_checkpoint_contexts, policy),
+        }
+    )
+    measured = counted(lambda: model(**batch(ROWS, SEQUENCE)).loss.backward())
+    setting = MemorySetting(micro_batch=ROWS, sequence=SEQUENCE, recompute=1, selective=True)
+    assert step_flops(shape, setting) == measured
+
+
+def test_two_forwards_of_zeroth_order():
+    shape = ModelShape.from_config(THREE["llama"])
+    setting = MemorySetting(micro_batch=ROWS, sequence=SEQUENCE, zeroth_order=True)
+    assert step_flops(shape, setting) == 2 * forward_flops(shape, ROWS, SEQUENCE)
+
+
+def test_a_chunked_loss_makes_its_logits_twice():
+    shape = ModelShape.from_config(THREE["llama"])
+    whole = MemorySetting(micro_batch=ROWS, sequence=SEQUENCE)
+    chunked = MemorySetting(micro_batch=ROWS, sequence=SEQUENCE, loss_chunk=8)
+    more = step_flops(shape, chunked) - step_flops(shape, whole)
+    assert more == 2 * ROWS * SEQUENCE * shape.hidden_size * shape.vocab_size

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from thrifty.costs.hardware import Device
+    from thrifty.costs.setting import MemorySetting
     from thrifty.costs.shape import ModelShape
 
 
@@ -248,10 +249,45 @@ class Verdict:
     """The ``Forecast`` of the loss that it rests on, where it made one."""
 
 
+# -- memory -------------------------------------------------------------------------------------
+
+
+class MemoryTechnique(ABC):
+    """One way to hold a part of a training step: the weights, what is trained of them, the
+    optimizer's states, the activations, or the loss.
+
+    A combination takes one of each. Each rewrites the setting that ``costs/memory.py`` evaluates,
+    in the order of ``MEMORY_KINDS``, since what they save does not add up.
+    """
+
+    makes: ClassVar[Literal["fit", "faster"]]
+    """What it is for: to make a model fit, or to get more from a FLOP."""
+    runs: ClassVar[bool]
+    """Whether a run of thrifty can train with it; otherwise it is priced alone."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Packages that it takes."""
+    source: ClassVar[str]
+    worth: ClassVar[Worth]
+    """Of a token trained on under it, in tokens under the reference."""
+    worth_trained: ClassVar[Worth | None] = None
+    """The same where the weights that it holds are trained themselves."""
+
+    def refuses(self, setting: MemorySetting) -> str | None:
+        """Why it cannot be combined with what ``setting`` has so far; None where it can."""
+        return None
+
+    @abstractmethod
+    def rewrite(self, setting: MemorySetting) -> MemorySetting: ...
+
+
+MEMORY_KINDS = ("trained", "weights", "states", "activations", "loss")
+
+
 KINDS: Mapping[str, tuple[str, type]] = {
     "scorer": ("thrifty.scorers", Scorer),
     "filter": ("thrifty.filters", Filter),
     "picker": ("thrifty.pickers", Picker),
     "stopping": ("thrifty.stopping", StoppingRule),
+    **{kind: (f"thrifty.memory.{kind}", MemoryTechnique) for kind in MEMORY_KINDS},
 }
 """kind -> (package whose files are its methods, the contract)."""

@@ -13,7 +13,7 @@ Recomputation (``torch.utils.checkpoint``, not reentrant, one decoder layer at a
 transformers sets up) runs a layer's forward again up to its last saved tensor: the product after
 that, usually the layer's last linear, is skipped, and the head is never recomputed. Under it
 transformers makes the embedding's output require a gradient, so the backward reaches the first
-layer whatever is frozen.
+layer whatever is frozen. Selective recomputation keeps what products put out and runs none again.
 
 Exact for the products counted; norms, activations, softmax and the optimizer are not counted.
 """
@@ -25,6 +25,7 @@ from functools import lru_cache
 
 from thrifty.costs.layer import Setup, embedding, head, layers
 from thrifty.costs.operations import Adapter, Operation, Product, recomputed
+from thrifty.costs.setting import MemorySetting
 from thrifty.costs.shape import ModelShape
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "forward_flops",
     "gradient_score_flops",
     "score_flops",
+    "step_coefficients",
+    "step_flops",
     "train_flops",
 ]
 
@@ -57,12 +60,18 @@ def train_flops(
     sequence: int,
     *,
     adapter: Adapter | None = None,
-    recompute: bool = False,
+    recompute: int = 0,
     causal: bool = False,
 ) -> float:
     """Forward and backward of one micro-batch; all weights, or an adapter on frozen ones."""
-    linear, attention = _step(shape, adapter, None, recompute)
-    return _count(linear, attention, batch, sequence, causal)
+    setting = MemorySetting(adapter=adapter, recompute=recompute)
+    return _count(*step_coefficients(shape, setting), batch, sequence, causal)
+
+
+def step_flops(shape: ModelShape, setting: MemorySetting, *, causal: bool = False) -> float:
+    """Forward and backward of one micro-batch, in whatever way it is run."""
+    linear, attention = step_coefficients(shape, setting)
+    return _count(linear, attention, setting.micro_batch, setting.sequence, causal)
 
 
 def gradient_score_flops(
@@ -80,7 +89,11 @@ def gradient_score_flops(
             f"last_layers must be from 1 to {shape.num_layers}, not {last_layers}\n"
             "hint: leave it out for the gradient of all weights"
         )
-    linear, attention = _step(shape, adapter, last_layers, False)
+    only = None
+    if last_layers is not None:
+        only = frozenset(range(shape.num_layers - last_layers, shape.num_layers))
+    setting = MemorySetting(adapter=adapter, only_layers=only)
+    linear, attention = step_coefficients(shape, setting)
     return _count(linear, attention, batch, sequence, causal)
 
 
@@ -120,22 +133,47 @@ def _forward(shape: ModelShape) -> tuple[float, float, float]:
     return *_sum(body), _sum([logits])[0]
 
 
+def step_coefficients(shape: ModelShape, setting: MemorySetting) -> tuple[float, float]:
+    """FLOPs of a step per token, and per token and key; no other size enters."""
+    return _step(
+        shape,
+        setting.adapter,
+        setting.only_layers,
+        setting.only_head,
+        setting.zeroth_order,
+        int(setting.recompute),
+        setting.selective,
+        setting.loss_chunk > 0,
+    )
+
+
 @lru_cache(maxsize=4096)
 def _step(
-    shape: ModelShape, adapter: Adapter | None, last_layers: int | None, recompute: bool
+    shape: ModelShape,
+    adapter: Adapter | None,
+    only_layers: frozenset[int] | None,
+    only_head: bool,
+    zeroth_order: bool,
+    recompute: int,
+    selective: bool,
+    chunked: bool,
 ) -> tuple[float, float]:
-    """FLOPs of a forward and backward: per token, and per token and key."""
-    only = None if last_layers is None else range(shape.num_layers - last_layers, shape.num_layers)
+    if zeroth_order:  # the loss on both sides of a random direction
+        linear, attention, head_linear = _forward(shape)
+        return 2 * (linear + head_linear), 2 * attention
     setup = Setup(
         eager=True,
         adapter=adapter,
-        only_layers=None if only is None else frozenset(only),
-        recompute=recompute,
+        only_layers=only_layers,
+        only_head=only_head,
+        recompute=bool(recompute),
     )
-    body = list(layers(shape, setup))
-    products = _products(embedding(shape, setup), *body, head(shape, setup), backward=True)
-    if recompute:
-        products += _products(*(recomputed(operations) for operations in body))
+    body, top = tuple(layers(shape, setup)), head(shape, setup)
+    products = _products(embedding(shape, setup), *body, top, backward=True)
+    if recompute and not selective:
+        products += _products(*(recomputed(operations) for operations in body[::recompute]))
+    if chunked:  # a chunk's logits are made again for its backward
+        products += _products(top)[-1:]
     return _sum(products)
 
 

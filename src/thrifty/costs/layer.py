@@ -280,7 +280,8 @@ def _attention(p: Program, x: Tensor, force_eager: bool) -> Tensor:
     else:
         attended = _fused_attention(p, q, k, v, query_bytes)
         # Concatenated rotary halves leave heads first; then the output is copied to tokens first.
-        if shape.rotary_dim and (fused or shape.rotary_dim < shape.head_dim):
+        halves = fused and shape.model_type != "falcon"  # which rotates whole heads
+        if shape.rotary_dim and (halves or shape.rotary_dim < shape.head_dim):
             attended = p.apply("copy", attended)
     result = p.linear(out, attended)
     p.hold(x, *parts, q, k, v)  # local variables of the attention's forward

@@ -47,7 +47,7 @@ class Instants(NamedTuple):
     columns: NDArray[np.float64]  # [num_points, 5]: token, map, fixed, done, fresh
 
     def highest(
-        self, tokens: NDArray[Any], keys: NDArray[Any], done: float = 0.0, fresh: float = 0.0
+        self, tokens: NDArray[Any], keys: float, done: float = 0.0, fresh: float = 0.0
     ) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
         """For each batch the most bytes held and the instant at which they are; ``done``,
         ``fresh``: bytes of an element of their gradients."""
@@ -158,7 +158,7 @@ def _backward_points(
             continue
         if each.packs and waiting is None:
             waiting = total(gradients.values())
-        written = _gradients_written(each)
+        written = _gradients_written(each, gradients[each.writes.name])
         work = each.writes.size.times(WORKSPACE.get(each.kind, 0.0))
         fresh = each.weight_elements if each.trained else 0
         done += fresh
@@ -175,11 +175,12 @@ def _backward_points(
     return tuple(points), waiting or Size()
 
 
-def _gradients_written(operation: Operation) -> dict[str, Size]:
-    """The gradient buffers that an operation's backward fills. A sum hands its own on instead: the
-    first input of the same size takes it over."""
+def _gradients_written(operation: Operation, own: Size) -> dict[str, Size]:
+    """The gradient buffers that an operation's backward fills. A sum hands its ``own`` on instead:
+    the first input of the same size takes it over, or nothing where a sum before shared it."""
     needing = {tensor.name: tensor.size for tensor in operation.reads if tensor.grad}
     if operation.kind != "add":
         return needing
     handed = [name for name, size in needing.items() if size == operation.writes.size]
-    return {name: Size() if name in handed[1:] else size for name, size in needing.items()}
+    given = {name: own if name in handed[:1] else Size() for name in handed}
+    return needing | given

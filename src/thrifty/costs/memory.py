@@ -21,9 +21,10 @@ Limits: no autocast (the model itself has ``dtype``); eager PyTorch, not compile
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Bytes = NDArray[np.float64]
-    Terms = dict[str, Bytes]
 
 __all__ = [
     "ADAMW",
@@ -102,259 +102,336 @@ class MemoryAccount:
 
 def account(shape: ModelShape, setting: MemorySetting) -> MemoryAccount:
     """Bytes of one training step in steady state: optimizer states exist from its start."""
-    step = _Step(shape, setting, [setting.micro_batch])
-    return MemoryAccount(
-        phases={
-            phase: {term: float(size[0]) for term, size in terms.items()}
-            for phase, terms in step.phases().items()
-        }
-    )
+    step = _Step(shape, setting, (setting.micro_batch,))
+    return MemoryAccount(phases=step.terms())
 
 
 def peaks(shape: ModelShape, setting: MemorySetting, micro_batches: Sequence[int]) -> Bytes:
     """The peak of ``account`` at each micro-batch, [len(micro_batches)]."""
-    phases = _Step(shape, setting, micro_batches).phases()
-    return np.maximum.reduce([_sum(terms) for terms in phases.values()])
+    step = _Step(shape, setting, tuple(micro_batches))
+    return step.held + np.maximum.reduce([instant.bytes for instant in step.instants().values()])
+
+
+class _Instant(NamedTuple):
+    """The highest instant of a phase: what it holds beside what holds always, and of what."""
+
+    bytes: Bytes
+    """[num_batches]"""
+    of: Callable[[int], dict[str, float]]
+    """Number of a batch -> the bytes by term."""
+
+
+class _Passes:
+    """The forward and the backward of a program at some batches: what each layer keeps, and the
+    most that lives beside it. Settings that run the same kernels share it."""
+
+    def __init__(
+        self, shape: ModelShape, setup: Setup, micro_batches: tuple[int, ...], sequence: int
+    ) -> None:
+        self.tokens = np.array(micro_batches, dtype=float) * sequence
+        self.keys = float(sequence)
+        self.first, *body, self.last = pieces(shape, setup)
+        self.kinds = tuple({id(piece): piece for piece in body}.values())
+        place = {id(piece): number for number, piece in enumerate(self.kinds)}
+        self.kind_of = np.array([place[id(piece)] for piece in body])  # [num_layers]
+        self.before = self.bytes(total((self.first.saved, _shared(shape, setup))))
+        self.input = self.bytes(self.last.input)
+        self.saved = np.stack([self.bytes(kind.saved) for kind in self.kinds])  # [kinds, batches]
+        self.products = np.stack([self.bytes(kind.products) for kind in self.kinds])
+        elements = np.array([kind.weight_elements for kind in self.kinds], dtype=float)
+        per_layer = elements[self.kind_of]
+        self.elements = per_layer.sum() + self.last.weight_elements
+        # Of weights whose gradients exist when the backward comes to a layer.
+        self.done = self.last.weight_elements + (per_layer.sum() - np.cumsum(per_layer))
+        self._highest: dict[tuple[str, float, float], tuple[Bytes, Any]] = {}
+
+    def bytes(self, size: Size, tokens: Bytes | None = None) -> Bytes:
+        tokens = self.tokens if tokens is None else tokens
+        return size.at(tokens, self.keys) + np.zeros_like(tokens)
+
+    def highest(self, mode: str, done: float, fresh: float) -> tuple[Bytes, Any]:
+        """The most that each kind of layer holds in ``mode``, and when, [num_kinds, batches]."""
+        key = mode, done, fresh
+        if key not in self._highest:
+            found = [
+                getattr(kind, mode).highest(self.tokens, self.keys, done, fresh)
+                for kind in self.kinds
+            ]
+            self._highest[key] = tuple(np.stack(each) for each in zip(*found, strict=True))  # type: ignore[assignment]
+        return self._highest[key]
+
+
+@lru_cache(maxsize=256)
+def _passes(
+    shape: ModelShape, setup: Setup, micro_batches: tuple[int, ...], sequence: int
+) -> _Passes:
+    return _Passes(shape, setup, micro_batches, sequence)
 
 
 class _Step:
-    """The amounts that the phases of a training step share; every array is one entry a batch."""
+    """The phases of a training step under one setting; arrays have an entry a micro-batch."""
 
     def __init__(
-        self, shape: ModelShape, setting: MemorySetting, micro_batches: Sequence[int]
+        self, shape: ModelShape, setting: MemorySetting, micro_batches: tuple[int, ...]
     ) -> None:
         self.shape, self.setting = shape, setting
         self.setup = setup_of(shape, setting)
-        self.tokens = np.asarray(micro_batches, dtype=float) * setting.sequence
-        self.keys = float(setting.sequence)
-        self.none = np.zeros_like(self.tokens)
-        self.trained = trained(shape, setting)
-        self.states = self._states()
+        self.passes = _passes(shape, self.setup, micro_batches, setting.sequence)
+        self.tokens, self.keys = self.passes.tokens, self.passes.keys
         self.itemsize = setting.trained_itemsize
         self.shards = setting.num_devices
+        self.trained = trained(shape, setting)
         self.gradients = self.trained.num_elements * self.itemsize / self.shards
         # While gradients accumulate all exist, and a new one lives until it is added to the old.
         self.accumulating = setting.gradient_accumulation_steps > 1
-        self.first, *self.body, self.last = pieces(shape, self.setup)
-        self.before = self.bytes(total((self.first.saved, _shared(shape, self.setup))))
-        self._stored: dict[tuple[int, bool], Bytes] = {}
+        # Bytes of an element of the gradients that stay as the backward goes on, and of one made.
+        self.left = 0.0 if self.accumulating or setting.in_backward else self.itemsize / self.shards
+        self.fresh = float(self.itemsize) if not self.left or self.shards > 1 else 0.0
+        every = int(setting.recompute)
+        depth = len(self.passes.kind_of)
+        self.again = np.array([every > 0 and index % every == 0 for index in range(depth)])
 
-    def phases(self) -> dict[str, Terms]:
-        if self.setting.zeroth_order:
-            return self._forwards()
-        step = {"loss": self._loss(), "backward": self._backward()}
-        return step | {"optimizer": self._optimizer()}
+    # -- what holds whatever the phase ------------------------------------------------------------
 
-    def bytes(self, size: Size) -> Bytes:
-        return self.none + size.at(self.tokens, self.keys)
-
-    # -- what holds whatever the batch ------------------------------------------------------------
-
-    def _states(self) -> Terms:
+    @cached_property
+    def states(self) -> dict[str, float]:
         setting, shape = self.setting, self.shape
         adapter = 0.0
         if setting.adapter is not None:
             adapter = float(self.trained.num_elements * setting.trained_itemsize)
-        sizes = {
-            "weights": weight_bytes(shape, setting) / setting.num_devices,
-            "adapter": adapter / setting.num_devices,
-            "optimizer_states": 0.0
-            if setting.states_offloaded
-            else state_bytes(shape, setting) / setting.num_devices,
+        optimizer = 0.0 if setting.states_offloaded else state_bytes(shape, setting)
+        held = {
+            "weights": weight_bytes(shape, setting),
+            "adapter": adapter,
+            "optimizer_states": optimizer,
         }
-        return {term: self.none + sizes.get(term, 0.0) for term in TERMS}
+        return {term: size / self.shards for term, size in held.items()}
 
-    def _gathered(self) -> float:
+    @cached_property
+    def held(self) -> Bytes:
+        """States and the batch: of every phase."""
+        return sum(self.states.values()) + BATCH_BYTES * self.tokens
+
+    @cached_property
+    def gathered(self) -> float:
         """Sharded: the layer at work and the next one, whole."""
         if self.shards == 1:
             return 0.0
         layer = max(self.shape.layer_parameters(i) for i in range(self.shape.num_layers))
-        ends = self.shape.head_parameters
-        return float(max(2 * layer, layer + ends) * self.setting.itemsize)
+        return float(max(2 * layer, layer + self.shape.head_parameters) * self.setting.itemsize)
+
+    @cached_property
+    def logits(self) -> Bytes:
+        """Of a model's output that stays alive."""
+        element = self.shape.vocab_size * self.setting.itemsize if self.setting.holds_logits else 0
+        return self.tokens * float(element)
+
+    def terms(self) -> dict[str, dict[str, float]]:
+        """Phase -> term -> bytes, of the first batch."""
+        found = {}
+        for phase, instant in self.instants().items():
+            terms = dict.fromkeys(TERMS, 0.0) | self.states
+            terms["temporaries"] += BATCH_BYTES * float(self.tokens[0])
+            for term, size in instant.of(0).items():
+                terms[term] += size
+            found[phase] = terms
+        return found
+
+    def instants(self) -> dict[str, _Instant]:
+        if self.setting.zeroth_order:
+            return self._forwards()
+        return {
+            "loss": _highest_of(self._head(), self._last_forward()),
+            "backward": _highest_of(self._layers(), self._embedding()),
+            "optimizer": self._optimizer(),
+        }
 
     # -- what is kept of a layer ------------------------------------------------------------------
 
-    def _recomputes(self, index: int) -> bool:
-        every = int(self.setting.recompute)
-        return every > 0 and index % every == 0
+    @cached_property
+    def stored(self) -> Bytes:
+        """What each layer leaves on the device after its forward, [num_layers, num_batches]: all it
+        saves, or its input to recompute from, or nothing."""
+        passes = self.passes
+        if self.setting.offload:
+            return np.zeros((len(passes.kind_of), len(self.tokens)))
+        saved = passes.saved[passes.kind_of]
+        if not self.again.any():
+            return saved
+        instead = passes.input
+        if self.setting.selective:
+            instead = instead + passes.products[passes.kind_of]
+        return np.where(self.again[:, None], instead, saved)
 
-    def _kept(self, index: int) -> Bytes:
-        """What a layer leaves on the device after its forward: all it saves, or its input to
-        recompute from, or nothing."""
-        piece, again = self.body[index], self._recomputes(index)
-        key = id(piece), again
-        if key not in self._stored:
-            parts = [piece.saved]
-            if again:
-                parts = [piece.input, piece.products] if self.setting.selective else [piece.input]
-            stays = self.none if self.setting.offload else self.bytes(total(parts))
-            self._stored[key] = stays
-        return self._stored[key]
+    @cached_property
+    def kept(self) -> Bytes:
+        """By all layers and before them."""
+        return self.passes.before + self.stored.sum(axis=0)
 
-    def _instants(self, index: int) -> Instants:
-        piece = self.body[index]
-        if not self._recomputes(index):
-            return piece.backward
-        return piece.selective if self.setting.selective else piece.recompute
+    def _parts(self, point: Point, batch: int, tokens: Bytes) -> tuple[float, float, float]:
+        """At an instant: what autograd keeps, what lives beside it, and the gradients made."""
+        kept, beside = (float(size.at(tokens[batch], self.keys)) for size in point[:2])
+        return kept, beside, point.done * self.left + point.fresh * self.fresh
 
-    def _highest(self, points: Instants, tokens: Bytes | None = None) -> tuple[Bytes, Any]:
-        done, fresh = (0.0, self.itemsize) if self._drops else (self.itemsize, 0.0)
-        return points.highest(self.tokens if tokens is None else tokens, self.keys, done, fresh)  # type: ignore[arg-type]
-
-    @property
-    def _drops(self) -> bool:
-        """Gradients made do not add to those that are there: all are, or each goes at once."""
-        return self.accumulating or self.setting.in_backward
-
-    def _terms(
-        self, done: Any, activations: Bytes, points: Sequence[Point], *, of_head: bool = False
-    ) -> Terms:
-        """The terms at one instant a batch, the backward having left ``done`` elements before."""
-        sizes = [(p.kept, p.beside) for p in points]
-        kept = np.array([k.at(t, self.keys) for (k, _), t in zip(sizes, self.tokens, strict=True)])
-        beside = np.array(
-            [b.at(t, self.keys) for (_, b), t in zip(sizes, self.tokens, strict=True)]
-        )
-        left = (done + np.array([p.done for p in points])) * float(self.itemsize)
-        fresh = np.array([float(p.fresh) for p in points]) * self.itemsize
-        if self.accumulating:
-            left = self.none + self.gradients * self.shards
-        elif self.setting.in_backward:
-            left = self.none
-        return self.states | {
-            "gradients": left / self.shards + (fresh if self.shards > 1 else 0.0),
-            "activations": activations + (0.0 if of_head else kept),
-            "logits": kept + beside if of_head else self.none + self._held_logits(),
-            "temporaries": BATCH_BYTES * self.tokens
-            + self._gathered()
-            + (fresh if self._drops else 0.0)
-            + (0.0 if of_head else beside),
-        }
-
-    def _held_logits(self) -> Bytes:
-        if not self.setting.holds_logits:
-            return self.none
-        return self.tokens * float(self.shape.vocab_size * self.setting.itemsize)
+    def _gradients(self, fresh: float, done: float = 0.0) -> float:
+        whole = self.gradients if self.accumulating else 0.0
+        return whole + done * self.left + fresh
 
     # -- the phases -------------------------------------------------------------------------------
 
-    def _layers_kept(self) -> Bytes:
-        return self.before + sum(self._kept(index) for index in range(len(self.body)))
+    def _head(self) -> _Instant:
+        """The end of the forward and the start of the backward: logits of all tokens, or of a chunk
+        at a time. Then a chunk's logits are made again in the backward, and the head's gradient is
+        summed up over the chunks."""
+        chunk, last, passes = self.setting.loss_chunk, self.passes.last, self.passes
+        tokens = np.minimum(self.tokens, float(chunk)) if chunk else self.tokens
+        both = last.forward.points + last.backward.points
+        columns = np.concatenate([last.forward.columns, last.backward.columns])
+        most, at = Instants(both, columns).highest(tokens, self.keys, self.left, self.fresh)
+        # The hidden states and their gradient wait for the chunks.
+        waiting = 2.0 * passes.input if chunk else np.zeros_like(self.tokens)
+        summed = last.weight_elements * self.itemsize if chunk else 0.0
 
-    def _loss(self) -> Terms:
-        """The end of the forward and the start of the backward, or the last layer's forward."""
-        layers = self._layers_kept()
-        head = self._head(layers)
-        if self._recomputes(len(self.body) - 1):
-            return head
-        forward = self.body[-1].forward
-        _, at = self._highest(forward)
-        top = self._terms(
-            0.0, layers - self._kept(len(self.body) - 1), [forward.points[i] for i in at]
-        )
-        return _larger(head, top)
+        def terms(batch: int) -> dict[str, float]:
+            kept, beside, made = self._parts(both[at[batch]], batch, tokens)
+            return {
+                "activations": float(self.kept[batch] + waiting[batch]),
+                "logits": kept + beside,
+                "gradients": self._gradients(made + summed),
+                "temporaries": self.gathered,
+            }
 
-    def _head(self, layers: Bytes) -> Terms:
-        """Logits of all tokens, or of a chunk at a time: then the chunk's logits are made again in
-        the backward, and the head's gradient is summed up over the chunks."""
-        chunk = self.setting.loss_chunk
-        tokens = self.tokens
-        if chunk:
-            tokens = np.minimum(self.tokens, float(chunk))
-        both = Instants(
-            self.last.forward.points + self.last.backward.points,
-            np.concatenate([self.last.forward.columns, self.last.backward.columns]),
-        )
-        _, at = self._highest(both, tokens)
-        whole, self.tokens = self.tokens, tokens
-        terms = self._terms(0.0, self.none, [both.points[i] for i in at], of_head=True)
-        self.tokens = whole
-        hidden = self.bytes(self.last.input)
-        terms["activations"] = layers + (2.0 * hidden if chunk else 0.0)
-        terms["temporaries"] = terms["temporaries"] + BATCH_BYTES * (whole - tokens)
-        if chunk and self.last.weight_elements:
-            terms["gradients"] = terms["gradients"] + self.last.weight_elements * self.itemsize
-        return terms
+        held = self._gradients(summed) + self.gathered
+        return _Instant(self.kept + waiting + most + held, terms)
 
-    def _backward(self) -> Terms:
-        """From the last layer down, each leaving its weights' gradients; then the embedding."""
-        depth = len(self.body)
-        tops = {}
-        for index, piece in enumerate(self.body):
-            key = (id(piece), self._recomputes(index))
-            if key not in tops:
-                tops[key] = self._highest(self._instants(index))
-        kept = np.stack([self._kept(index) for index in range(depth)])
-        below = self.before + np.cumsum(kept, axis=0) - kept
+    def _last_forward(self) -> _Instant | None:
+        """The last layer's forward, which may hold more than the head; not where it keeps nothing,
+        for then it holds less than when it runs again."""
+        if self.again[-1]:
+            return None
+        passes, top = self.passes, self.passes.kinds[self.passes.kind_of[-1]]
+        most, at = top.forward.highest(self.tokens, self.keys)
+        below = self.kept - self.stored[-1]
+
+        def terms(batch: int) -> dict[str, float]:
+            kept, beside, _ = self._parts(top.forward.points[at[batch]], batch, self.tokens)
+            return {
+                "activations": float(below[batch]) + kept,
+                "gradients": self._gradients(0.0),
+                "temporaries": beside + self.gathered,
+            }
+
+        return _Instant(below + most + self._gradients(0.0) + self.gathered, terms)
+
+    def _layers(self) -> _Instant:
+        """From the last layer down, each leaving its weights' gradients."""
+        passes, kinds = self.passes, self.passes.kind_of
+        modes = {"backward": ~self.again}
+        modes["selective" if self.setting.selective else "recompute"] = self.again
+        most = np.zeros_like(self.stored)
+        where = np.zeros(self.stored.shape, dtype=int)
+        for mode, chosen in modes.items():
+            if chosen.any():
+                highest, at = passes.highest(mode, self.left, self.fresh)
+                most[chosen], where[chosen] = highest[kinds[chosen]], at[kinds[chosen]]
         # What a recomputed layer starts from waits beside its second forward.
-        again = np.stack(
-            [
-                self.bytes(self.body[index].input) if self._recomputes(index) else self.none
-                for index in range(depth)
-            ]
-        )
-        elements = np.array([piece.weight_elements for piece in self.body], dtype=float)
-        done = self.last.weight_elements + elements.sum() - np.cumsum(elements)
-        highest = np.stack(
-            [tops[id(piece), self._recomputes(index)][0] for index, piece in enumerate(self.body)]
-        )
-        left = 0.0 if self._drops else self.itemsize / self.shards
-        at = np.argmax(below + again + highest + done[:, None] * left, axis=0)
+        waiting = np.where(self.again[:, None], passes.input, 0.0)
+        below = passes.before + np.cumsum(self.stored, axis=0) - self.stored + waiting
+        held = below + most + passes.done[:, None] * self.left
+        layer = np.argmax(held, axis=0)
         batches = np.arange(len(self.tokens))
-        points = [
-            self._instants(index).points[
-                tops[id(self.body[index]), self._recomputes(index)][1][batch]
-            ]
-            for batch, index in zip(batches, at, strict=True)
-        ]
-        best = self._terms(done[at], (below + again)[at, batches], points)
-        if not self.setup.trains_embedding(self.shape):
-            return best
-        return _larger(best, self._embedding())
 
-    def _embedding(self) -> Terms:
+        def terms(batch: int) -> dict[str, float]:
+            index = layer[batch]
+            mode = next(mode for mode, chosen in modes.items() if chosen[index])
+            points = getattr(passes.kinds[kinds[index]], mode).points
+            kept, beside, made = self._parts(points[where[index, batch]], batch, self.tokens)
+            return {
+                "activations": float(below[index, batch]) + kept,
+                "logits": float(self.logits[batch]),
+                "gradients": self._gradients(made, float(passes.done[index])),
+                "temporaries": beside + self.gathered,
+            }
+
+        rest = self.logits + self._gradients(0.0) + self.gathered
+        return _Instant(held[layer, batches] + rest, terms)
+
+    def _embedding(self) -> _Instant | None:
         """The embedding's gradient is dense. Tied to the head it is added to the head's, whose sum
         is a third buffer; while gradients accumulate there is the old one too."""
-        end = self._terms(0.0, self.none, [Point()] * len(self.tokens))
-        copies = (2.0 if self.shape.tie_word_embeddings else 0.0) + self.accumulating
+        if not self.setup.trains_embedding(self.shape):
+            return None
         table = float(self.shape.head_parameters * self.itemsize)
-        end["gradients"] = self.none + (table if self.setting.in_backward else self.gradients)
-        end["temporaries"] = end["temporaries"] + copies * table + self.bytes(self.last.input)
-        return end
+        copies = (2.0 if self.shape.tie_word_embeddings else 0.0) + self.accumulating
+        gradients = table if self.setting.in_backward else self.gradients
+        beside = copies * table + self.passes.input
 
-    def _optimizer(self) -> Terms:
-        end = self._terms(0.0, self.none, [Point()] * len(self.tokens))
-        largest = self.trained.largest * self.itemsize
-        end["gradients"] = self.none + (largest if self.setting.in_backward else self.gradients)
-        end["temporaries"] = end["temporaries"] - self._gathered() + self._step_bytes()
-        end["logits"] = self.none
-        return end
+        def terms(batch: int) -> dict[str, float]:
+            return {
+                "gradients": gradients,
+                "logits": float(self.logits[batch]),
+                "temporaries": float(beside[batch]) + self.gathered,
+            }
+
+        return _Instant(beside + self.logits + gradients + self.gathered, terms)
+
+    def _optimizer(self) -> _Instant:
+        gradients = self.gradients
+        if self.setting.in_backward:
+            gradients = float(self.trained.largest * self.itemsize)
+        allocated = self._step_bytes()
+
+        def terms(batch: int) -> dict[str, float]:
+            return {"gradients": gradients, "temporaries": allocated}
+
+        return _Instant(np.zeros_like(self.tokens) + gradients + allocated, terms)
 
     def _step_bytes(self) -> float:
         """What the optimizer's step allocates."""
         setting, states = self.setting, self.setting.states
         if states is ADAMW and not setting.fused:
             states = UNFUSED_ADAMW[setting.device_kind]
-        of_all = states.step_all * self.gradients
-        of_largest = states.step_largest * self.trained.largest
+        largest = float(self.trained.largest)
+        allocated = states.step_all * self.gradients + states.step_largest * largest
         if states is UNFUSED_ADAMW["cpu"]:
-            of_largest *= self.itemsize
+            allocated *= self.itemsize
         if setting.states_offloaded:  # one tensor's states visit at a time
-            of_largest += states.relative * self.itemsize * self.trained.largest
-        return float(of_all + of_largest)
+            allocated += states.relative * self.itemsize * largest
+        return allocated
 
-    def _forwards(self) -> dict[str, Terms]:
+    def _forwards(self) -> dict[str, _Instant]:
         """Zeroth order: two forwards, between which every weight in turn gets its noise."""
-        points = {"layers": self.body[-1].forward, "loss": self.last.forward}
-        found = {}
-        for phase, instants in points.items():
-            _, at = instants.highest(self.tokens, self.keys)  # type: ignore[arg-type]
-            chosen = [instants.points[i] for i in at]
-            found[phase] = self._terms(0.0, self.none, chosen, of_head=phase == "loss")
-        noise = self._terms(0.0, self.none, [Point()] * len(self.tokens))
         largest = max(self.shape.head_parameters, _largest_layer_tensor(self.shape))
-        noise["temporaries"] = noise["temporaries"] + float(largest * self.setting.itemsize)
-        return found | {"perturbation": noise}
+        noise = float(largest * self.setting.itemsize)
+
+        def forward(points: Instants, term: str) -> _Instant:
+            most, at = points.highest(self.tokens, self.keys)
+
+            def terms(batch: int) -> dict[str, float]:
+                kept, beside, _ = self._parts(points.points[at[batch]], batch, self.tokens)
+                return {term: kept + beside, "temporaries": self.gathered}
+
+            return _Instant(most + self.gathered, terms)
+
+        top = self.passes.kinds[self.passes.kind_of[-1]]
+        return {
+            "layers": forward(top.forward, "activations"),
+            "loss": forward(self.passes.last.forward, "logits"),
+            "perturbation": _Instant(
+                np.zeros_like(self.tokens) + noise, lambda batch: {"temporaries": noise}
+            ),
+        }
+
+
+def _highest_of(one: _Instant, other: _Instant | None) -> _Instant:
+    """Of two instants the one that holds more, batch by batch."""
+    if other is None:
+        return one
+
+    def terms(batch: int) -> dict[str, float]:
+        return (one if one.bytes[batch] >= other.bytes[batch] else other).of(batch)
+
+    return _Instant(np.maximum(one.bytes, other.bytes), terms)
 
 
 UNFUSED_ADAMW = {
@@ -362,16 +439,6 @@ UNFUSED_ADAMW = {
     "cpu": States(name="adamw", relative=2.0, step_largest=2.0),
 }
 """``foreach`` on CUDA makes a copy of everything, the loop on a CPU two of the largest tensor."""
-
-
-def _sum(terms: Terms) -> Bytes:
-    return sum(terms.values())  # type: ignore[return-value]
-
-
-def _larger(one: Terms, other: Terms) -> Terms:
-    """Of two instants the one that holds more, batch by batch."""
-    first = _sum(one) >= _sum(other)
-    return {term: np.where(first, one[term], other[term]) for term in TERMS}
 
 
 # -- whatever the batch ---------------------------------------------------------------------------
@@ -463,7 +530,7 @@ def forward_account(
     phases = {}
     tokens = np.array([float(setting.tokens)])
     for phase, instants in points.items():
-        _, at = instants.highest(tokens, float(sequence))  # type: ignore[arg-type]
+        _, at = instants.highest(tokens, float(sequence))
         most = instants.points[at[0]].beside.at(setting.tokens, sequence)
         masks = _shared(shape, setup, held=phase == "layers").at(setting.tokens, sequence)
         phases[phase] = dict.fromkeys(TERMS, 0.0) | {
@@ -476,9 +543,9 @@ def forward_account(
 
 def saved_bytes(shape: ModelShape, setting: MemorySetting, *, head: bool = True) -> float:
     """What autograd keeps at the end of the forward, with or without what the head keeps."""
-    step = _Step(shape, setting, [setting.micro_batch])
-    kept = step._layers_kept()
-    return float((kept + (step.bytes(step.last.saved) if head else 0.0))[0])
+    step = _Step(shape, setting, (setting.micro_batch,))
+    of_head = step.passes.bytes(step.passes.last.saved)[0] if head else 0.0
+    return float(step.kept[0] + of_head)
 
 
 def _shared(shape: ModelShape, setup: Setup, *, held: bool = False) -> Size:

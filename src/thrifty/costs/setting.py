@@ -57,6 +57,10 @@ class States:
     """Copies of all that is trained, which the step makes; 1 for AdamW's ``foreach`` on CUDA."""
     step_largest: float = 0.0
     """Bytes an element of the largest trained tensor."""
+    moved: float = 7.0
+    """Times that the trained weights' bytes go through memory in a step."""
+    cpu_factor: float = 1.0
+    """How much longer than that a step takes on a CPU, where its kernels are made for GPUs."""
 
     def matrix_bytes(self, rows: int, columns: int, itemsize: int) -> float:
         small, large = sorted((rows, columns))
@@ -180,3 +184,10 @@ def setup_of(shape: ModelShape, setting: MemorySetting, *, backward: bool = True
         masked=setting.masked,
         window_masked=0 < shape.sliding_window <= setting.sequence,
     )
+
+
+def only_frozen(setting: MemorySetting, what: str) -> str | None:
+    """Why weights in few bits cannot be combined with a setting that trains them."""
+    if setting.adapter is None and not setting.zeroth_order:
+        return f"weights in {what} cannot be trained themselves, only adapters on them"
+    return None

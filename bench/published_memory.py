@@ -1,6 +1,6 @@
 """Published peaks of memory against what is predicted for them, by thrifty and by its peers.
 
-    python bench/published.py [--tables FILE.csv ...] [--ftuneai PYTHON] [--deepspeed PYTHON]
+    python bench/published_memory.py [--tables FILE.csv ...] [--ftuneai PYTHON] [--deepspeed PYTHON]
 
 The tables are not part of the project. A row is used if it is a training step on one GPU, run on
 Hugging Face's models, and states all that decides its memory: model, length, micro-batch, method,

@@ -1,0 +1,230 @@
+"""The closed form of a step's memory against the real step on fake tensors, no GPU needed.
+
+    OMP_NUM_THREADS=1 python bench/fake_memory.py [--only WORD] [--minutes 15] [--inventory]
+    OMP_NUM_THREADS=1 python bench/fake_memory.py --full
+
+Published widths of 18 models, cut to 2-4 layers, under six of the techniques each: 108 combinations
+at about 2 s. ``--full`` traces five whole models (half a minute each) and, beside them, what is
+carried on from two lesser depths. ``--inventory`` prints, where a peak is off by more than 3%, what
+is alive there.
+
+A phase's error counts only as the peak's where the phase is the peak; the others are shown because
+a wrong one can become the peak of another setting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from material import heading
+from thrifty import display, verification
+from thrifty.core import quantities
+from thrifty.costs.operations import Adapter
+from thrifty.costs.setting import MemorySetting
+from thrifty.costs.shape import ModelShape
+from thrifty.verification import PHASES
+
+LLAMA = dict(model_type="llama", vocab_size=128256, num_key_value_heads=8)
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama-3.2-1B": LLAMA
+    | dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32)
+    | dict(tie_word_embeddings=True),
+    "Llama-3-8B": LLAMA
+    | dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32),
+    "Mistral-7B": dict(model_type="mistral", hidden_size=4096, intermediate_size=14336)
+    | dict(num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=32000)
+    | dict(sliding_window=4096),
+    "Qwen2.5-7B": dict(model_type="qwen2", hidden_size=3584, intermediate_size=18944)
+    | dict(num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064),
+    "Qwen3-0.6B": dict(model_type="qwen3", hidden_size=1024, intermediate_size=3072, head_dim=128)
+    | dict(num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, vocab_size=151936)
+    | dict(tie_word_embeddings=True),
+    "Qwen3-8B": dict(model_type="qwen3", hidden_size=4096, intermediate_size=12288, head_dim=128)
+    | dict(num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, vocab_size=151936),
+    "Gemma-2-2B": dict(model_type="gemma2", hidden_size=2304, intermediate_size=9216, head_dim=256)
+    | dict(num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, vocab_size=256000)
+    | dict(sliding_window=4096),
+    "Gemma-3-1B": dict(model_type="gemma3_text", hidden_size=1152, intermediate_size=6912)
+    | dict(num_hidden_layers=26, num_attention_heads=4, num_key_value_heads=1, head_dim=256)
+    | dict(vocab_size=262144, sliding_window=512, sliding_window_pattern=6),
+    "Phi-3-mini": dict(model_type="phi3", hidden_size=3072, intermediate_size=8192)
+    | dict(num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, vocab_size=32064)
+    | dict(sliding_window=2047),
+    "Phi-2": dict(model_type="phi", hidden_size=2560, intermediate_size=10240, vocab_size=51200)
+    | dict(num_hidden_layers=32, num_attention_heads=32, resid_pdrop=0.1),
+    "GPT-2": dict(model_type="gpt2", n_embd=768, n_layer=12, n_head=12, n_positions=1024),
+    "Pythia-1.4B": dict(model_type="gpt_neox", hidden_size=2048, intermediate_size=8192)
+    | dict(num_hidden_layers=24, num_attention_heads=16, vocab_size=50304, rotary_pct=0.25),
+    "OLMo-2-7B": dict(model_type="olmo2", hidden_size=4096, intermediate_size=11008)
+    | dict(num_hidden_layers=32, num_attention_heads=32, vocab_size=100352),
+    "SmolLM3-3B": dict(model_type="smollm3", hidden_size=2048, intermediate_size=11008)
+    | dict(num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=4, vocab_size=128256)
+    | dict(tie_word_embeddings=True),
+    "OPT-1.3B": dict(model_type="opt", hidden_size=2048, ffn_dim=8192, vocab_size=50272)
+    | dict(num_hidden_layers=24, num_attention_heads=32, word_embed_proj_dim=2048),
+    "StarCoder2-3B": dict(model_type="starcoder2", hidden_size=3072, intermediate_size=12288)
+    | dict(num_hidden_layers=30, num_attention_heads=24, num_key_value_heads=2, vocab_size=49152)
+    | dict(sliding_window=4096, residual_dropout=0.1, embedding_dropout=0.1),
+    "Mixtral-8x7B": dict(model_type="mixtral", hidden_size=4096, intermediate_size=14336)
+    | dict(num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=32000),
+    "Qwen3-30B-A3B": dict(model_type="qwen3_moe", hidden_size=2048, intermediate_size=6144)
+    | dict(num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128)
+    | dict(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, vocab_size=151936),
+}
+
+ALL, FEW = Adapter(rank=16), Adapter(rank=8, targets=("first", "third"))
+"""FEW: the names stand for the model's own first and third linear; mostly q and v."""
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "full foreach": dict(fused=False),
+    "full accumulating": dict(gradient_accumulation_steps=4),
+    "full recompute": dict(recompute=1),
+    "full recompute every 2": dict(recompute=2),
+    "full fp32": dict(dtype="float32"),
+    "full fp32 recompute": dict(dtype="float32", recompute=1),
+    "lora": dict(adapter=ALL),
+    "lora bf16": dict(adapter=ALL, adapter_dtype="bfloat16"),
+    "lora first, third": dict(adapter=FEW),
+    "lora last layer": dict(adapter=Adapter(rank=16, layers=(-1,))),
+    "lora recompute": dict(adapter=ALL, recompute=1),
+    "lora fp32 recompute": dict(adapter=ALL, dtype="float32", recompute=1),
+    "lora accumulating": dict(adapter=FEW, gradient_accumulation_steps=4),
+    "last layer": dict(only_layers=frozenset([-1])),
+    "head": dict(only_head=True),
+}
+BATCHES = ((1, 2048), (4, 512), (2, 1024), (1, 4096), (8, 256))
+PER_MODEL = 6
+WHOLE = (
+    ("Llama-3-8B", "full"),
+    ("Qwen3-0.6B", "lora recompute"),
+    ("Gemma-2-2B", "full recompute"),
+    ("Phi-3-mini", "lora"),
+    ("Pythia-1.4B", "full fp32"),
+)
+
+
+def cut(config: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    return config | {"n_layer" if "n_layer" in config else "num_hidden_layers": num_layers}
+
+
+def setting_of(config: dict[str, Any], technique: str, **batch: Any) -> MemorySetting:
+    """Fills in what a technique says of the model: names of linears, the last layer."""
+    shape, fields = ModelShape.from_config(config), dict(TECHNIQUES[technique])
+    adapter, last = fields.get("adapter"), shape.num_layers - 1
+    if adapter is FEW:
+        names = shape.lora_targets
+        fields["adapter"] = Adapter(rank=adapter.rank, targets=(names[0], names[2]))
+    elif adapter is not None and adapter.layers:
+        fields["adapter"] = Adapter(rank=adapter.rank, layers=(last,))
+    if "only_layers" in fields:
+        fields["only_layers"] = frozenset([last])
+    return MemorySetting(**batch | fields)
+
+
+def combinations() -> Iterator[tuple[str, str, dict[str, Any], MemorySetting]]:
+    """Each model under the next few techniques, batches, masks and devices: the same every time."""
+    techniques, batches = itertools.cycle(TECHNIQUES), itertools.cycle(BATCHES)
+    numbers = itertools.count()
+    for name, whole in MODELS.items():
+        for technique in itertools.islice(techniques, PER_MODEL):
+            number = next(numbers)
+            rows, sequence = next(batches)
+            positions = whole.get("n_positions", 2048 if name.startswith(("OPT", "Py")) else 8192)
+            config = cut(whole, 2 + number % 3)
+            batch = dict(
+                micro_batch=rows * -(-sequence // positions),
+                sequence=min(sequence, positions),
+                masked=number % 2 == 1,
+                device_kind="cpu" if number % 5 == 4 else "cuda",
+            )
+            yield name, technique, config, setting_of(config, technique, **batch)
+
+
+def describe(setting: MemorySetting) -> str:
+    mask = "masked" if setting.masked else "causal"
+    return f"{setting.micro_batch} x {setting.sequence} {mask} {setting.device_kind}"
+
+
+def inventory(config: dict[str, Any], setting: MemorySetting, phase: str) -> str:
+    alive = verification.record(config, setting).inventory(phase)
+    tokens = setting.tokens
+    rows = [
+        (f"{size / tokens:,.1f}", b.operation, "x".join(map(str, b.shape)), str(b.dtype), b.instant)
+        for b, size in alive.most_common(25)
+    ]
+    headers = ("bytes a token", "operation", "shape", "dtype", "made in")
+    return display.table(headers, [[str(cell) for cell in row] for row in rows], right="r")
+
+
+def row_of(name: str, technique: str, depth: str, setting: MemorySetting, found: Any) -> list[str]:
+    errors = [
+        f"{found.predicted[phase] / found.traced[phase] - 1.0:+.1%}" if found.traced[phase] else "-"
+        for phase in PHASES
+    ]
+    peaks = (max(found.predicted.values()), max(found.traced.values()))
+    sizes = [quantities.format_bytes(size) for size in peaks]
+    seconds = f"{found.seconds:.1f}"
+    return [
+        name,
+        technique,
+        depth,
+        describe(setting),
+        *errors,
+        *sizes,
+        f"{found.error:+.1%}",
+        seconds,
+    ]
+
+
+HEADERS = (
+    "model", "technique", "layers", "batch", *PHASES, "predicted", "traced", "at the peak", "s",
+)  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="", help="a word of the model's name or the technique")
+    parser.add_argument("--minutes", type=float, default=15.0, help="start nothing after so many")
+    parser.add_argument("--inventory", action="store_true")
+    parser.add_argument("--full", action="store_true", help="five whole models")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if options.full:
+        jobs = [
+            (name, what, MODELS[name], setting_of(MODELS[name], what, micro_batch=1, sequence=2048))
+            for name, what in WHOLE
+        ]
+    else:
+        jobs = [job for job in combinations() if options.only in f"{job[0]} {job[1]}"]
+    end, rows, errors, skipped = time.monotonic() + 60 * options.minutes, [], [], 0
+    for name, technique, config, setting in jobs:
+        if time.monotonic() > end:
+            skipped += 1
+            continue
+        depth = str(ModelShape.from_config(config).num_layers)
+        found = verification.verify(config, setting, full_depth=True)
+        rows.append(row_of(name, technique, depth, setting, found))
+        print("  ".join(rows[-1]), flush=True)
+        errors.append(abs(found.error))
+        if options.full:
+            carried = verification.verify(config, setting)
+            rows.append(row_of("", "", " -> ".join(map(str, carried.depths)), setting, carried))
+        if options.inventory and abs(found.error) > 0.03:
+            phase = max(found.traced, key=found.traced.get)
+            print(f"alive at the peak, in {phase}:\n{inventory(config, setting, phase)}\n")
+    print(heading(f"\nPredicted memory against a trace, {len(errors)} combinations"))
+    print(display.table(HEADERS, rows, right="lllrrrrrrrr"))
+    within = sum(error <= 0.03 for error in errors) / len(errors)
+    print(f"\nat the peak: median {statistics.median(errors):.2%}, worst {max(errors):.2%},")
+    print(f"{within:.0%} within 3%" + (f"; {skipped} left out, out of time" if skipped else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""What is kept from the forward to the backward."""

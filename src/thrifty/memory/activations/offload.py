@@ -1,0 +1,26 @@
+"""What is kept waits on the host and comes back for the backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.costs.setting import MemorySetting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offload(MemoryTechnique):
+    """What is kept waits on the host and comes back for the backward."""
+
+    makes = "fit"
+    runs = False
+    source = "torch.autograd.graph.save_on_cpu"
+    worth = Worth(1.0, 0.0, "the same arithmetic")
+
+    def refuses(self, setting: MemorySetting) -> str | None:
+        if setting.zeroth_order:
+            return "without a backward nothing is kept"
+        return "there is no other place to put them" if setting.device_kind == "cpu" else None
+
+    def rewrite(self, setting: MemorySetting) -> MemorySetting:
+        return replace(setting, offload=True)

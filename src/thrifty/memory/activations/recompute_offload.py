@@ -1,0 +1,26 @@
+"""A layer keeps its input alone, on the host, and runs again in the backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.costs.setting import MemorySetting
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecomputeOffload(MemoryTechnique):
+    """A layer keeps its input alone, on the host, and runs again in the backward."""
+
+    makes = "fit"
+    runs = False
+    source = "arXiv:1604.06174; Unsloth's offloaded checkpoints"
+    worth = Worth(1.0, 0.0, "the same arithmetic")
+
+    def refuses(self, setting: MemorySetting) -> str | None:
+        if setting.zeroth_order:
+            return "without a backward nothing is kept"
+        return "there is no other place to put them" if setting.device_kind == "cpu" else None
+
+    def rewrite(self, setting: MemorySetting) -> MemorySetting:
+        return replace(setting, recompute=1, offload=True)

@@ -1,0 +1,27 @@
+"""What matrix products and attention put out is kept, the rest is made again.
+
+No product runs twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.costs.setting import MemorySetting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selective(MemoryTechnique):
+    """What matrix products and attention put out is kept, the rest is made again."""
+
+    makes = "fit"
+    runs = False
+    source = "arXiv:2205.05198"
+    worth = Worth(1.0, 0.0, "the same arithmetic")
+
+    def refuses(self, setting: MemorySetting) -> str | None:
+        return "without a backward nothing is kept" if setting.zeroth_order else None
+
+    def rewrite(self, setting: MemorySetting) -> MemorySetting:
+        return replace(setting, recompute=1, selective=True)

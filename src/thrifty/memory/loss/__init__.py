@@ -1,0 +1,1 @@
+"""How much of the logits exists at a time."""

@@ -1,0 +1,26 @@
+"""The logits of a few tokens at a time, made again for their backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.costs.setting import MemorySetting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunked(MemoryTechnique):
+    """The logits of a few tokens at a time, made again for their backward."""
+
+    makes = "fit"
+    runs = False
+    source = "arXiv:2411.09009"
+    worth = Worth(1.0, 0.0, "the same arithmetic")
+
+    tokens: int = 1024
+
+    def refuses(self, setting: MemorySetting) -> str | None:
+        return "without a backward no logits are kept" if setting.zeroth_order else None
+
+    def rewrite(self, setting: MemorySetting) -> MemorySetting:
+        return replace(setting, loss_chunk=self.tokens)

@@ -1,0 +1,1 @@
+"""What the optimizer keeps, and when it uses a gradient up."""

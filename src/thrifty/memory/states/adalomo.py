@@ -1,0 +1,32 @@
+"""Adafactor's factored moments inside the backward: no gradient outlives its layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.costs.setting import MemorySetting, States
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLomo(MemoryTechnique):
+    """Adafactor's factored moments inside the backward: no gradient outlives its layer."""
+
+    makes = "fit"
+    runs = False
+    source = "arXiv:2310.10195"
+    worth = Worth(0.9, 0.1, "arXiv:2310.10195: on par with AdamW in instruction tuning")
+
+    def refuses(self, setting: MemorySetting) -> str | None:
+        if setting.gradient_accumulation_steps > 1:
+            return "a gradient that is used up at once cannot be accumulated"
+        return None if setting.adapter is None else "an adapter's gradients are small as they are"
+
+    def rewrite(self, setting: MemorySetting) -> MemorySetting:
+        return replace(
+            setting,
+            states=States(
+                name="adalomo", edge=4.0, vector=4.0, step_largest=12.0, moved=9.0, cpu_factor=13.0
+            ),
+            in_backward=True,
+        )

@@ -1,0 +1,24 @@
+"""AdamW's moments in 4 bits, blocks of 128 sharing a scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.costs.setting import MemorySetting, States
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW4bit(MemoryTechnique):
+    """AdamW's moments in 4 bits, blocks of 128 sharing a scale."""
+
+    makes = "fit"
+    runs = False
+    needs = ("torchao",)
+    source = "arXiv:2309.01507"
+    worth = Worth(0.98, 0.03, "arXiv:2309.01507; 42.3 against 42.6 accuracy in torchao's README")
+
+    def rewrite(self, setting: MemorySetting) -> MemorySetting:
+        return replace(
+            setting, states=States(name="adamw_4bit", absolute=1.0625, vector=8.0, cpu_factor=70.0)
+        )

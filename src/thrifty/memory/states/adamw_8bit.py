@@ -1,0 +1,28 @@
+"""AdamW's moments in 8 bits, blocks of 256 sharing a scale.
+
+2 (1 + 4/256) bytes an element; the embedding's stay float32, as HF's Trainer has it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.costs.setting import MemorySetting, States
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW8bit(MemoryTechnique):
+    """AdamW's moments in 8 bits, blocks of 256 sharing a scale."""
+
+    makes = "fit"
+    runs = False
+    needs = ("bitsandbytes",)
+    source = "arXiv:2110.02861"
+    worth = Worth(1.0, 0.02, "arXiv:2110.02861 matches 32-bit")
+
+    def rewrite(self, setting: MemorySetting) -> MemorySetting:
+        return replace(
+            setting,
+            states=States(name="adamw_8bit", absolute=2.03125, wide_embedding=8.0, cpu_factor=35.0),
+        )

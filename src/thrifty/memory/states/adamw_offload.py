@@ -1,0 +1,24 @@
+"""AdamW whose moments live on the host, and whose step runs there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.costs.setting import ADAMW, MemorySetting
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWOffload(MemoryTechnique):
+    """AdamW whose moments live on the host, and whose step runs there."""
+
+    makes = "fit"
+    runs = False
+    source = "arXiv:2101.06840"
+    worth = Worth(1.0, 0.0, "the same arithmetic")
+
+    def refuses(self, setting: MemorySetting) -> str | None:
+        return "there is no other place to put them" if setting.device_kind == "cpu" else None
+
+    def rewrite(self, setting: MemorySetting) -> MemorySetting:
+        return replace(setting, states=ADAMW, states_offloaded=True)

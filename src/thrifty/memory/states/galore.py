@@ -1,0 +1,25 @@
+"""Adam in a low-rank space of each matrix's gradient, its singular vectors refreshed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.costs.setting import MemorySetting, States
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaLore(MemoryTechnique):
+    """Adam in a low-rank space of each matrix's gradient, its singular vectors refreshed."""
+
+    makes = "fit"
+    runs = False
+    source = "arXiv:2403.03507"
+    worth = Worth(0.9, 0.1, "arXiv:2403.03507: 15.64 against 15.56 perplexity at 1B")
+
+    rank: int = 128
+
+    def rewrite(self, setting: MemorySetting) -> MemorySetting:
+        return replace(
+            setting, states=States(name="galore", relative=2.0, rank=self.rank, moved=9.0)
+        )

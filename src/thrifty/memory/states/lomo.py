@@ -1,0 +1,26 @@
+"""Plain gradient descent inside the backward: no gradient outlives its layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.costs.setting import MemorySetting, States
+
+
+@dataclass(frozen=True, kw_only=True)
+class LOMO(MemoryTechnique):
+    """Plain gradient descent inside the backward: no gradient outlives its layer."""
+
+    makes = "fit"
+    runs = False
+    source = "arXiv:2306.09782"
+    worth = Worth(0.3, 0.2, "as sgd")
+
+    def refuses(self, setting: MemorySetting) -> str | None:
+        if setting.gradient_accumulation_steps > 1:
+            return "a gradient that is used up at once cannot be accumulated"
+        return None if setting.adapter is None else "an adapter's gradients are small as they are"
+
+    def rewrite(self, setting: MemorySetting) -> MemorySetting:
+        return replace(setting, states=States(name="lomo", moved=3.0), in_backward=True)

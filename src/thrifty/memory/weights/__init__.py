@@ -1,0 +1,1 @@
+"""In which form the weights lie in memory."""

@@ -1,0 +1,32 @@
+"""Frozen linears in 4 bits (QLoRA's NormalFloat).
+
+Blocks of 64 weights share a float32 maximum: 4 + 32/64 bits; with ``double`` the maxima are
+stored in 8 bits, blocks of 256 of them sharing one: 4 + 8/64 + 32/(64 * 256) bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.costs.setting import MemorySetting, Storage, only_frozen
+
+
+@dataclass(frozen=True, kw_only=True)
+class NF4(MemoryTechnique):
+    """Frozen linears in 4 bits (QLoRA's NormalFloat)."""
+
+    makes = "fit"
+    runs = False
+    needs = ("bitsandbytes",)
+    source = "arXiv:2305.14314"
+    worth = Worth(1.0, 0.03, "arXiv:2305.14314 matches 16-bit LoRA")
+
+    double: bool = True
+
+    def refuses(self, setting: MemorySetting) -> str | None:
+        return only_frozen(setting, "4 bits")
+
+    def rewrite(self, setting: MemorySetting) -> MemorySetting:
+        bits = 4 + 8 / 64 + 32 / (64 * 256) if self.double else 4 + 32 / 64
+        return replace(setting, dtype="bfloat16", storage=Storage(name="nf4", bits=bits))

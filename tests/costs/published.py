@@ -423,7 +423,33 @@ TINY |= {
         hidden_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
+        num_kv_heads=2,
+        new_decoder_architecture=True,
         vocab_size=160,
+    ),
+    "gpt_oss": dict(
+        model_type="gpt_oss",
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=160,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+    ),
+    "llama4_text": dict(
+        model_type="llama4_text",
+        hidden_size=64,
+        intermediate_size=48,
+        intermediate_size_mlp=160,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=160,
+        num_local_experts=4,
     ),
 }
 
@@ -462,15 +488,21 @@ VARIANTS: dict[str, Config] = {
     | dict(decoder_sparse_step=2, norm_topk_prob=True, num_hidden_layers=4),
     "qwen3_moe-some-dense": TINY["qwen3_moe"]
     | dict(mlp_only_layers=[0], norm_topk_prob=True, attention_bias=True),
-    "falcon-grouped": TINY["falcon"]
-    | dict(new_decoder_architecture=True, num_kv_heads=2, tie_word_embeddings=False),
-    "falcon-grouped-one-norm": TINY["falcon"]
-    | dict(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1, bias=True)
-    | dict(ffn_hidden_size=160),
-    "falcon-grouped-all": TINY["falcon"] | dict(new_decoder_architecture=True, num_kv_heads=4),
-    "falcon-sequential": TINY["falcon"] | dict(multi_query=False, parallel_attn=False, bias=True),
+    "falcon-untied": TINY["falcon"] | dict(tie_word_embeddings=False, ffn_hidden_size=160),
+    "falcon-one-norm": TINY["falcon"] | dict(num_ln_in_parallel_attn=1, bias=True),
+    "falcon-all-keys": TINY["falcon"] | dict(num_kv_heads=4),
+    "falcon-single": TINY["falcon"] | dict(new_decoder_architecture=False),
+    "falcon-sequential": TINY["falcon"]
+    | dict(new_decoder_architecture=False, multi_query=False, parallel_attn=False, bias=True),
     "falcon-alibi": TINY["falcon"]
-    | dict(multi_query=False, parallel_attn=False, bias=True, alibi=True),
+    | dict(new_decoder_architecture=False, multi_query=False, parallel_attn=False, bias=True)
+    | dict(alibi=True),
+    "gpt_oss-window": TINY["gpt_oss"]
+    | dict(sliding_window=16, num_key_value_heads=4, attention_bias=False, num_hidden_layers=3),
+    "llama4-interleaved": TINY["llama4_text"]
+    | dict(interleave_moe_layer_step=2, use_qk_norm=False, no_rope_layer_interval=2),
+    "llama4-chunks": TINY["llama4_text"]
+    | dict(attention_chunk_size=16, attn_temperature_tuning=False, tie_word_embeddings=True),
     "opt-untied-no-final": TINY["opt"]
     | dict(tie_word_embeddings=False, _remove_final_layer_norm=True),
 }

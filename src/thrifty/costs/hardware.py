@@ -22,6 +22,8 @@ import yaml
 from thrifty.core.durable import write_atomically
 
 GIB = 2.0**30
+LINK_SHARE = 0.8
+"""Of a link's rate, what large copies reach."""
 CACHE_VERSION = 4
 
 
@@ -38,6 +40,10 @@ class Device:
     """Memory bandwidth."""
     operation_seconds: float
     """What launching an operation takes, however small it is."""
+    host_bytes_per_second: float = 1.2e10
+    """Of the link to the host's memory, one way."""
+    peer_bytes_per_second: float = 1.2e10
+    """Of the links to other devices of the same machine, one way."""
     tdp_watts: float | None = None
     source: str = ""
     matmul_rates: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
@@ -63,41 +69,54 @@ def _gpu(
     fp32: float,
     bandwidth: float,
     watts: float,
+    links: tuple[float, float],
     source: str,
+    *,
+    fp16: float | None = None,
 ) -> Device:
-    """Memory in GiB as the driver reports it, dense TFLOP/s, GB/s, watts."""
+    """Memory in GiB as the driver reports it, dense TFLOP/s, GB/s, watts; links to the host and to
+    peers in GB/s one way, of which ``LINK_SHARE`` is reached."""
     return Device(
         name=name,
         kind="cuda",
         memory_bytes=memory * GIB,
-        flops_per_second={"bfloat16": bf16 * 1e12, "float32": fp32 * 1e12},
+        flops_per_second={
+            "bfloat16": bf16 * 1e12,
+            "float16": (bf16 if fp16 is None else fp16) * 1e12,
+            "float32": fp32 * 1e12,
+        },
         bytes_per_second=bandwidth * 1e9,
         operation_seconds=6e-6,
+        host_bytes_per_second=LINK_SHARE * links[0] * 1e9,
+        peer_bytes_per_second=LINK_SHARE * links[1] * 1e9,
         tdp_watts=watts,
         source=source,
     )
 
 
-# Usable memory in GiB as the driver reports it; dense bf16 tensor and plain fp32 TFLOP/s; GB/s; W.
+# Usable memory in GiB as the driver reports it; dense bf16 tensor and plain fp32 TFLOP/s; GB/s; W;
+# PCIe (3, 4, 5: 16, 32, 64) and NVLink or Infinity Fabric in GB/s one way.
 DEVICES = {
     d.name: d
     for d in (
-        _gpu("h100-sxm", 79.2, 989, 67, 3350, 700, "NVIDIA H100 data sheet"),
-        _gpu("h100-pcie", 79.2, 756, 51, 2000, 350, "NVIDIA H100 data sheet"),
-        _gpu("h200", 139.8, 989, 67, 4800, 700, "NVIDIA H200 data sheet"),
-        _gpu("b200", 178.4, 2250, 75, 8000, 1000, "NVIDIA Blackwell data sheet"),
-        _gpu("a100-80gb", 79.2, 312, 19.5, 2039, 400, "NVIDIA A100 data sheet"),
-        _gpu("a100-40gb", 39.4, 312, 19.5, 1555, 400, "NVIDIA A100 data sheet"),
-        _gpu("l40s", 44.4, 362, 91.6, 864, 350, "NVIDIA L40S data sheet"),
-        _gpu("l4", 22.0, 121, 30.3, 300, 72, "NVIDIA L4 data sheet"),
-        _gpu("a10g", 22.0, 70, 35, 600, 150, "AWS G5 description; NVIDIA A10 data sheet"),
-        _gpu("v100", 31.7, 0, 15.7, 900, 300, "NVIDIA V100 data sheet; no bf16"),
-        _gpu("t4", 14.7, 0, 8.1, 320, 70, "NVIDIA T4 data sheet; no bf16"),
-        _gpu("rtx3090", 23.7, 71, 35.6, 936, 350, "NVIDIA GA102 whitepaper"),
-        _gpu("rtx4090", 23.6, 165, 82.6, 1008, 450, "NVIDIA Ada whitepaper"),
-        _gpu("rtx5090", 31.4, 210, 104.8, 1792, 575, "NVIDIA RTX Blackwell whitepaper"),
-        _gpu("a6000", 47.5, 155, 38.7, 768, 300, "NVIDIA RTX A6000 data sheet"),
-        _gpu("mi300x", 191.5, 1307, 163.4, 5300, 750, "AMD MI300X data sheet"),
+        _gpu("h100-sxm", 79.2, 989, 67, 3350, 700, (64, 450), "NVIDIA H100 data sheet"),
+        _gpu("h100-pcie", 79.2, 756, 51, 2000, 350, (64, 64), "NVIDIA H100 data sheet"),
+        _gpu("h200", 139.8, 989, 67, 4800, 700, (64, 450), "NVIDIA H200 data sheet"),
+        _gpu("b200", 178.4, 2250, 75, 8000, 1000, (64, 900), "NVIDIA Blackwell data sheet"),
+        _gpu("a100-80gb", 79.2, 312, 19.5, 2039, 400, (32, 300), "NVIDIA A100 data sheet"),
+        _gpu("a100-40gb", 39.4, 312, 19.5, 1555, 400, (32, 300), "NVIDIA A100 data sheet"),
+        _gpu("l40s", 44.4, 362, 91.6, 864, 350, (32, 32), "NVIDIA L40S data sheet"),
+        _gpu("l4", 22.0, 121, 30.3, 300, 72, (32, 32), "NVIDIA L4 data sheet"),
+        _gpu("a10g", 22.0, 70, 35, 600, 150, (32, 32), "AWS G5 description; NVIDIA A10 data sheet"),
+        _gpu(
+            "v100", 31.7, 0, 15.7, 900, 300, (16, 150), "NVIDIA V100 data sheet; no bf16", fp16=125
+        ),
+        _gpu("t4", 14.7, 0, 8.1, 320, 70, (16, 16), "NVIDIA T4 data sheet; no bf16", fp16=65),
+        _gpu("rtx3090", 23.7, 71, 35.6, 936, 350, (32, 32), "NVIDIA GA102 whitepaper"),
+        _gpu("rtx4090", 23.6, 165, 82.6, 1008, 450, (32, 32), "NVIDIA Ada whitepaper"),
+        _gpu("rtx5090", 31.4, 210, 104.8, 1792, 575, (64, 64), "NVIDIA RTX Blackwell whitepaper"),
+        _gpu("a6000", 47.5, 155, 38.7, 768, 300, (32, 32), "NVIDIA RTX A6000 data sheet"),
+        _gpu("mi300x", 191.5, 1307, 163.4, 5300, 750, (64, 448), "AMD MI300X data sheet"),
     )
 }
 ALIASES = {"h100": "h100-sxm", "a100": "a100-80gb", "4090": "rtx4090", "3090": "rtx3090"}

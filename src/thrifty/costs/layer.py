@@ -353,9 +353,12 @@ def _plain_attention(p: Program, q: Tensor, k: Tensor, v: Tensor, out: Size, eag
             scores = p.apply("tanh", scores, keeps="output")
             scores = p.apply("scale", scores)
     scores = p.apply("mask", scores)
-    scores = p.cast(scores, itemsize, 4)
-    weights = p.apply("softmax", scores, keeps="output", passes=(2.0, 2.0))
-    weights = p.cast(weights, 4, itemsize)
+    if shape.sinks:
+        weights = _softmax_with_sinks(p, scores)
+    else:
+        scores = p.cast(scores, itemsize, 4)
+        weights = p.apply("softmax", scores, keeps="output", passes=(2.0, 2.0))
+        weights = p.cast(weights, 4, itemsize)
     if shape.attention_dropout and p.training:
         weights = p.dropout(weights, shape.attention_dropout)
     kept = ((v2,) if weights.grad else ()) + ((weights,) if v.grad else ())
@@ -365,3 +368,13 @@ def _plain_attention(p: Program, q: Tensor, k: Tensor, v: Tensor, out: Size, eag
     )  # fmt: skip
     attended = p.apply("copy", attended)
     return p.cast(attended, itemsize, p.itemsize)
+
+
+def _softmax_with_sinks(p: Program, scores: Tensor) -> Tensor:
+    """In the model's dtype, over the scores and a column more; the weights are a view without it."""
+    column = float(p.shape.num_attention_heads * p.itemsize)
+    grad = scores.grad or p.trained
+    joined = p.emit("concatenate", (scores,), Size(column, column), grad=grad)
+    places = Tensor(f"{p.name()} places", Size(8.0 * p.shape.num_attention_heads))
+    most = p.emit("max", (joined,), Size(column), saves=(places,) if grad else ())
+    return p.apply("softmax", p.add(joined, most), keeps="output", passes=(2.0, 2.0))

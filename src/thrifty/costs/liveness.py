@@ -163,7 +163,9 @@ def _backward_points(
         fresh = each.weight_elements if each.trained else 0
         done += fresh
         unpacked = Size(fixed=each.unpacks if written else 0.0)
-        beside = total((*gradients.values(), *written.values(), work, unpacked))
+        # A product's gradient of what has one already is added to it out of place.
+        sums = [size for name, size in written.items() if each.forward and name in gradients]
+        beside = total((*gradients.values(), *written.values(), *sums, work, unpacked))
         points.append(Point(total(kept.values()), beside, done, fresh))
         del gradients[each.writes.name]
         for name, size in written.items():

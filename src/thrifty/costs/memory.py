@@ -309,7 +309,7 @@ class _Step:
         for then it holds less than when it runs again."""
         if self.again[-1]:
             return None
-        passes, top = self.passes, self.passes.kinds[self.passes.kind_of[-1]]
+        top = self.passes.kinds[self.passes.kind_of[-1]]
         most, at = top.forward.highest(self.tokens, self.keys)
         below = self.kept - self.stored[-1]
 
@@ -541,11 +541,17 @@ def forward_account(
     return MemoryAccount(phases=phases)
 
 
-def saved_bytes(shape: ModelShape, setting: MemorySetting, *, head: bool = True) -> float:
-    """What autograd keeps at the end of the forward, with or without what the head keeps."""
-    step = _Step(shape, setting, (setting.micro_batch,))
-    of_head = step.passes.bytes(step.passes.last.saved)[0] if head else 0.0
-    return float(step.kept[0] + of_head)
+def saved_bytes(
+    shape: ModelShape,
+    setting: MemorySetting,
+    micro_batches: tuple[int, ...],
+    *,
+    head: bool = False,
+) -> Bytes:
+    """What autograd keeps at the end of the forward, at each micro-batch, with or without what the
+    head keeps."""
+    step = _Step(shape, setting, micro_batches)
+    return step.kept + (step.passes.bytes(step.passes.last.saved) if head else 0.0)
 
 
 def _shared(shape: ModelShape, setup: Setup, *, held: bool = False) -> Size:

@@ -117,7 +117,10 @@ def _grouped(p: Program, mixture: Experts, x: Tensor, inputs: int, outputs: int)
     )
     if not mixture.bias:
         return out
-    bias = p.emit("gather", (), out.size, grad=p.trained)  # a row's bias, added in place
+    rows = Tensor("expert of each row", Size(INDEX_BYTES * mixture.num_active))
+    kept = (rows,) if p.trained else ()
+    # A row's bias, added in place.
+    bias = p.emit("gather", (), out.size, grad=p.trained, saves=kept)
     p.hold(bias)
     return out
 

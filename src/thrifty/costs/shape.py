@@ -156,6 +156,8 @@ class ModelShape:
     bias_apart: bool = False
     """A linear's bias is added by a kernel of its own."""
     attention_softcap: bool = False
+    sinks: bool = False
+    """Every head has a logit that no key gives, beside its scores."""
     logit_softcap: bool = False
     sliding_window: int = 0
     num_sliding_layers: int = 0
@@ -239,6 +241,7 @@ class ModelShape:
         own = sum(linear.num_parameters for linear in self.linears_of(index))
         if self.is_mixture(index) and self.experts is not None:
             own += self.experts.parameters(self.hidden_size)
+        own += self.num_attention_heads if self.sinks else 0
         return own + self.layer_norm_parameters
 
     @cached_property
@@ -258,6 +261,7 @@ class ModelShape:
         for index in range(self.num_layers):
             for linear in self.linears_of(index):
                 parts[linear.part] += linear.num_parameters
+        parts["attention"] += self.num_layers * self.num_attention_heads if self.sinks else 0
         if self.experts is not None:
             mixtures = len(self.experts.layers)
             parts["experts"] = mixtures * self.experts.parameters(self.hidden_size)

@@ -13,17 +13,19 @@ whose rates are its peaks times an efficiency that grows with the smallest dimen
 above glibc's mmap threshold pays for its page faults each time it is allocated, activations beyond
 its trim threshold once a step.
 
-Limits: products and memory traffic do not overlap; no communication, no data loading.
+Transfers over links come on top: offloaded activations and states, shards. Limits: products, memory
+traffic and transfers do not overlap; no data loading.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
-from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
 
 from thrifty.costs.hardware import Device
 from thrifty.costs.layer import Setup, embedding, head, layers
@@ -32,15 +34,23 @@ from thrifty.costs.memory import (
     num_trained,
     saved_bytes,
     setup_of,
+    weight_bytes,
 )
 from thrifty.costs.operations import Operation, Product, Size, recomputed
 from thrifty.costs.shape import ModelShape
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 LARGE_EFFICIENCY = 0.55
 """Share of the peak that large matrix products of real training reach (MFU of well-run jobs)."""
 _LARGE = 2048
 ATTENTION_EFFICIENCY = 0.55
 """Of fused attention beside a matrix product of its head size, where it was not measured."""
+UNPACKING = 1.3
+"""A weight made whole for a use, in its bytes: written, and read in few bits."""
+HOST_BYTES_PER_SECOND = 5e10
+"""Memory bandwidth of a host that steps an offloaded optimizer."""
 CAUSAL_BLOCK = 256
 """Keys that a causal kernel handles at once; beyond it, it skips those to come."""
 
@@ -73,9 +83,23 @@ def step_seconds(
     kind: Literal["train", "forward"] = "train",
 ) -> float:
     """One micro-batch: forward, backward and the optimizer's step, or a forward pass."""
-    terms = step_terms(shape, setting, device, kind)
+    return float(seconds_at(shape, setting, device, (setting.micro_batch,), kind)[0])
+
+
+def seconds_at(
+    shape: ModelShape,
+    setting: MemorySetting,
+    device: Device,
+    micro_batches: Sequence[int],
+    kind: Literal["train", "forward"] = "train",
+) -> NDArray[np.float64]:
+    """``step_seconds`` at each micro-batch."""
+    terms = _terms(shape, setting, device, tuple(micro_batches), kind)
     factors = device.factors.get(setting.dtype, (1.0, 1.0, 1.0, 1.0))
-    return sum(factor * term for factor, term in zip(factors, terms, strict=True))
+    fitted: Any = sum(factor * term for factor, term in zip(factors, terms, strict=True))
+    if kind == "train":
+        fitted = fitted + _transfers(shape, setting, device, tuple(micro_batches))
+    return fitted
 
 
 def forward_seconds(
@@ -93,32 +117,100 @@ def step_terms(
     shape: ModelShape, setting: MemorySetting, device: Device, kind: Literal["train", "forward"]
 ) -> tuple[float, float, float, float]:
     """Seconds of the four terms before their factors."""
+    a, b, c, d = _terms(shape, setting, device, (setting.micro_batch,), kind)
+    return float(a[0]), float(b[0]), float(c[0]), float(d[0])
+
+
+def _terms(
+    shape: ModelShape,
+    setting: MemorySetting,
+    device: Device,
+    micro_batches: tuple[int, ...],
+    kind: Literal["train", "forward"],
+) -> tuple[NDArray[np.float64], ...]:
+    """The four terms at each micro-batch."""
     train = kind == "train"
-    work = _work(shape, setup_of(shape, setting, backward=train))
-    tokens, sequence = setting.tokens, setting.sequence
+    work = _work(
+        shape,
+        setup_of(shape, setting, backward=train),
+        int(setting.recompute) if train else 0,
+        setting.selective,
+    )
+    sequence = setting.sequence
+    tokens = np.array(micro_batches, dtype=float) * sequence
     keys = sequence if setting.masked else min(sequence, (sequence + CAUSAL_BLOCK) / 2)
-    products = 0.0
+    products = np.zeros_like(tokens)
     for product, times in work.products.items():
         flops, dimension = _product(product, tokens, keys)
         speed = (attention_rate if product.heads else rate)(device, setting.dtype, dimension)
         products += times * flops / speed
-    moved = work.moved.at(tokens, sequence) + work.moved_weights
-    memory = moved / device.bytes_per_second
+    memory = (work.moved.at(tokens, sequence) + work.moved_weights) / device.bytes_per_second
     if device.kind == "cpu":
-        sizes = [(size.at(tokens, sequence), n) for size, n in work.written.items()]
-        sizes += work.gradients.items()
-        fresh = sum(size * n for size, n in sizes if size > MMAP_THRESHOLD)
-        if train:
-            kept = saved_bytes(shape, setting, head=False)
-            fresh += max(0.0, kept - TRIM_THRESHOLD)
-        memory += device.fault_seconds * fresh
-    trained = num_trained(shape, setting) * setting.trained_itemsize if train else 0.0
+        memory = memory + device.fault_seconds * _fresh_bytes(shape, setting, work, tokens, train)
+    twice = 2.0 if train and setting.zeroth_order else 1.0
+    kernels = np.full_like(tokens, work.kernels * device.operation_seconds)
     return (
-        products,
-        memory,
-        work.kernels * device.operation_seconds,
-        7.0 * trained / device.bytes_per_second,
+        twice * products,
+        twice * memory,
+        twice * kernels,
+        np.full_like(tokens, _optimizer_seconds(shape, setting, device) if train else 0.0),
     )
+
+
+def _fresh_bytes(
+    shape: ModelShape,
+    setting: MemorySetting,
+    work: Work,
+    tokens: NDArray[np.float64],
+    train: bool,
+) -> NDArray[np.float64]:
+    """New pages that a CPU touches: buffers above the mmap threshold, activations that are too many
+    to be kept between steps."""
+    fresh = np.zeros_like(tokens)
+    sizes = [(size.at(tokens, setting.sequence), n) for size, n in work.written.items()]
+    for size, times in (*sizes, *work.gradients.items()):
+        fresh += np.where(size > MMAP_THRESHOLD, size, 0.0) * times
+    if train:
+        rows = tuple((tokens / setting.sequence).astype(int).tolist())
+        kept = saved_bytes(shape, setting, rows)
+        fresh += np.maximum(0.0, kept - TRIM_THRESHOLD)
+    return fresh
+
+
+def _optimizer_seconds(shape: ModelShape, setting: MemorySetting, device: Device) -> float:
+    """The weights, gradients and states go through memory some times."""
+    size = num_trained(shape, setting) * setting.trained_itemsize
+    times = setting.states.moved
+    if setting.zeroth_order:  # the noise is added, taken twice, added again; then the update
+        size, times = int(weight_bytes(shape, setting)), 8.0
+    if device.kind == "cpu":
+        times *= setting.states.cpu_factor
+    rate = device.bytes_per_second
+    if setting.states_offloaded:
+        rate = HOST_BYTES_PER_SECOND
+    return times * size / setting.num_devices / rate
+
+
+def _transfers(
+    shape: ModelShape, setting: MemorySetting, device: Device, micro_batches: tuple[int, ...]
+) -> NDArray[np.float64]:
+    """Seconds on the links, nothing of which is taken to overlap: offloaded activations down and up
+    again, gradients down and weights up, shards gathered twice and gradients scattered once."""
+    tokens = np.array(micro_batches, dtype=float)
+    seconds = np.zeros_like(tokens)
+    if setting.offload:
+        kept = replace(setting, offload=False)
+        there = saved_bytes(shape, kept, micro_batches, head=False)
+        seconds += 2.0 * there / device.host_bytes_per_second
+    if setting.states_offloaded:
+        size = num_trained(shape, setting) * setting.trained_itemsize
+        seconds += 2.0 * size / device.host_bytes_per_second
+    if setting.num_devices > 1:
+        share = (setting.num_devices - 1) / setting.num_devices
+        gathered = 2.0 * weight_bytes(shape, setting)
+        gathered += num_trained(shape, setting) * setting.trained_itemsize
+        seconds += share * gathered / device.peer_bytes_per_second
+    return seconds
 
 
 class Work(NamedTuple):
@@ -136,68 +228,78 @@ class Work(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _work(shape: ModelShape, setup: Setup) -> Work:
+def _work(shape: ModelShape, setup: Setup, recompute: int = 0, selective: bool = False) -> Work:
     products: Counter[Product] = Counter()
     written: Counter[Size] = Counter()
     gradients: Counter[float] = Counter()
-    token = keyed = kernels = weights = 0.0
+    token = keyed = fixed = kernels = weights = 0.0
 
-    def add(operation: Operation, *, backward: bool) -> None:
-        nonlocal token, keyed, kernels, weights
+    def add(operation: Operation, layers: int, *, backward: bool, again: bool = False) -> None:
+        nonlocal token, keyed, fixed, kernels, weights
         done = operation.backward if backward else operation.forward
-        products.update(done)
+        if again and selective and done:
+            return  # what it put out was kept
+        for product in done:
+            products[product] += layers
         passes = operation.passes[backward]
-        kernels += passes + len(done)
+        kernels += layers * (passes + len(done))
         if setup.on_cpu:
             passes *= CPU_PASSES.get(operation.kind, (1.0, 1.0))[backward]
         for tensor in (*operation.reads, operation.writes):
-            token += passes * tensor.size.token
-            keyed += passes * tensor.size.map
+            token += layers * passes * tensor.size.token
+            keyed += layers * passes * tensor.size.map
+            fixed += layers * passes * tensor.size.fixed
+        # A weight in few bits is read and written whole.
+        weights += layers * UNPACKING * operation.unpacks
         if not backward:
-            written[operation.writes.size] += 1
+            written[operation.writes.size] += layers
             return
-        written.update(tensor.size for tensor in operation.reads if tensor.grad)
+        for tensor in operation.reads:
+            if tensor.grad:
+                written[tensor.size] += layers
         if operation.trained:
             size = operation.weight_elements * setup.itemsize
-            gradients[size] += 1
-            weights += size if operation.kind == "embedding" else 0.0  # filled with zeros first
+            gradients[size] += layers
+            # filled with zeros first
+            weights += layers * size if operation.kind == "embedding" else 0.0
 
     body = tuple(layers(shape, setup))
-    for operations in (embedding(shape, setup), *body, head(shape, setup)):
+    programs = Counter((embedding(shape, setup), head(shape, setup), *body))
+    for operations, times in programs.items():
         for operation in operations:
             if operation.kind == "hold":
                 continue
-            add(operation, backward=False)
+            add(operation, times, backward=False)
             if operation.writes.grad:
-                add(operation, backward=True)
-    if setup.recompute:
-        for operations in body:
+                add(operation, times, backward=True)
+    if recompute:
+        for operations, times in Counter(body[::recompute]).items():
             for operation in recomputed(operations):
                 if operation.kind != "hold":
-                    add(operation, backward=False)
-    return Work(products, Size(token, keyed), weights, written, gradients, kernels)
+                    add(operation, times, backward=False, again=True)
+    return Work(products, Size(token, keyed, fixed), weights, written, gradients, kernels)
 
 
-def _product(product: Product, tokens: int, keys: float) -> tuple[float, int]:
+def _product(product: Product, tokens: Any, keys: float) -> tuple[Any, Any]:
     """FLOPs and smallest dimension."""
     if product.heads:
         return 2.0 * product.heads * product.inner * tokens * keys, product.inner
     flops = 2.0 * tokens * product.inner * product.columns
-    return flops, min(tokens, product.inner, product.columns)
+    return flops, np.minimum(tokens, min(product.inner, product.columns))
 
 
-def rate(device: Device, dtype: str, dimension: int) -> float:
-    """FLOP/s of a product whose smallest dimension is ``dimension``."""
+def rate(device: Device, dtype: str, dimension: Any) -> Any:
+    """FLOP/s of a product whose smallest dimension is ``dimension``, a number or an array."""
     curve = device.matmul_rates.get(dtype) or {}
     if curve:
         return _interpolated(curve, dimension)
     peak = device.flops_per_second.get(dtype) or device.flops_per_second["float32"]
     if device.kind == "cpu":
-        return peak * min(1.0, 0.3 + dimension / 512)
-    return peak * LARGE_EFFICIENCY * min(1.0, (dimension / _LARGE) ** 0.5)
+        return peak * np.minimum(1.0, 0.3 + np.asarray(dimension) / 512)
+    return peak * LARGE_EFFICIENCY * np.minimum(1.0, (np.asarray(dimension) / _LARGE) ** 0.5)
 
 
-def attention_rate(device: Device, dtype: str, head_size: int) -> float:
+def attention_rate(device: Device, dtype: str, head_size: int) -> Any:
     """FLOP/s of fused attention over heads of this size. Below the smallest measured it falls with
     the size: an exponential a score is what is left to do."""
     curve = device.attention_rates.get(dtype) or {}
@@ -207,17 +309,14 @@ def attention_rate(device: Device, dtype: str, head_size: int) -> float:
     return ATTENTION_EFFICIENCY * rate(device, dtype, head_size)
 
 
-def _interpolated(curve: Mapping[int, float], dimension: int) -> float:
+def _interpolated(curve: Mapping[int, float], dimension: Any) -> Any:
     """Between measured sizes in log-log; below the smallest falling with the root, as the thin
     products of attention and LoRA do; flat above the largest."""
     sizes = sorted(curve)
-    if dimension <= sizes[0]:
-        return curve[sizes[0]] * (dimension / sizes[0]) ** 0.5
-    for low, high in pairwise(sizes):
-        if dimension <= high:
-            share = math.log(dimension / low) / math.log(high / low)
-            return math.exp((1 - share) * math.log(curve[low]) + share * math.log(curve[high]))
-    return curve[sizes[-1]]
+    smallest = sizes[0]
+    known = np.log([curve[size] for size in sizes])
+    between = np.exp(np.interp(np.log(dimension), np.log(sizes), known))
+    return between * np.minimum(1.0, np.asarray(dimension) / smallest) ** 0.5
 
 
 def joules(seconds: float, device: Device) -> float | None:

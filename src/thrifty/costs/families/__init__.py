@@ -38,6 +38,7 @@ FAMILIES: dict[str, Callable[[Config], ModelShape]] = {
     "gpt_neox": layer_normed.gpt_neox,
     "opt": layer_normed.opt,
     "falcon": falcon.falcon,
+    "gpt_oss": mixtures.gpt_oss,
     "starcoder2": layer_normed.starcoder2,
 }
 

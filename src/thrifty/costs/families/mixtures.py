@@ -128,3 +128,42 @@ def qwen3_moe(config: Config) -> ModelShape:
             normalised=bool(config.get("norm_topk_prob", False)),
         ),
     )
+
+
+def gpt_oss(config: Config) -> ModelShape:
+    """Under bfloat16 its norms are bfloat16 too; float16 alone would keep them in float32."""
+    window = config.window(128)
+    layers = config.count("num_hidden_layers", 36)
+    sliding = [index % 2 == 0 for index in range(layers)]
+    shape = gated(
+        config,
+        hidden=2880,
+        mlp=2880,
+        layers=36,
+        heads=64,
+        key_value_heads=8,
+        head_dim=64,
+        vocab=201_088,
+        positions=131_072,
+        biased=ATTENTION if config.get("attention_bias", True) else (),
+        norm="wide",
+        attention="eager",
+        mask="given",
+        sinks=True,
+        paired_rotary=True,
+        sliding_window=window,
+        num_sliding_layers=config.num_sliding(sliding) if window else 0,
+    )
+    return with_experts(
+        shape,
+        experts_of(
+            config,
+            range(layers),
+            num=config.count("num_local_experts", 128, alias="num_experts"),
+            active=config.count("num_experts_per_tok", 4),
+            intermediate_size=shape.intermediate_size,
+            bias=True,
+            router="raw",
+            router_bias=True,
+        ),
+    )

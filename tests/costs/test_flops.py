@@ -74,9 +74,10 @@ def test_query_and_value_adapters():
 def test_forward(family):
     shape, model = ModelShape.from_config(THREE[family]), build(THREE[family], attention="eager")
     inputs = batch(ROWS, SEQUENCE)
+    body = getattr(model, "model", model.base_model)
     with torch.no_grad():
         assert forward_flops(shape, ROWS, SEQUENCE) == counted(lambda: model(**inputs))
-        hidden = counted(lambda: model.base_model(input_ids=inputs["input_ids"]))
+        hidden = counted(lambda: body(input_ids=inputs["input_ids"]))
     assert score_flops(shape, ROWS, SEQUENCE, logits=False) == hidden
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -88,18 +89,27 @@ def input_bytes(inputs: dict[str, Any]) -> int:
 
 def saved_bytes(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> int:
     """Bytes of the distinct buffers that autograd keeps after a forward, parameters excluded, and
-    of the masks given."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    held = {mask.untyped_storage().data_ptr(): mask for mask in masks(inputs)}
+    of the masks given. What it kept for results that nothing uses is gone by then."""
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            held.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
+    class Kept:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(**inputs)
-    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+    alive: weakref.WeakSet[Kept] = weakref.WeakSet()
+
+    def pack(tensor: torch.Tensor) -> Kept:
+        kept = Kept(tensor)
+        alive.add(kept)
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        loss = model(**inputs).loss  # holds the graph
+    tensors = [*masks(inputs), *(kept.tensor for kept in alive)]
+    sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    for parameter in model.parameters():
+        sizes.pop(parameter.untyped_storage().data_ptr(), None)
+    del loss
+    return sum(sizes.values())
 
 
 def allocated_peak(run: Any) -> int:

@@ -228,6 +228,8 @@ class Outlook:
     """From here to the end of the budget."""
     price: float
     """Objective units per unit of ``resource`` that the best alternative would bring."""
+    unit: str
+    """Of the objective: of losses, gains and the price's numerator."""
 
 
 class StoppingRule(ABC):
@@ -279,8 +281,14 @@ class MemoryTechnique(ABC):
     @abstractmethod
     def rewrite(self, setting: MemorySetting) -> MemorySetting: ...
 
+    @classmethod
+    def variants(cls) -> tuple[MemoryTechnique, ...]:
+        """The forms in which a search tries it."""
+        return (cls(),)
 
-MEMORY_KINDS = ("trained", "weights", "states", "activations", "loss")
+
+MEMORY_KINDS = ("trained", "weights", "activations", "loss", "states")
+"""In the order in which they rewrite a setting."""
 
 
 KINDS: Mapping[str, tuple[str, type]] = {

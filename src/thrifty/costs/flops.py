@@ -110,8 +110,10 @@ def decode_flops(
     # Keys seen by step i, the token itself included: prompt + i, or the window.
     keys = _sum_keys(prompt, steps, 0) * (shape.num_layers - shape.num_sliding_layers)
     keys += _sum_keys(prompt, steps, shape.sliding_window) * shape.num_sliding_layers
+    # A cache of latents is expanded again at every step; the token itself is in ``linear``.
+    again = 2.0 * shape.expansion_parameters * (keys - steps * shape.num_layers)
     per_layer = attention / shape.num_layers
-    return prefill + batch * (steps * (linear + head_linear) + per_layer * keys)
+    return prefill + batch * (steps * (linear + head_linear) + per_layer * keys + again)
 
 
 def _sum_keys(prompt: int, steps: int, window: int) -> int:

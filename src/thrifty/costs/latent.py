@@ -15,6 +15,7 @@ and expands all of it again at every step.
 from __future__ import annotations
 
 from thrifty.costs.operations import Program, Size, Tensor
+from thrifty.costs.rotary import rotate
 from thrifty.costs.shape import Latent, LinearShape
 
 
@@ -29,30 +30,21 @@ def latent_projections(
     both = p.linear(down, x)
     normal = p.norm(_view(p, both, latent.rank), latent.rank)
     heads, rotated = p.shape.num_attention_heads, p.shape.rotary_dim
-    rotated_q = _rotate(p, latent, _view(p, q, heads * rotated))
-    rotated_k = _rotate(p, latent, _view(p, both, rotated))
+    rotated_q = _rotated(p, q, heads * rotated)
+    rotated_k = _rotated(p, both, rotated)
     size = Size(float(p.shape.query_size * p.itemsize))
     queries = p.emit("concatenate", (q, rotated_q), size)
     expanded = p.linear(up, normal)
-    keys = p.emit("concatenate", (_view(p, expanded, size_of_keys(p)), rotated_k), size)
+    plain = _view(p, expanded, heads * (p.shape.head_dim - rotated))
+    keys = p.emit("concatenate", (plain, rotated_k), size)
     values = _view(p, expanded, heads * latent.value_dim)
     return queries, keys, values, (q, both, normal, rotated_q, rotated_k)
-
-
-def size_of_keys(p: Program) -> int:
-    """Width of the keys without their rotated channels."""
-    return p.shape.num_attention_heads * (p.shape.head_dim - p.shape.rotary_dim)
 
 
 def _view(p: Program, x: Tensor, width: int) -> Tensor:
     return x._replace(size=Size(float(width * p.itemsize)))
 
 
-def _rotate(p: Program, latent: Latent, x: Tensor) -> Tensor:
-    """The cosines and sines are shared by all layers."""
-    packs = "before" if x.grad else ""
-    if not latent.complex_rotary:
-        return p.emit("rotate", (x,), x.size, packs=packs, passes=(5.0, 9.0))
-    wide = p.cast(x, p.itemsize, 4)
-    rotated = p.emit("rotate_complex", (wide,), wide.size, packs=packs, passes=(1.0, 1.0))
-    return p.cast(rotated, 4, p.itemsize)
+def _rotated(p: Program, x: Tensor, width: int) -> Tensor:
+    part = _view(p, x, width)
+    return rotate(p, part, part.size)

@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from thrifty.costs.latent import latent_projections
 from thrifty.costs.mixture import mixture_of_experts
 from thrifty.costs.operations import Adapter, Operation, Product, Program, Size, Tensor
+from thrifty.costs.rotary import rotate
 from thrifty.costs.shape import ModelShape
 
 ACTIVATIONS = {
@@ -138,7 +140,8 @@ def layers(shape: ModelShape, setup: Setup) -> Iterator[tuple[Operation, ...]]:
         trained = setup.trains_all or (setup.backward and index in (setup.only_layers or ()))
         adapter = setup.adapter if index in adapted else None
         masked = setup.masked or (setup.window_masked and sliding[index])
-        yield layer(shape, setup, trained, adapter, grad, masked, shape.is_mixture(index))
+        rotates, mixture = index not in shape.no_rope_layers, shape.is_mixture(index)
+        yield layer(shape, setup, trained, adapter, grad, masked, rotates, mixture)
         grad = grad or trained or adapter is not None
 
 
@@ -163,10 +166,11 @@ def layer(
     adapter: Adapter | None,
     grad: bool,
     masked: bool,
+    rotates: bool,
     mixture: bool,
 ) -> tuple[Operation, ...]:
     """One decoder layer; ``grad``: its input needs a gradient; ``mixture``: it has experts."""
-    p = _program(shape, setup, trained=trained, adapter=adapter, masked=masked)
+    p = _program(shape, setup, trained=trained, adapter=adapter, masked=masked, rotates=rotates)
     x, hidden = _input(shape, setup, grad=grad), shape.hidden_size
     if shape.block == "parallel":
         attended = p.dropout(_attention(p, p.norm(x, hidden), setup.eager), shape.dropout)
@@ -201,6 +205,7 @@ def _program(
     trained: bool,
     adapter: Adapter | None = None,
     masked: bool = False,
+    rotates: bool = True,
 ) -> Program:
     return Program(
         shape=shape,
@@ -210,6 +215,7 @@ def _program(
         trained=trained,
         adapter=adapter,
         masked=masked,
+        rotates=rotates,
         training=setup.training,
         quantised=setup.quantised,
         operations=[],
@@ -253,6 +259,11 @@ def _activation(p: Program, x: Tensor, keeps: str) -> Tensor:
 def _attention(p: Program, x: Tensor, force_eager: bool) -> Tensor:
     shape = p.shape
     *projections, out = (linear for linear in shape.linears if linear.part == "attention")
+    if shape.latent:
+        q, k, v, held = latent_projections(p, shape.latent, projections, x)
+        result = p.linear(out, _attended(p, q, k, v, force_eager))
+        p.hold(x, q, k, v, *held)
+        return result
     query_bytes = Size(shape.query_size * p.itemsize)
     key_bytes = Size(shape.key_value_size * p.itemsize)
     fused = len(projections) == 1
@@ -267,37 +278,44 @@ def _attention(p: Program, x: Tensor, force_eager: bool) -> Tensor:
         q = p.apply("scale", q)
     if shape.clips:  # in place, for which autograd keeps a copy of what was there
         q, k, v = (p.apply("clip", x, keeps="input") for x in (q, k, v))
-    if shape.qk_norm:
+    if shape.qk_norm in ("head", "all"):
         whole = shape.qk_norm == "all"
         q = p.norm(q, shape.query_size if whole else shape.head_dim)
         k = p.norm(k, shape.key_value_size if whole else shape.head_dim)
-    if shape.rotary_dim:
-        q, k = _rotate(p, q, query_bytes), _rotate(p, k, key_bytes)
-    eager = force_eager or shape.attention == "eager"
-    drops = shape.attention_dropout > 0 and p.training
-    if eager or shape.attention == "math" or (drops and p.on_cpu):
-        attended = _plain_attention(p, q, k, v, query_bytes, eager)
-    else:
-        attended = _fused_attention(p, q, k, v, query_bytes)
-        # Concatenated rotary halves leave heads first; then the output is copied to tokens first.
-        halves = fused and shape.model_type != "falcon"  # which rotates whole heads
-        if shape.rotary_dim and (halves or shape.rotary_dim < shape.head_dim):
-            attended = p.apply("copy", attended)
-    result = p.linear(out, attended)
+    if shape.rotary_dim and p.rotates:
+        q, k = rotate(p, q, query_bytes), rotate(p, k, key_bytes)
+        if shape.qk_norm == "unit":
+            q, k = (p.norm(each, shape.head_dim, weighed=False) for each in (q, k))
+    elif shape.tempered:  # by float32 numbers, one a position
+        q = p.cast(p.apply("scale", p.cast(q, p.itemsize, 4)), 4, p.itemsize)
+    halves = fused and shape.model_type != "falcon"  # which rotates whole heads
+    result = p.linear(out, _attended(p, q, k, v, force_eager, halves))
     p.hold(x, *parts, q, k, v)  # local variables of the attention's forward
     return result
 
 
-def _rotate(p: Program, x: Tensor, size: Size) -> Tensor:
-    """Rotary embedding, x cos + rotate_half(x) sin; cos and sin are shared by all layers."""
-    packs = "before" if x.grad else ""
-    passes = (5.0, 9.0)  # products, slices, a negation, a concatenation, a sum
-    return p.emit("rotate", (x,), size, packs=packs, passes=passes)
+def _attended(
+    p: Program, q: Tensor, k: Tensor, v: Tensor, force_eager: bool, halves: bool = False
+) -> Tensor:
+    shape = p.shape
+    out = Size(shape.num_attention_heads * shape.value_dim * p.itemsize)
+    eager = force_eager or shape.attention == "eager"
+    # A CPU has no fused kernel for dropout, nor for values narrower than the keys.
+    drops = shape.attention_dropout > 0 and p.training
+    without = p.on_cpu and (drops or shape.value_dim != shape.head_dim)
+    if eager or shape.attention == "math" or without:
+        return _plain_attention(p, q, k, v, out, eager)
+    attended = _fused_attention(p, q, k, v, out)
+    # Concatenated rotary halves leave heads first; then the output is copied to tokens first.
+    if shape.rotary_dim and (halves or shape.rotary_dim < shape.head_dim):
+        attended = p.apply("copy", attended)
+    return attended
 
 
-def _attention_product(p: Program) -> Product:
-    """Queries x keys, or weights x values: the same number of FLOPs."""
-    return Product(p.shape.head_dim, 1, p.shape.num_attention_heads)
+def _attention_products(p: Program) -> tuple[Product, Product]:
+    """Queries x keys, and weights x values."""
+    heads = p.shape.num_attention_heads
+    return Product(p.shape.head_dim, 1, heads), Product(p.shape.value_dim, 1, heads)
 
 
 def _fused_attention(p: Program, q: Tensor, k: Tensor, v: Tensor, out: Size) -> Tensor:
@@ -313,7 +331,7 @@ def _fused_attention(p: Program, q: Tensor, k: Tensor, v: Tensor, out: Size) -> 
     result = Tensor(p.name(), out, grad)
     logsumexp = Tensor(f"{p.name()} logsumexp", Size(4.0 * shape.num_attention_heads))
     kept = (q, k, v, result, logsumexp, *extra) if grad else ()
-    one = (_attention_product(p),)
+    scores, attend = _attention_products(p)
     p.operations.append(
         Operation(
             "sdpa",
@@ -321,9 +339,9 @@ def _fused_attention(p: Program, q: Tensor, k: Tensor, v: Tensor, out: Size) -> 
             result,
             kept,
             "after" if grad else "",
-            forward=one * 2,
+            forward=(scores, attend),
             # One kernel makes dq, dk and dv, whichever are needed, from the scores computed again.
-            backward=one * 5 if grad else (),
+            backward=(scores,) * 3 + (attend,) * 2 if grad else (),
         )
     )
     return result
@@ -338,12 +356,14 @@ def _plain_attention(p: Program, q: Tensor, k: Tensor, v: Tensor, out: Size, eag
     # The reference kernel computes in float32 throughout, eager only its softmax.
     itemsize = p.itemsize if eager else 4
     whole = out.times(itemsize / p.itemsize)
-    q2, k2, v2 = (p.emit("copy", (x,), whole) for x in (q, k, v))
-    one = (_attention_product(p),)
+    wide = Size(float(shape.query_size * itemsize))
+    q2, k2 = p.emit("copy", (q,), wide), p.emit("copy", (k,), wide)
+    v2 = p.emit("copy", (v,), whole)
+    queried, weighed = ((product,) for product in _attention_products(p))
     kept = ((k2,) if q.grad else ()) + ((q2,) if k.grad else ())
     scores = p.emit(
         "scores", (q2, k2), Size(0.0, heads * itemsize), saves=kept,
-        packs="before" if kept else "", forward=one, backward=one * (q.grad + k.grad),
+        packs="before" if kept else "", forward=queried, backward=queried * (q.grad + k.grad),
         passes=(0.0, 0.0),
     )  # fmt: skip
     if eager:
@@ -364,7 +384,7 @@ def _plain_attention(p: Program, q: Tensor, k: Tensor, v: Tensor, out: Size, eag
     kept = ((v2,) if weights.grad else ()) + ((weights,) if v.grad else ())
     attended = p.emit(
         "attend", (weights, v2), whole, saves=kept, packs="before" if kept else "",
-        forward=one, backward=one * (weights.grad + v.grad), passes=(0.0, 0.0),
+        forward=weighed, backward=weighed * (weights.grad + v.grad), passes=(0.0, 0.0),
     )  # fmt: skip
     attended = p.apply("copy", attended)
     return p.cast(attended, itemsize, p.itemsize)

@@ -23,7 +23,14 @@ from thrifty.costs.shape import ModelShape
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-WORKSPACE = {"square": 2.0, "rotate": 1.5, "weigh": 1.0, "gelu_new": 1.0}
+WORKSPACE = {
+    "square": 2.0,
+    "rotate": 1.5,
+    "weigh": 1.0,
+    "weigh_rows": 1.0,
+    "weigh_rows_wide": 1.5,  # of two gradients in float32 one is rounded afterwards
+    "gelu_new": 1.0,
+}
 """Buffers that a backward made of several kernels needs beside the gradients, in outputs."""
 
 

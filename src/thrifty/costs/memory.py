@@ -23,16 +23,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from thrifty.costs.layer import Setup
+from thrifty.costs.held import (
+    checkpoint_bytes,
+    kv_cache_bytes,
+    largest_tensor,
+    num_trained,
+    state_bytes,
+    weight_bytes,
+)
 from thrifty.costs.liveness import Instants, Point, pieces
-from thrifty.costs.operations import Adapter, Size, total
+from thrifty.costs.operations import Adapter
+from thrifty.costs.passes import passes_of, shared_bytes
 from thrifty.costs.setting import ADAMW, MemorySetting, States, Storage, setup_of
-from thrifty.costs.shape import ITEMSIZE, ModelShape
+from thrifty.costs.shape import ModelShape
 from thrifty.costs.trained import trained
 
 if TYPE_CHECKING:
@@ -52,6 +60,8 @@ __all__ = [
     "checkpoint_bytes",
     "forward_account",
     "kv_cache_bytes",
+    "largest_tensor",
+    "num_trained",
     "peaks",
     "saved_bytes",
     "setup_of",
@@ -106,10 +116,22 @@ def account(shape: ModelShape, setting: MemorySetting) -> MemoryAccount:
     return MemoryAccount(phases=step.terms())
 
 
-def peaks(shape: ModelShape, setting: MemorySetting, micro_batches: Sequence[int]) -> Bytes:
-    """The peak of ``account`` at each micro-batch, [len(micro_batches)]."""
-    step = _Step(shape, setting, tuple(micro_batches))
-    return step.held + np.maximum.reduce([instant.bytes for instant in step.instants().values()])
+def peaks(
+    shape: ModelShape, settings: Sequence[MemorySetting], micro_batches: Sequence[int]
+) -> Bytes:
+    """The peak of ``account`` for each setting and micro-batch, [num_settings, num_batches].
+
+    The settings may differ in their optimizer alone, which changes none of the passes.
+    """
+    passes: dict[bool, Bytes] = {}
+    found = []
+    for setting in settings:
+        step = _Step(shape, setting, tuple(micro_batches))
+        if setting.in_backward not in passes:
+            most = [instant.bytes for instant in step.instants().values()]
+            passes[setting.in_backward] = np.maximum.reduce(most[:-1])
+        found.append(step.held + np.maximum(passes[setting.in_backward], step.last().bytes))
+    return np.stack(found)
 
 
 class _Instant(NamedTuple):
@@ -121,53 +143,6 @@ class _Instant(NamedTuple):
     """Number of a batch -> the bytes by term."""
 
 
-class _Passes:
-    """The forward and the backward of a program at some batches: what each layer keeps, and the
-    most that lives beside it. Settings that run the same kernels share it."""
-
-    def __init__(
-        self, shape: ModelShape, setup: Setup, micro_batches: tuple[int, ...], sequence: int
-    ) -> None:
-        self.tokens = np.array(micro_batches, dtype=float) * sequence
-        self.keys = float(sequence)
-        self.first, *body, self.last = pieces(shape, setup)
-        self.kinds = tuple({id(piece): piece for piece in body}.values())
-        place = {id(piece): number for number, piece in enumerate(self.kinds)}
-        self.kind_of = np.array([place[id(piece)] for piece in body])  # [num_layers]
-        self.before = self.bytes(total((self.first.saved, _shared(shape, setup))))
-        self.input = self.bytes(self.last.input)
-        self.saved = np.stack([self.bytes(kind.saved) for kind in self.kinds])  # [kinds, batches]
-        self.products = np.stack([self.bytes(kind.products) for kind in self.kinds])
-        elements = np.array([kind.weight_elements for kind in self.kinds], dtype=float)
-        per_layer = elements[self.kind_of]
-        self.elements = per_layer.sum() + self.last.weight_elements
-        # Of weights whose gradients exist when the backward comes to a layer.
-        self.done = self.last.weight_elements + (per_layer.sum() - np.cumsum(per_layer))
-        self._highest: dict[tuple[str, float, float], tuple[Bytes, Any]] = {}
-
-    def bytes(self, size: Size, tokens: Bytes | None = None) -> Bytes:
-        tokens = self.tokens if tokens is None else tokens
-        return size.at(tokens, self.keys) + np.zeros_like(tokens)
-
-    def highest(self, mode: str, done: float, fresh: float) -> tuple[Bytes, Any]:
-        """The most that each kind of layer holds in ``mode``, and when, [num_kinds, batches]."""
-        key = mode, done, fresh
-        if key not in self._highest:
-            found = [
-                getattr(kind, mode).highest(self.tokens, self.keys, done, fresh)
-                for kind in self.kinds
-            ]
-            self._highest[key] = tuple(np.stack(each) for each in zip(*found, strict=True))  # type: ignore[assignment]
-        return self._highest[key]
-
-
-@lru_cache(maxsize=256)
-def _passes(
-    shape: ModelShape, setup: Setup, micro_batches: tuple[int, ...], sequence: int
-) -> _Passes:
-    return _Passes(shape, setup, micro_batches, sequence)
-
-
 class _Step:
     """The phases of a training step under one setting; arrays have an entry a micro-batch."""
 
@@ -176,7 +151,7 @@ class _Step:
     ) -> None:
         self.shape, self.setting = shape, setting
         self.setup = setup_of(shape, setting)
-        self.passes = _passes(shape, self.setup, micro_batches, setting.sequence)
+        self.passes = passes_of(shape, self.setup, micro_batches, setting.sequence)
         self.tokens, self.keys = self.passes.tokens, self.passes.keys
         self.itemsize = setting.trained_itemsize
         self.shards = setting.num_devices
@@ -238,13 +213,18 @@ class _Step:
         return found
 
     def instants(self) -> dict[str, _Instant]:
+        """The highest of each phase, the update of the weights last."""
         if self.setting.zeroth_order:
-            return self._forwards()
+            return self._forwards() | {"perturbation": self.last()}
         return {
             "loss": _highest_of(self._head(), self._last_forward()),
             "backward": _highest_of(self._layers(), self._embedding()),
-            "optimizer": self._optimizer(),
+            "optimizer": self.last(),
         }
+
+    def last(self) -> _Instant:
+        """The update of the weights: the only phase that the optimizer's own buffers enter."""
+        return self._perturbation() if self.setting.zeroth_order else self._optimizer()
 
     # -- what is kept of a layer ------------------------------------------------------------------
 
@@ -401,8 +381,6 @@ class _Step:
 
     def _forwards(self) -> dict[str, _Instant]:
         """Zeroth order: two forwards, between which every weight in turn gets its noise."""
-        largest = max(self.shape.head_parameters, _largest_layer_tensor(self.shape))
-        noise = float(largest * self.setting.itemsize)
 
         def forward(points: Instants, term: str) -> _Instant:
             most, at = points.highest(self.tokens, self.keys)
@@ -417,10 +395,12 @@ class _Step:
         return {
             "layers": forward(top.forward, "activations"),
             "loss": forward(self.passes.last.forward, "logits"),
-            "perturbation": _Instant(
-                np.zeros_like(self.tokens) + noise, lambda batch: {"temporaries": noise}
-            ),
         }
+
+    def _perturbation(self) -> _Instant:
+        largest = max(self.shape.head_parameters, largest_tensor(self.shape))
+        noise = float(largest * self.setting.itemsize)
+        return _Instant(np.zeros_like(self.tokens) + noise, lambda batch: {"temporaries": noise})
 
 
 def _highest_of(one: _Instant, other: _Instant | None) -> _Instant:
@@ -439,69 +419,6 @@ UNFUSED_ADAMW = {
     "cpu": States(name="adamw", relative=2.0, step_largest=2.0),
 }
 """``foreach`` on CUDA makes a copy of everything, the loop on a CPU two of the largest tensor."""
-
-
-# -- whatever the batch ---------------------------------------------------------------------------
-
-
-def weight_bytes(shape: ModelShape, setting: MemorySetting) -> float:
-    """Of the model's own weights as they lie in memory."""
-    whole = float(shape.num_parameters * setting.itemsize)
-    if setting.storage is None:
-        return whole
-    for index in range(shape.num_layers):
-        for linear in shape.linears_of(index):
-            whole -= linear.in_features * linear.out_features * setting.itemsize
-            whole += setting.storage.bytes_of(linear)
-    return whole
-
-
-def state_bytes(shape: ModelShape, setting: MemorySetting) -> float:
-    """Of the optimizer's states."""
-    found, states, itemsize = trained(shape, setting), setting.states, setting.trained_itemsize
-    size = states.vector_bytes(found.vector_elements, itemsize)
-    for (rows, columns), count in found.matrices.items():
-        size += count * states.matrix_bytes(rows, columns, itemsize)
-    for (rows, columns), count in found.embeddings.items():
-        if states.wide_embedding:
-            size += count * rows * columns * states.wide_embedding
-        else:
-            size += count * states.matrix_bytes(rows, columns, itemsize)
-    return size
-
-
-def _largest_layer_tensor(shape: ModelShape) -> int:
-    largest = max(
-        linear.in_features * linear.out_features
-        for index in range(shape.num_layers)
-        for linear in shape.linears_of(index)
-    )
-    if shape.experts is not None:
-        one = 2 * shape.hidden_size * shape.experts.intermediate_size
-        largest = max(largest, shape.experts.num_experts * one)
-    return largest
-
-
-def num_trained(shape: ModelShape, setting: MemorySetting) -> int:
-    """Elements that get a gradient."""
-    return trained(shape, setting).num_elements
-
-
-def kv_cache_bytes(shape: ModelShape, batch: int, context: int, dtype: str) -> float:
-    """Keys and values of ``context`` tokens in every layer; windows hold at most their length."""
-    window = min(context, shape.sliding_window) if shape.sliding_window else context
-    full = shape.num_layers - shape.num_sliding_layers
-    held = full * context + shape.num_sliding_layers * window
-    return float(batch * held * shape.cached_size * ITEMSIZE[dtype])
-
-
-def checkpoint_bytes(shape: ModelShape, setting: MemorySetting) -> float:
-    """Bytes on disk of a checkpoint to resume from: what is trained, and its optimizer states.
-
-    Full fine-tuning saves the model, an adapter only itself.
-    """
-    weights = num_trained(shape, setting) * setting.trained_itemsize
-    return weights + state_bytes(shape, setting)
 
 
 # -- passes without gradients ---------------------------------------------------------------------
@@ -532,7 +449,7 @@ def forward_account(
     for phase, instants in points.items():
         _, at = instants.highest(tokens, float(sequence))
         most = instants.points[at[0]].beside.at(setting.tokens, sequence)
-        masks = _shared(shape, setup, held=phase == "layers").at(setting.tokens, sequence)
+        masks = shared_bytes(shape, setup, held=phase == "layers").at(setting.tokens, sequence)
         phases[phase] = dict.fromkeys(TERMS, 0.0) | {
             "weights": weights,
             "activations" if phase == "layers" else "logits": most,
@@ -552,16 +469,3 @@ def saved_bytes(
     head keeps."""
     step = _Step(shape, setting, micro_batches)
     return step.kept + (step.passes.bytes(step.passes.last.saved) if head else 0.0)
-
-
-def _shared(shape: ModelShape, setup: Setup, *, held: bool = False) -> Size:
-    """What all layers share: rotary cos and sin, and the masks where something holds them."""
-    kinds = 2 if 0 < shape.num_sliding_layers < shape.num_layers else 1
-    tables = kinds if shape.rotary_per_kind else 1
-    itemsize = 4 if shape.wide_rotary else setup.itemsize
-    token = tables * 2.0 * shape.rotary_dim * itemsize if setup.backward else 0.0
-    # The model holds its masks during the forward; a recomputation needs them to its end.
-    eager = shape.attention == "eager"
-    builds = (setup.masked and shape.model_type != "opt") or setup.window_masked or eager
-    masks = kinds * (setup.itemsize if eager else 1.0)
-    return Size(token, masks if builds and (held or setup.recompute) else 0.0)

@@ -12,8 +12,11 @@ beside them as ordinary linears, behind a gate of its own in Qwen2-MoE.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from thrifty.costs.every_expert import every_expert
 from thrifty.costs.operations import Product, Program, Size, Tensor
-from thrifty.costs.shape import Experts
+from thrifty.costs.shape import Experts, LinearShape
 
 INDEX_BYTES = 8.0
 
@@ -21,10 +24,21 @@ INDEX_BYTES = 8.0
 def mixture_of_experts(p: Program, x: Tensor) -> Tensor:
     mixture = p.shape.experts
     assert mixture is not None
-    routed = _routed(p, mixture, x, _router(p, mixture, x))
-    if mixture.shared:
-        shared = _shared(p, mixture, x)
-        routed = p.add(routed, shared)
+    if mixture.router == "every":
+        scaled, out = every_expert(p, mixture, x)
+        shared = _shared(p, mixture.shared, x)
+        routed = p.add(shared, p.apply("sum", out, share=1.0 / mixture.num_experts))
+        p.hold(x, scaled, out)
+        return routed
+    gates, linears = mixture.shared[:-3], mixture.shared[-3:]
+    if gates:  # it runs before the others, and its output waits for them
+        shared = _shared(p, linears, x)
+        routed = _routed(p, mixture, x, _router(p, mixture, x))
+        routed = p.add(routed, _gate(p, gates[0], x, shared))
+    else:
+        routed = _routed(p, mixture, x, _router(p, mixture, x))
+        if linears:
+            routed = p.add(routed, _shared(p, linears, x))
     p.hold(x)
     return routed
 
@@ -49,10 +63,16 @@ def _router(p: Program, mixture: Experts, x: Tensor) -> Tensor:
     scores = p.cast(logits, size, 4)
     kind = "sigmoid" if mixture.router == "sigmoid" else "softmax"
     scores = p.apply(kind, scores, keeps="output", passes=(2.0, 2.0))
+    if mixture.groups and kind == "softmax":
+        # The other groups' scores are masked. With a sigmoid that is done to a copy, not kept.
+        mask = Tensor(f"{p.name()} mask", Size(float(mixture.num_experts)))
+        scores = p.emit("mask", (scores,), scores.size, saves=(mask,) if scores.grad else ())
     weights = _best(p, scores, chosen)
     if mixture.normalised:
         total = p.apply("sum", weights, share=1.0 / chosen)
         weights = p.emit("divide", (weights, total), weights.size, saves=(weights, total))
+    if mixture.scaled:
+        weights = p.apply("scale", weights)
     return weights if mixture.wide_weights else p.cast(weights, 4, p.itemsize)
 
 
@@ -80,13 +100,21 @@ def _routed(p: Program, mixture: Experts, x: Tensor, weights: Tensor) -> Tensor:
     out = _grouped(p, mixture, both, inner, hidden)
     width = 4 if mixture.wide_weights else p.itemsize
     kept = ((out,) if sorted_weights.grad else ()) + ((sorted_weights,) if out.grad else ())
+    kind = "weigh_rows"
+    reads: tuple[Tensor, ...] = (out, sorted_weights)
+    if width != p.itemsize:
+        kind += "_wide"
+        if p.on_cpu:  # a CPU kernel of mixed dtypes makes a wide copy first, CUDA does not
+            reads += (p.cast(out._replace(grad=False), p.itemsize, width),)
     weighed = p.emit(
-        "weigh_rows", (out, sorted_weights), Size(float(chosen * hidden * width)), saves=kept,
+        kind, reads, Size(float(chosen * hidden * width)), saves=kept,
         packs="before" if kept else "", passes=(1.0, 2.0),
     )  # fmt: skip
     restored = _gather(p, weighed, weighed.size)
     summed = p.apply("sum", restored, share=1.0 / chosen)
-    return p.cast(summed, width, p.itemsize)
+    result = p.cast(summed, width, p.itemsize)
+    p.hold(order, copied, sorted_weights, out, restored, summed)  # local variables
+    return result
 
 
 def _gather(p: Program, x: Tensor, size: Size) -> Tensor:
@@ -94,7 +122,7 @@ def _gather(p: Program, x: Tensor, size: Size) -> Tensor:
     assert p.shape.experts is not None
     index = Tensor(f"{p.name()} index", Size(INDEX_BYTES * p.shape.experts.num_active))
     return p.emit(
-        "gather", (x,), size, saves=(index,) if x.grad else (), packs="after" if x.grad else ""
+        "gather", (x,), size, saves=(index,) if x.grad else (), packs="before" if x.grad else ""
     )
 
 
@@ -133,12 +161,16 @@ def _clamped_gate(p: Program, both: Tensor) -> Tensor:
     return p.multiply(p.apply("scale", up), p.multiply(gate, open_))
 
 
-def _shared(p: Program, mixture: Experts, x: Tensor) -> Tensor:
-    *gates, into, up, down = mixture.shared
+def _shared(p: Program, linears: Sequence[LinearShape], x: Tensor) -> Tensor:
+    into, up, down = linears
     active = p.apply(p.shape.activation, p.linear(into, x), keeps="input")
     out = p.linear(down, p.multiply(active, p.linear(up, x)))
-    for gate in gates:
-        share = p.apply("sigmoid", p.linear(gate, x), keeps="output")
-        kept = ((share,) if out.grad else ()) + ((out,) if share.grad else ())
-        out = p.emit("weigh_rows", (out, share), out.size, saves=kept, passes=(1.0, 2.0))
+    p.hold(x)
     return out
+
+
+def _gate(p: Program, gate: LinearShape, x: Tensor, out: Tensor) -> Tensor:
+    """The shared expert's output, weighed by what its gate lets through."""
+    share = p.apply("sigmoid", p.linear(gate, x), keeps="output")
+    kept = ((share,) if out.grad else ()) + ((out,) if share.grad else ())
+    return p.emit("weigh_rows", (out, share), out.size, saves=kept, passes=(1.0, 2.0))

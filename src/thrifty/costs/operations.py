@@ -92,7 +92,7 @@ class Operation:
 class Adapter:
     """LoRA as PEFT runs it: ``y = W x + B(A(x)) alpha / rank`` on the linears named by ``targets``.
 
-    ``targets`` None means every linear of a layer, ``layers`` None every layer. The dropout inside
+    ``targets`` None means ``lora_targets``, ``layers`` None every layer. The dropout inside
     the adapter is taken to be 0.
     """
 
@@ -104,10 +104,8 @@ class Adapter:
         if self.rank < 1:
             raise ValueError(f"LoRA rank must be at least 1, not {self.rank}\nhint: try rank 16")
 
-    def adapts(self, linear: LinearShape) -> bool:
-        if self.targets is None:
-            return linear.out_features > 1  # the gate of a shared expert is no place for an adapter
-        return linear.name in self.targets
+    def adapts(self, shape: ModelShape, linear: LinearShape) -> bool:
+        return linear.name in (shape.lora_targets if self.targets is None else self.targets)
 
     def check(self, shape: ModelShape) -> None:
         """Its targets and layers must exist in the model."""
@@ -130,7 +128,7 @@ class Adapter:
             self.rank * (linear.in_features + linear.out_features)
             for index in layers
             for linear in shape.linears_of(index)
-            if self.adapts(linear)
+            if self.adapts(shape, linear)
         )
 
 
@@ -147,6 +145,8 @@ class Program:
     """Whether the model's own weights here are trained."""
     adapter: Adapter | None = None
     masked: bool = False
+    rotates: bool = True
+    """This layer has a rotary embedding."""
     training: bool = True
     quantised: bool = False
     operations: list[Operation]
@@ -252,7 +252,7 @@ class Program:
         out = self.product(x, inputs, outputs, trained=self.trained, unpacks=unpacks)
         if linear.bias and self.shape.bias_apart:
             out = self.apply("bias", out)
-        if self.adapter is None or not self.adapter.adapts(linear):
+        if self.adapter is None or not self.adapter.adapts(self.shape, linear):
             return out
         itemsize = self.adapter_itemsize
         # PEFT casts the input of each adapted linear on its own, and autograd keeps every copy.
@@ -266,7 +266,7 @@ class Program:
         self.hold(out)
         return self.cast(both, max(itemsize, self.itemsize), self.itemsize)
 
-    def norm(self, x: Tensor, width: int) -> Tensor:
+    def norm(self, x: Tensor, width: int, *, weighed: bool = True) -> Tensor:
         """A norm over groups of ``width`` elements: one for the hidden size, one a head for the
         queries and keys."""
         if self.shape.norm == "layer":
@@ -291,6 +291,8 @@ class Program:
         mean = self.apply("mean", square, share=1.0 / width)
         inverse = self.apply("rsqrt", mean, keeps="output", passes=(2.0, 3.0))
         normal = self.multiply(wide, inverse)
+        if not weighed:
+            return self.cast(normal, 4, self.itemsize)
         if self.shape.norm == "wide":
             return self.cast(self.weigh(normal), 4, self.itemsize)
         return self.weigh(self.cast(normal, 4, self.itemsize))
@@ -304,9 +306,14 @@ class Program:
         return self.emit("weigh", (x,), x.size, grad=grad, saves=kept, packs=packs, passes=passes)
 
 
-def saved(operations: Iterable[Operation]) -> dict[str, Tensor]:
-    """The distinct tensors that autograd keeps of these operations."""
-    return {tensor.name: tensor for operation in operations for tensor in operation.saves}
+def saved(operations: Sequence[Operation]) -> dict[str, Tensor]:
+    """The distinct tensors that autograd keeps of these operations; a view keeps its buffer."""
+    written = {each.writes.name: each.writes for each in operations}
+    kept: dict[str, Tensor] = {}
+    for operation in operations:
+        for tensor in operation.saves:
+            kept[tensor.name] = written.get(tensor.name, tensor)
+    return kept
 
 
 def recomputed(operations: Sequence[Operation]) -> Sequence[Operation]:

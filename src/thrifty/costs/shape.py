@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,13 +57,19 @@ class Experts:
     bias: bool = False
     router: str
     """``softmax`` of all logits and the best of it; ``raw``: the best, then their softmax;
-    ``wide``: computed in float32, weights included; ``sigmoid``: wide, with a sigmoid, groups and
-    normalised weights."""
+    ``wide``: softmax in float32, weights included; ``sigmoid``: a sigmoid in its place;
+    ``every``: a sigmoid of the best, all others closed, and every expert runs on every token."""
     router_bias: bool = False
+    groups: int = 0
+    """The best of the experts come from the best of so many groups; 0: there are none."""
     normalised: bool = False
     """The chosen experts' weights are divided by their sum."""
+    scaled: bool = False
+    """Their weights are multiplied by a constant."""
     wide_weights: bool = False
     """They stay float32, whatever the model is."""
+    take_names: bool = False
+    """PEFT takes ``gate_proj`` and the like for weights of the experts, wherever else they are."""
     shared: tuple[LinearShape, ...] = ()
     """Linears of the expert that every token goes through; with a gate of its own first, if any."""
 
@@ -85,8 +91,6 @@ class Latent:
     value_dim: int
     """Of a head; queries and keys have ``head_dim``, of which ``rotary_dim`` is rotated and, in the
     keys, shared by all heads."""
-    complex_rotary: bool = False
-    """Rotated as complex numbers in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +125,8 @@ class ModelShape:
     each through its own), or ``shared`` (through one)."""
     final_norm: bool = True
     qk_norm: str = ""
-    """RMS norms on the queries and the keys: over each ``head``, or over ``all`` of them."""
+    """RMS norms on the queries and the keys: over each ``head``, or over ``all`` of them; ``unit``:
+    over each head, without weights, and after their rotation only."""
     clips: bool = False
     """Queries, keys and values are clamped."""
     scaled_embedding: bool = False
@@ -132,9 +137,11 @@ class ModelShape:
     wide_rotary: bool = False
     """Its cosines and sines are float32, whatever the model is."""
     paired_rotary: bool = False
-    """They have one entry for two channels."""
+    """They have one entry for two channels; if wide too, channels are rotated as complex numbers."""
     no_rope_layers: frozenset[int] = frozenset()
     """Layers that rotate nothing."""
+    tempered: bool = False
+    """There, queries are scaled by their position."""
     rotary_per_kind: bool = False
     """Layers that slide have cosines and sines of their own."""
     num_positions: int = 0
@@ -166,6 +173,14 @@ class ModelShape:
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # A shape is the key of many caches, and its fields are many.
+        return hash(tuple(getattr(self, each.name) for each in fields(self)))
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
         """``config.json`` as a dict -> shape. Missing keys take transformers' defaults."""
@@ -190,7 +205,7 @@ class ModelShape:
 
     @property
     def cached_size(self) -> int:
-        """Elements that a KV cache holds of a token in a layer; of a latent, before it is expanded."""
+        """What a KV cache holds of a token in a layer: keys and values, or what they come from."""
         if self.latent is None:
             return 2 * self.key_value_size
         return self.latent.rank + self.rotary_dim
@@ -218,7 +233,12 @@ class ModelShape:
     def layer_norm_parameters(self) -> int:
         """Parameters of all the norms of one layer."""
         norms = {"sandwich": 4, "shared": 1}.get(self.block, 2)
-        over = {"": 0, "head": 2 * self.head_dim, "all": self.query_size + self.key_value_size}
+        over = {
+            "": 0,
+            "unit": 0,
+            "head": 2 * self.head_dim,
+            "all": self.query_size + self.key_value_size,
+        }
         latents = self.latent.query_rank + self.latent.rank if self.latent else 0
         return norms * self.norm_parameters + over[self.qk_norm] + latents
 
@@ -246,9 +266,12 @@ class ModelShape:
 
     @cached_property
     def lora_targets(self) -> tuple[str, ...]:
-        """The default LoRA targets: every linear of the layers, not the head, no router or gate."""
+        """The default LoRA targets: every linear of the layers, not the head, no router or gate,
+        and none whose name PEFT takes for weights of the experts."""
         layers = range(self.num_layers)
-        found = (linear for index in layers for linear in self.linears_of(index))
+        found = [linear for index in layers for linear in self.linears_of(index)]
+        if self.experts and self.experts.take_names:
+            found = [linear for linear in found if linear.part == "attention"]
         return tuple(dict.fromkeys(linear.name for linear in found if linear.out_features > 1))
 
     @cached_property

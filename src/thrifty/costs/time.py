@@ -20,7 +20,7 @@ traffic and transfers do not overlap; no data loading.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -41,6 +41,8 @@ from thrifty.costs.shape import ModelShape
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    Program = tuple[Operation, ...]
 
 LARGE_EFFICIENCY = 0.55
 """Share of the peak that large matrix products of real training reach (MFU of well-run jobs)."""
@@ -94,12 +96,35 @@ def seconds_at(
     kind: Literal["train", "forward"] = "train",
 ) -> NDArray[np.float64]:
     """``step_seconds`` at each micro-batch."""
-    terms = _terms(shape, setting, device, tuple(micro_batches), kind)
-    factors = device.factors.get(setting.dtype, (1.0, 1.0, 1.0, 1.0))
-    fitted: Any = sum(factor * term for factor, term in zip(factors, terms, strict=True))
     if kind == "train":
-        fitted = fitted + _transfers(shape, setting, device, tuple(micro_batches))
+        return seconds_by_optimizer(shape, [setting], device, micro_batches)[0]
+    terms = _terms(shape, setting, device, tuple(micro_batches), kind)
+    fitted: Any = sum(f * term for f, term in zip(_factors(device, setting), terms, strict=True))
     return fitted
+
+
+def seconds_by_optimizer(
+    shape: ModelShape,
+    settings: Sequence[MemorySetting],
+    device: Device,
+    micro_batches: Sequence[int],
+) -> NDArray[np.float64]:
+    """``step_seconds`` of settings that differ in their optimizer alone, [settings, batches]."""
+    batches, first = tuple(micro_batches), settings[0]
+    *factors, of_update = _factors(device, first)
+    *passes, _ = _terms(shape, first, device, batches, "train")
+    fitted: Any = sum(factor * term for factor, term in zip(factors, passes, strict=True))
+    fitted = fitted + _transfers(shape, first, device, batches)
+    updates = [
+        of_update * _optimizer_seconds(shape, setting, device)
+        + _offloaded_seconds(shape, setting, device)
+        for setting in settings
+    ]
+    return fitted + np.array(updates)[:, None]
+
+
+def _factors(device: Device, setting: MemorySetting) -> tuple[float, float, float, float]:
+    return device.factors.get(setting.dtype, (1.0, 1.0, 1.0, 1.0))
 
 
 def forward_seconds(
@@ -195,22 +220,27 @@ def _transfers(
     shape: ModelShape, setting: MemorySetting, device: Device, micro_batches: tuple[int, ...]
 ) -> NDArray[np.float64]:
     """Seconds on the links, nothing of which is taken to overlap: offloaded activations down and up
-    again, gradients down and weights up, shards gathered twice and gradients scattered once."""
+    again, shards gathered twice and gradients scattered once."""
     tokens = np.array(micro_batches, dtype=float)
     seconds = np.zeros_like(tokens)
     if setting.offload:
         kept = replace(setting, offload=False)
         there = saved_bytes(shape, kept, micro_batches, head=False)
         seconds += 2.0 * there / device.host_bytes_per_second
-    if setting.states_offloaded:
-        size = num_trained(shape, setting) * setting.trained_itemsize
-        seconds += 2.0 * size / device.host_bytes_per_second
     if setting.num_devices > 1:
         share = (setting.num_devices - 1) / setting.num_devices
         gathered = 2.0 * weight_bytes(shape, setting)
         gathered += num_trained(shape, setting) * setting.trained_itemsize
         seconds += share * gathered / device.peer_bytes_per_second
     return seconds
+
+
+def _offloaded_seconds(shape: ModelShape, setting: MemorySetting, device: Device) -> float:
+    """Gradients down to the moments on the host, and weights up again."""
+    if not setting.states_offloaded:
+        return 0.0
+    size = num_trained(shape, setting) * setting.trained_itemsize / setting.num_devices
+    return 2.0 * size / device.host_bytes_per_second
 
 
 class Work(NamedTuple):
@@ -264,8 +294,7 @@ def _work(shape: ModelShape, setup: Setup, recompute: int = 0, selective: bool =
             weights += layers * size if operation.kind == "embedding" else 0.0
 
     body = tuple(layers(shape, setup))
-    programs = Counter((embedding(shape, setup), head(shape, setup), *body))
-    for operations, times in programs.items():
+    for operations, times in _distinct((embedding(shape, setup), head(shape, setup), *body)):
         for operation in operations:
             if operation.kind == "hold":
                 continue
@@ -273,11 +302,18 @@ def _work(shape: ModelShape, setup: Setup, recompute: int = 0, selective: bool =
             if operation.writes.grad:
                 add(operation, times, backward=True)
     if recompute:
-        for operations, times in Counter(body[::recompute]).items():
+        for operations, times in _distinct(body[::recompute]):
             for operation in recomputed(operations):
                 if operation.kind != "hold":
                     add(operation, times, backward=False, again=True)
     return Work(products, Size(token, keyed, fixed), weights, written, gradients, kernels)
+
+
+def _distinct(programs: Sequence[Program]) -> Iterator[tuple[Program, int]]:
+    """Each with how often it is there. Equal layers are the same object, and dear to compare."""
+    times = Counter(map(id, programs))
+    for key, program in {id(program): program for program in programs}.items():
+        yield program, times[key]
 
 
 def _product(product: Product, tokens: Any, keys: float) -> tuple[Any, Any]:

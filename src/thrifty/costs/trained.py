@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from functools import lru_cache
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 from thrifty.costs.operations import Adapter
 from thrifty.costs.setting import MemorySetting
 from thrifty.costs.shape import ModelShape
 
 
-class Trained(NamedTuple):
+@dataclass(frozen=True)
+class Trained:
     """Tensors that get a gradient."""
 
     matrices: Counter[tuple[int, int]]
@@ -21,11 +22,11 @@ class Trained(NamedTuple):
     vector_elements: int
     """Of norms, biases and all else that is no matrix."""
 
-    @property
+    @cached_property
     def num_elements(self) -> int:
         return self.vector_elements + sum(m * n * count for (m, n), count in self._all())
 
-    @property
+    @cached_property
     def largest(self) -> int:
         """Elements of the largest tensor."""
         return max((m * n for (m, n), _ in self._all()), default=self.vector_elements)
@@ -34,10 +35,13 @@ class Trained(NamedTuple):
         return (*self.matrices.items(), *self.embeddings.items())
 
 
+NOTHING = Trained(Counter(), Counter(), 0)
+
+
 def trained(shape: ModelShape, setting: MemorySetting) -> Trained:
     """Nothing under zeroth-order training, whose update needs no gradient."""
     if setting.zeroth_order:
-        return Trained(Counter(), Counter(), 0)
+        return NOTHING
     return _trained(shape, setting.adapter, setting.only_layers, setting.only_head)
 
 
@@ -83,7 +87,7 @@ def _adapter_matrices(shape: ModelShape, adapter: Adapter) -> Counter[tuple[int,
     matrices: Counter[tuple[int, int]] = Counter()
     for index in layers:
         for linear in shape.linears_of(index):
-            if adapter.adapts(linear):
+            if adapter.adapts(shape, linear):
                 matrices[linear.in_features, adapter.rank] += 1
                 matrices[adapter.rank, linear.out_features] += 1
     return matrices

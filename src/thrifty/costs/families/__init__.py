@@ -10,11 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from thrifty.costs.families import falcon, gated, gemma, layer_normed, mixtures, olmo
+from thrifty.costs.families import (
+    falcon,
+    gated,
+    gemma,
+    latent,
+    layer_normed,
+    llama4,
+    mixtures,
+    olmo,
+)
 from thrifty.costs.families.config import Config
 from thrifty.costs.shape import ModelShape
 
-TEXT_PARTS = {"gemma3": "gemma3_text"}
+TEXT_PARTS = {"gemma3": "gemma3_text", "llama4": "llama4_text"}
 """Model type of a model with a text part -> that of the part."""
 
 FAMILIES: dict[str, Callable[[Config], ModelShape]] = {
@@ -33,12 +42,15 @@ FAMILIES: dict[str, Callable[[Config], ModelShape]] = {
     "mixtral": mixtures.mixtral,
     "qwen2_moe": mixtures.qwen2_moe,
     "qwen3_moe": mixtures.qwen3_moe,
+    "deepseek_v2": latent.deepseek_v2,
+    "deepseek_v3": latent.deepseek_v3,
     "phi": layer_normed.phi,
     "gpt2": layer_normed.gpt2,
     "gpt_neox": layer_normed.gpt_neox,
     "opt": layer_normed.opt,
     "falcon": falcon.falcon,
     "gpt_oss": mixtures.gpt_oss,
+    "llama4_text": llama4.llama4_text,
     "starcoder2": layer_normed.starcoder2,
 }
 

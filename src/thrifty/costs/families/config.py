@@ -59,14 +59,14 @@ class Config:
         share = self.get(legacy, share)
         return int(head_dim * rope.get("partial_rotary_factor", share))
 
-    def num_sliding(self, sliding: Sequence[bool]) -> int:
+    def num_sliding(self, sliding: Sequence[bool], named: str = "sliding_attention") -> int:
         """Layers with a sliding window: as ``layer_types`` says, otherwise by the family's rule."""
         types = self.get("layer_types")
         if types is None:
             return sum(sliding)
         if not isinstance(types, list) or len(types) < len(sliding):
             self.fail(f"layer_types must name each of the {len(sliding)} layers")
-        return sum(kind == "sliding_attention" for kind in types[: len(sliding)])
+        return sum(kind == named for kind in types[: len(sliding)])
 
 
 def linear_shapes(

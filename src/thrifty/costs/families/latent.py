@@ -1,4 +1,4 @@
-"""Decoders with multi-head latent attention and experts: DeepSeek V2 and V3 (Moonlight, Kimi K2)."""
+"""Multi-head latent attention and experts: DeepSeek V2 and V3, Moonlight, Kimi K2."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def any_deepseek(
     shared: int,
     expert: int,
     mlp_bias: bool = False,
-    complex_rotary: bool = False,
+    wide_rotary: bool = False,
     **routing: Any,
 ) -> ModelShape:
     """Dense in the first layers, experts in all others; the sizes given are the defaults."""
@@ -47,7 +47,9 @@ def any_deepseek(
         if query_rank
         else (("q_proj", hidden, queries, "attention"),)
     )
-    biased = ("q_a_proj", "kv_a_proj_with_mqa", "o_proj") if config.get("attention_bias") else ()
+    biased: tuple[str, ...] = ()
+    if config.get("attention_bias"):
+        biased += ("q_a_proj", "kv_a_proj_with_mqa", "o_proj")
     if mlp_bias:
         biased += ("gate_proj", "up_proj", "down_proj")
     shape = ModelShape(
@@ -70,13 +72,13 @@ def any_deepseek(
             *_gated(hidden, mlp),
             biased=biased,
         ),
-        latent=Latent(
-            query_rank=query_rank or 0, rank=rank, value_dim=value, complex_rotary=complex_rotary
-        ),
+        latent=Latent(query_rank=query_rank or 0, rank=rank, value_dim=value),
         norm_parameters=hidden,
         embedding_size=hidden,
         activation=config.get("hidden_act", "silu"),
         rotary_dim=rotated,
+        wide_rotary=wide_rotary,
+        paired_rotary=wide_rotary,
         attention_dropout=config.rate("attention_dropout", 0.0),
     )
     first = config.get("first_k_dense_replace", first_dense)
@@ -89,6 +91,7 @@ def any_deepseek(
         range(first, layers),
         intermediate_size=inner,
         wide_weights=True,
+        take_names=True,
         shared=linear_shapes(*_gated(hidden, both), biased=biased),
         **routing,
     )
@@ -104,6 +107,7 @@ def _gated(hidden: int, inner: int) -> tuple[tuple[str, int, int, str], ...]:
 
 
 def deepseek_v2(config: Config) -> ModelShape:
+    method = config.get("topk_method", "greedy")
     return any_deepseek(
         config,
         hidden=4096,
@@ -116,12 +120,12 @@ def deepseek_v2(config: Config) -> ModelShape:
         shared=2,
         expert=1407,
         mlp_bias=bool(config.get("mlp_bias")),
-        complex_rotary=True,
+        wide_rotary=True,
         num=config.count("n_routed_experts", 64, alias="num_experts"),
         # transformers has no default; 6 is what every published config says.
         active=config.count("num_experts_per_tok", 6),
         router="wide",
-        groups=_groups(config, 0) if config.get("topk_method", "greedy") != "greedy" else 0,
+        groups=config.get("n_group", 0) if method == "group_limited_greedy" else 0,
         scaled=True,
     )
 
@@ -141,11 +145,7 @@ def deepseek_v3(config: Config) -> ModelShape:
         num=config.count("n_routed_experts", 256, alias="num_local_experts"),
         active=config.count("num_experts_per_tok", 8),
         router="sigmoid",
-        groups=_groups(config, 8),
+        groups=config.count("n_group", 8),
         scaled=True,
         normalised=bool(config.get("norm_topk_prob", True)),
     )
-
-
-def _groups(config: Config, default: int) -> int:
-    return config.count("n_group", default)

@@ -121,6 +121,7 @@ def qwen3_moe(config: Config) -> ModelShape:
         experts_of(
             config,
             _sparse_layers(config, layers),
+            take_names=True,
             num=config.count("num_experts", 128, alias="num_local_experts"),
             active=config.count("num_experts_per_tok", 8),
             intermediate_size=config.count("moe_intermediate_size", 768),

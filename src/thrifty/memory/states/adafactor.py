@@ -20,6 +20,11 @@ class Adafactor(MemoryTechnique):
     source = "arXiv:1804.04235"
     worth = Worth(0.9, 0.1, "no momentum; arXiv:1804.04235 section 9")
 
+    def refuses(self, setting: MemorySetting) -> str | None:
+        if setting.zeroth_order:
+            return "a zeroth-order update is plain descent, without states"
+        return None
+
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(
             setting,

@@ -20,5 +20,10 @@ class AdamMini(MemoryTechnique):
     source = "arXiv:2406.16793"
     worth = Worth(0.99, 0.03, "arXiv:2406.16793: on par")
 
+    def refuses(self, setting: MemorySetting) -> str | None:
+        if setting.zeroth_order:
+            return "a zeroth-order update is plain descent, without states"
+        return None
+
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(setting, states=States(name="adam_mini", relative=1.0, edge=4.0, moved=6.0))

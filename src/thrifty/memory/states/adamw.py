@@ -17,5 +17,10 @@ class AdamW(MemoryTechnique):
     source = "arXiv:1711.05101"
     worth = Worth(1.0, 0.0, "reference")
 
+    def refuses(self, setting: MemorySetting) -> str | None:
+        if setting.zeroth_order:
+            return "a zeroth-order update is plain descent, without states"
+        return None
+
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(setting, states=ADAMW)

@@ -18,6 +18,11 @@ class AdamW4bit(MemoryTechnique):
     source = "arXiv:2309.01507"
     worth = Worth(0.98, 0.03, "arXiv:2309.01507; 42.3 against 42.6 accuracy in torchao's README")
 
+    def refuses(self, setting: MemorySetting) -> str | None:
+        if setting.zeroth_order:
+            return "a zeroth-order update is plain descent, without states"
+        return None
+
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(
             setting, states=States(name="adamw_4bit", absolute=1.0625, vector=8.0, cpu_factor=70.0)

@@ -21,6 +21,11 @@ class AdamW8bit(MemoryTechnique):
     source = "arXiv:2110.02861"
     worth = Worth(1.0, 0.02, "arXiv:2110.02861 matches 32-bit")
 
+    def refuses(self, setting: MemorySetting) -> str | None:
+        if setting.zeroth_order:
+            return "a zeroth-order update is plain descent, without states"
+        return None
+
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(
             setting,

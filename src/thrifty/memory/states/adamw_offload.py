@@ -18,6 +18,8 @@ class AdamWOffload(MemoryTechnique):
     worth = Worth(1.0, 0.0, "the same arithmetic")
 
     def refuses(self, setting: MemorySetting) -> str | None:
+        if setting.zeroth_order:
+            return "a zeroth-order update is plain descent, without states"
         return "there is no other place to put them" if setting.device_kind == "cpu" else None
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:

@@ -19,6 +19,11 @@ class Apollo(MemoryTechnique):
 
     rank: int = 128
 
+    def refuses(self, setting: MemorySetting) -> str | None:
+        if setting.zeroth_order:
+            return "a zeroth-order update is plain descent, without states"
+        return None
+
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(
             setting,

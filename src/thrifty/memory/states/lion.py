@@ -18,5 +18,10 @@ class Lion(MemoryTechnique):
     source = "arXiv:2302.06675"
     worth = Worth(0.97, 0.05, "arXiv:2302.06675: on par, less at small batches")
 
+    def refuses(self, setting: MemorySetting) -> str | None:
+        if setting.zeroth_order:
+            return "a zeroth-order update is plain descent, without states"
+        return None
+
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(setting, states=States(name="lion", relative=1.0, moved=5.0))

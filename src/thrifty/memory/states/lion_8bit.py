@@ -18,6 +18,11 @@ class Lion8bit(MemoryTechnique):
     source = "arXiv:2302.06675"
     worth = Worth(0.97, 0.06, "as lion, in 8 bits")
 
+    def refuses(self, setting: MemorySetting) -> str | None:
+        if setting.zeroth_order:
+            return "a zeroth-order update is plain descent, without states"
+        return None
+
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(
             setting,

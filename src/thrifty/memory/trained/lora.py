@@ -26,6 +26,13 @@ class LoRA(MemoryTechnique):
     targets: tuple[str, ...] = ()
     adapter_dtype: str = "float32"
 
+    @classmethod
+    def variants(cls) -> tuple[MemoryTechnique, ...]:
+        return tuple(cls(adapter_dtype=dtype) for dtype in ("float32", "bfloat16"))
+
+    def refuses(self, setting: MemorySetting) -> str | None:
+        return "a zeroth-order step needs no adapter" if setting.zeroth_order else None
+
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         adapter = Adapter(rank=self.rank, targets=self.targets or None)
         return replace(setting, adapter=adapter, adapter_dtype=self.adapter_dtype)

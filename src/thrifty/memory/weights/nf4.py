@@ -24,6 +24,10 @@ class NF4(MemoryTechnique):
 
     double: bool = True
 
+    @classmethod
+    def variants(cls) -> tuple[MemoryTechnique, ...]:
+        return (cls(double=True), cls(double=False))
+
     def refuses(self, setting: MemorySetting) -> str | None:
         return only_frozen(setting, "4 bits")
 

@@ -1,0 +1,190 @@
+"""Every way to hold a training step: all combinations of memory techniques, micro-batches and ways
+to lay out sequences, priced at once.
+
+A combination takes one technique of each kind (``core.contracts.MEMORY_KINDS``); one that refuses
+another is left out with its reason. What is left is priced in blocks, a program (what is trained,
+in which dtype, how recomputed) at a time: memory of all micro-batches under all optimizers is one
+array, so that tens of thousands of combinations take less than a second.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from thrifty.core.contracts import MEMORY_KINDS, MemoryTechnique, Worth
+from thrifty.core.resolve import all_names, method_class, name_of
+from thrifty.costs.flops import step_coefficients
+from thrifty.costs.hardware import Device
+from thrifty.costs.memory import peaks
+from thrifty.costs.setting import MemorySetting
+from thrifty.costs.shape import ModelShape
+from thrifty.costs.time import seconds_by_optimizer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Combinations that differ in their optimizer and their micro-batch alone."""
+
+    techniques: tuple[MemoryTechnique, ...]
+    """One of each kind but the last."""
+    states: tuple[MemoryTechnique, ...]
+    layout: str
+    settings: tuple[MemorySetting, ...]
+    """An optimizer, at micro-batch 1."""
+    micro_batches: tuple[int, ...]
+    peak_memory_bytes: NDArray[np.float64]  # [num_states, num_batches]
+    seconds: NDArray[np.float64]  # [num_states, num_batches], of a micro-batch with its update
+    flops: NDArray[np.float64]  # [num_batches]
+
+    def technique_names(self, state: int) -> dict[str, str]:
+        chosen = (*self.techniques, self.states[state])
+        return dict(zip(MEMORY_KINDS, map(name_of, chosen), strict=True))
+
+    def quality(self, state: int) -> Worth:
+        return quality_of((*self.techniques, self.states[state]))
+
+
+@dataclass(frozen=True)
+class Combinations:
+    """All that was priced, and what could not be combined."""
+
+    blocks: tuple[Block, ...]
+    refused: Mapping[str, int]
+    """Technique and reason -> how many combinations of techniques it ruled out."""
+
+    @property
+    def num_combinations(self) -> int:
+        return sum(block.peak_memory_bytes.size for block in self.blocks)
+
+
+@cache
+def quality_of(techniques: tuple[MemoryTechnique, ...]) -> Worth:
+    """Of a token trained on under these, in tokens under the reference: the product of the priors
+    of what departs from it."""
+    trains_weights = name_of(techniques[0]) == "full"
+    worths = [
+        (technique.worth_trained if trains_weights else None) or technique.worth
+        for technique in techniques
+    ]
+    mean = math.prod(worth.mean for worth in worths)
+    relative = math.hypot(*(worth.stderr / worth.mean for worth in worths))
+    sources = [worth.source for worth in worths if worth.mean != 1.0]
+    return Worth(mean, mean * relative, "; ".join(sources) or "reference")
+
+
+def variants(kind: str, wanted: Sequence[Any] | None = None) -> list[MemoryTechnique]:
+    """The techniques of a kind, each as its class offers it."""
+    if wanted is not None:
+        return list(wanted)
+    found: list[MemoryTechnique] = []
+    for name in all_names(kind):
+        cls: Any = method_class(kind, name)
+        found += cls.variants()
+    return found
+
+
+def price_all(
+    shape: ModelShape,
+    device: Device,
+    *,
+    sequence: int,
+    layouts: Mapping[str, Mapping[str, Any]],
+    wanted: Mapping[str, Sequence[MemoryTechnique]] | None = None,
+    micro_batches: Sequence[int] = MICRO_BATCHES,
+    runs_only: bool = False,
+    num_devices: int = 1,
+) -> Combinations:
+    """Price every combination on a device.
+
+    ``layouts``: name -> fields of the setting, as ``{"packed": {"masked": True}}``. ``wanted``:
+    kind -> techniques to take; a kind that is missing takes all. ``runs_only``: those alone that a
+    run can train with.
+    """
+    kinds = [
+        [
+            technique
+            for technique in variants(kind, (wanted or {}).get(kind))
+            if technique.runs or not runs_only
+        ]
+        for kind in MEMORY_KINDS
+    ]
+    refused: Counter[str] = Counter()
+    blocks: list[Block] = []
+    for layout, fields in layouts.items():
+        start = MemorySetting(
+            sequence=sequence, device_kind=device.kind, num_devices=num_devices, **fields
+        )
+        for techniques, setting in _settings(start, kinds[:-1], refused):
+            states = _states(setting, kinds[-1], refused)
+            if states:
+                blocks.append(
+                    _block(shape, device, techniques, layout, states, tuple(micro_batches))
+                )
+    return Combinations(tuple(blocks), dict(refused))
+
+
+def _settings(
+    start: MemorySetting, kinds: Sequence[Sequence[MemoryTechnique]], refused: Counter[str]
+) -> list[tuple[tuple[MemoryTechnique, ...], MemorySetting]]:
+    """Each set of techniques that goes together, and the setting that it makes."""
+    level: list[tuple[tuple[MemoryTechnique, ...], MemorySetting]] = [((), start)]
+    for techniques in kinds:
+        grown = []
+        for (so_far, setting), technique in itertools.product(level, techniques):
+            reason = technique.refuses(setting)
+            if reason is None:
+                grown.append(((*so_far, technique), technique.rewrite(setting)))
+            else:
+                refused[f"{name_of(technique)}: {reason}"] += 1
+        level = grown
+    return level
+
+
+def _states(
+    setting: MemorySetting, techniques: Sequence[MemoryTechnique], refused: Counter[str]
+) -> list[tuple[MemoryTechnique, MemorySetting]]:
+    found = []
+    for technique in techniques:
+        reason = technique.refuses(setting)
+        if reason is None:
+            found.append((technique, technique.rewrite(setting)))
+        else:
+            refused[f"{name_of(technique)}: {reason}"] += 1
+    return found
+
+
+def _block(
+    shape: ModelShape,
+    device: Device,
+    techniques: tuple[MemoryTechnique, ...],
+    layout: str,
+    states: Sequence[tuple[MemoryTechnique, MemorySetting]],
+    micro_batches: tuple[int, ...],
+) -> Block:
+    settings = tuple(setting for _, setting in states)
+    linear, attention = step_coefficients(shape, settings[0])
+    sequence = settings[0].sequence
+    tokens = np.array(micro_batches, dtype=float) * sequence
+    return Block(
+        techniques=techniques,
+        states=tuple(technique for technique, _ in states),
+        layout=layout,
+        settings=settings,
+        micro_batches=micro_batches,
+        peak_memory_bytes=peaks(shape, settings, micro_batches),
+        seconds=seconds_by_optimizer(shape, settings, device, micro_batches),
+        flops=tokens * (linear + attention * sequence),
+    )

@@ -1,0 +1,77 @@
+"""Bytes that are held whatever the batch: weights, optimizer states, caches, files."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from thrifty.costs.setting import MemorySetting, Storage
+from thrifty.costs.shape import ITEMSIZE, ModelShape
+from thrifty.costs.trained import trained
+
+
+def weight_bytes(shape: ModelShape, setting: MemorySetting) -> float:
+    """Of the model's own weights as they lie in memory."""
+    return _weight_bytes(shape, setting.itemsize, setting.storage)
+
+
+@lru_cache(maxsize=512)
+def _weight_bytes(shape: ModelShape, itemsize: int, storage: Storage | None) -> float:
+    whole = float(shape.num_parameters * itemsize)
+    if storage is None:
+        return whole
+    for index in range(shape.num_layers):
+        for linear in shape.linears_of(index):
+            whole -= linear.in_features * linear.out_features * itemsize
+            whole += storage.bytes_of(linear)
+    return whole
+
+
+def state_bytes(shape: ModelShape, setting: MemorySetting) -> float:
+    """Of the optimizer's states."""
+    found, states, itemsize = trained(shape, setting), setting.states, setting.trained_itemsize
+    size = states.vector_bytes(found.vector_elements, itemsize)
+    for (rows, columns), count in found.matrices.items():
+        size += count * states.matrix_bytes(rows, columns, itemsize)
+    for (rows, columns), count in found.embeddings.items():
+        if states.wide_embedding:
+            size += count * rows * columns * states.wide_embedding
+        else:
+            size += count * states.matrix_bytes(rows, columns, itemsize)
+    return size
+
+
+@lru_cache(maxsize=64)
+def largest_tensor(shape: ModelShape) -> int:
+    """Elements of the largest weight in a layer."""
+    largest = max(
+        linear.in_features * linear.out_features
+        for index in range(shape.num_layers)
+        for linear in shape.linears_of(index)
+    )
+    if shape.experts is not None:
+        one = 2 * shape.hidden_size * shape.experts.intermediate_size
+        largest = max(largest, shape.experts.num_experts * one)
+    return largest
+
+
+def num_trained(shape: ModelShape, setting: MemorySetting) -> int:
+    """Elements that get a gradient."""
+    return trained(shape, setting).num_elements
+
+
+def kv_cache_bytes(shape: ModelShape, batch: int, context: int, dtype: str) -> float:
+    """Keys and values of ``context`` tokens in every layer, or the latents that they are expanded
+    from; windows hold at most their length."""
+    window = min(context, shape.sliding_window) if shape.sliding_window else context
+    full = shape.num_layers - shape.num_sliding_layers
+    held = full * context + shape.num_sliding_layers * window
+    return float(batch * held * shape.cached_size * ITEMSIZE[dtype])
+
+
+def checkpoint_bytes(shape: ModelShape, setting: MemorySetting) -> float:
+    """Bytes on disk of a checkpoint to resume from: what is trained, and its optimizer states.
+
+    Full fine-tuning saves the model, an adapter only itself.
+    """
+    weights = num_trained(shape, setting) * setting.trained_itemsize
+    return weights + state_bytes(shape, setting)

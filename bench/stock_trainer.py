@@ -33,6 +33,7 @@ from typing import Any
 from material import heading, small_job
 from thrifty import display, preparation
 from thrifty.core.budget import Budget
+from thrifty.core.plan import Target
 from thrifty.preparation import Asked
 from thrifty.run_folder import RunFolder
 
@@ -50,7 +51,7 @@ class Run:
     name: str
     checkpoints: Path
     last_file: str
-    """Of a checkpoint; one without it was not saved to its end."""
+    """Of a checkpoint, JSON; one without it was not saved to its end."""
     command: Callable[[], int]
 
     @property
@@ -66,6 +67,14 @@ class Run:
         """Its checkpoints, whole or not, oldest first."""
         found = self.checkpoints.glob("checkpoint-*")
         return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+    def was_saving(self) -> bool:
+        """Whether its newest checkpoint was not finished."""
+        try:
+            json.loads((self.saves()[-1] / self.last_file).read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return True
+        return False
 
 
 def _logged(log: Path, command: Callable[[], int]) -> None:
@@ -144,7 +153,7 @@ class Poisoned:
         return self.command()
 
 
-def planned(folder: Path, job: dict[str, Any], *, max_steps: int, save_steps: int) -> Path:
+def plan(folder: Path, job: dict[str, Any], *, max_steps: int, save_steps: int) -> None:
     fixed = {
         "training.max_length": 64,
         "training.per_device_train_batch_size": 2,
@@ -159,7 +168,6 @@ def planned(folder: Path, job: dict[str, Any], *, max_steps: int, save_steps: in
     }
     asked = Asked(**job, budget=Budget(flops=1e16), fixed=fixed)
     preparation.plan_run(asked, folder, lambda line: None)
-    return folder
 
 
 # -- killed -------------------------------------------------------------------------------------
@@ -186,10 +194,10 @@ def kill(run: Run, kills: int, seed: int, seconds: float) -> tuple[int, int, Cou
         began = time.time()
         process = run.start()
         if not goes_on(run, process, began):
-            error = run.log.read_text(errors="replace").rstrip().rpartition("\n")[2]
+            log = run.log.read_text(errors="replace").rstrip()
             if not is_resume:
-                raise SystemExit(f"{run.name} died and nobody had killed it: {error}")
-            crashes[error.partition(":")[0]] += 1
+                raise SystemExit(f"{run.name} died and nobody had killed it:\n{log[-2000:]}")
+            crashes[log.rpartition("\n")[2].partition(":")[0]] += 1
             is_resume = False
             shutil.rmtree(run.saves()[-1])
             continue
@@ -201,7 +209,7 @@ def kill(run: Run, kills: int, seed: int, seconds: float) -> tuple[int, int, Cou
         if not is_resume:
             return done, hits, crashes
         done += 1
-        hits += not (run.saves()[-1] / run.last_file).is_file()
+        hits += run.was_saving()
 
 
 # -- not a number -------------------------------------------------------------------------------
@@ -227,6 +235,38 @@ def num_healthy(run: Run) -> int:
     return sum(all(bool(torch.isfinite(w).all()) for w in state.values()) for state in states)
 
 
+# -- the tables ---------------------------------------------------------------------------------
+
+
+def report_kills(runs: list[Run], options: argparse.Namespace) -> int:
+    """Returns how many resumes of thrifty's, which come last, crashed."""
+    rows = []
+    for run in runs:
+        kills, hits, crashes = kill(run, options.kills, options.seed, 30 * options.minutes)
+        errors = ", ".join(f"{count} {error}" for error, count in crashes.most_common())
+        rows.append((run.name, kills, hits, crashes.total(), errors or "-"))
+    headers = ("", "kills", "of them in a save", "resumes that crashed", "with")
+    print(heading("Killed at random instants, with a save at every step"))
+    print(display.table(headers, rows, right="lrrrl"), flush=True)
+    return crashes.total()
+
+
+def report_nan(runs: list[Run]) -> int:
+    """Returns how many of thrifty's runs, which come after the first, were left with nothing."""
+    rows, lost = [], 0
+    for run in runs:
+        run.command = Poisoned(run.command)
+        process = run.start()
+        process.join()
+        healthy, kept = num_healthy(run), len(run.saves())
+        lost += run is not runs[0] and not healthy
+        rows.append((run.name, said(run), process.exitcode, f"{healthy} of {kept}"))
+    headers = ("", "from then on", "exit code", "healthy checkpoints")
+    print(heading(f"\nA loss that is NaN at step {BAD_STEP} of {STEPS}"))
+    print(display.table(headers, rows, right="llrr"))
+    return lost
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=22)
@@ -237,57 +277,38 @@ def main() -> int:
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
     home = Path(tempfile.mkdtemp(prefix="thrifty-stock-"))
     job = small_job(home, rows=1000, hidden_size=256)
+    # Few dev rows: evaluations would take most of the time, and kills would seldom hit a save.
+    pool, few = Path(job["pool"][0]), home / "few.jsonl"
+    few.write_text("".join(pool.read_text(encoding="utf-8").splitlines(True)[:8]), encoding="utf-8")
+    job["targets"] = {"few": Target(signal=(str(few),), dev=(str(few),))}
 
-    def stock(name: str, budget: str | None = None, **arguments: Any) -> Run:
-        folder = home / name.replace(" ", "-")
-        arguments |= {"output_dir": str(folder), "save_strategy": "steps"}
+    def stock(name: str, folder: str, budget: str | None = None, **arguments: Any) -> Run:
+        arguments |= {"output_dir": str(home / folder), "save_strategy": "steps"}
         command = Stock(str(job["model"]), arguments, budget)
-        return Run(name.partition(":")[0], folder, "trainer_state.json", command)
+        return Run(name, home / folder, "trainer_state.json", command)
 
-    def thrifty(name: str, **settings: int) -> Run:
-        folder = planned(home / name.replace(" ", "-"), job, **settings)
-        checkpoints = RunFolder(folder).checkpoints("budget")
-        return Run(name.partition(":")[0], checkpoints, "manifest.json", Thrifty(folder))
+    def thrifty(folder: str, **settings: int) -> Run:
+        plan(home / folder, job, **settings)
+        checkpoints = RunFolder(home / folder).checkpoints("budget")
+        return Run("thrifty run", checkpoints, "manifest.json", Thrifty(home / folder))
 
-    rows, failed = [], 0
-    for run in (
-        stock("HF Trainer", max_steps=3000, save_steps=1, save_total_limit=3),
-        thrifty("thrifty run", max_steps=3000, save_steps=1),
-    ):
-        kills, hits, crashes = kill(run, options.kills, options.seed, 30 * options.minutes)
-        failed = crashes.total()  # thrifty's in the end
-        errors = ", ".join(f"{count} {error}" for error, count in crashes.most_common())
-        rows.append((run.name, str(kills), str(hits), str(crashes.total()), errors or "-"))
-    print(heading("Killed at random instants, with a save at every step"))
-    headers = ("", "kills", "of them in a save", "resumes that crashed", "with")
-    print(display.table(headers, rows, right="lrrrl"))
-
-    rows = []
-    for run in (
-        stock("HF Trainer: NaN", max_steps=STEPS, save_steps=2, save_total_limit=2),
-        stock(
-            "HF Trainer, BudgetCallback: NaN",
-            "1e15",
-            max_steps=STEPS,
-            save_steps=2,
-            save_total_limit=2,
-        ),
-        thrifty("thrifty run: NaN", max_steps=STEPS, save_steps=2),
-    ):
-        run.command = Poisoned(run.command)
-        process = run.start()
-        process.join()
-        healthy = num_healthy(run)
-        failed += run.name.startswith("thrifty") and not healthy
-        rows.append(
-            (run.name, said(run), str(process.exitcode), f"{healthy} of {len(run.saves())}")
-        )
-    print(heading(f"\nA loss that is NaN at step {BAD_STEP} of {STEPS}"))
-    print(
-        display.table(("", "from then on", "exit code", "healthy checkpoints"), rows, right="llrr")
+    crashed = report_kills(
+        [
+            stock("HF Trainer", "killed", max_steps=3000, save_steps=1, save_total_limit=3),
+            thrifty("killed-thrifty", max_steps=3000, save_steps=1),
+        ],
+        options,
+    )
+    short: dict[str, Any] = {"max_steps": STEPS, "save_steps": 2, "save_total_limit": 2}
+    lost = report_nan(
+        [
+            stock("HF Trainer", "nan", **short),
+            stock("HF Trainer, BudgetCallback", "nan-callback", "1e15", **short),
+            thrifty("nan-thrifty", max_steps=STEPS, save_steps=2),
+        ]
     )
     shutil.rmtree(home)
-    return int(failed > 0)
+    return int(crashed + lost > 0)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def asked(model: Path, data: dict[str, Path], **changes: Any) -> Asked:
 
 
 def planned(folder: Path, model: Path, data: dict[str, Path], **changes: Any) -> Plan:
-    return plan_run(asked(model, data, **changes), folder, silent)[1]
+    return plan_run(asked(model, data, **changes), folder, silent)[2]
 
 
 def finish(folder: Path, say: Any = silent) -> None:

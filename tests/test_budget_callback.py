@@ -129,16 +129,26 @@ def test_less_than_one_step_is_refused(tiny_model, tmp_path):
         run.train()
 
 
-def test_with_lora_the_cheaper_backward_is_counted(tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    "targets",
+    [["q_proj", "v_proj"], "all-linear", r".*\.(q|v)_proj", ["model.layers.1.mlp.down_proj"]],
+    ids=str,
+)
+def test_with_lora_the_cheaper_backward_is_counted(targets, tiny_model, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     from thrifty.costs.flops import Adapter
 
     run = trainer(tiny_model, tmp_path, BudgetCallback(flops="1e15"), max_steps=3)
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    config = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
     run.model = run.model_wrapped = get_peft_model(run.model, config)
     run.train()
-    adapter = Adapter(rank=4, targets=("q_proj", "v_proj"))
+    names, layers = ("q_proj", "v_proj"), None
+    if targets == "all-linear":
+        names = read_shape(tiny_model).lora_targets
+    elif targets[0].startswith("model."):
+        names, layers = ("down_proj",), (1,)
+    adapter = Adapter(rank=4, targets=names, layers=layers)
     want = 3 * train_flops(read_shape(tiny_model), 4, 24, adapter=adapter)
     with Ledger(tmp_path / "ledger.sqlite", read_only=True) as ledger:
         assert ledger.spent().flops == pytest.approx(want)
@@ -204,6 +214,19 @@ def test_a_first_evaluation_that_cannot_fit_is_refused_at_its_first_batch(
         run.train()
     with Ledger(tmp_path / "ledger.sqlite", read_only=True) as ledger:
         assert ledger.spent().flops <= 2.6 * step_flops
+
+
+def test_evaluating_after_training_and_training_once_more(step_flops, tiny_model, tmp_path):
+    run = trainer(tiny_model, tmp_path, BudgetCallback(flops=9.5 * step_flops), max_steps=4)
+    run.train()
+    assert run.evaluate()["eval_loss"] > 0
+    with Ledger(tmp_path / "ledger.sqlite", read_only=True) as ledger:
+        assert ledger.spent().flops == pytest.approx(4 * step_flops)  # the evaluation is no part
+    run.args.max_steps = 30
+    run.train()
+    assert run.state.global_step == 5
+    with Ledger(tmp_path / "ledger.sqlite", read_only=True) as ledger:
+        assert ledger.spent(lost=True).flops == pytest.approx(4 * step_flops)
 
 
 def test_a_limit_in_dollars_needs_a_price():

@@ -17,6 +17,7 @@ from tests.conftest import write_jsonl
 from tests.runs import ledger, planned
 from thrifty.cli import main
 from thrifty.core.budget import Budget
+from thrifty.core.contracts import KINDS
 
 
 @pytest.fixture
@@ -44,7 +45,8 @@ def arguments(tiny_model, tiny_data):
 def replaced(arguments: list[str], option: str, value: str | None) -> list[str]:
     """The command with one option's value changed, or the option left out."""
     place = arguments.index(option)
-    return [*arguments[:place], *([option, value] if value else []), *arguments[place + 2 :]]
+    instead = [] if value is None else [option, value]
+    return [*arguments[:place], *instead, *arguments[place + 2 :]]
 
 
 def test_plan_run_report(arguments, tmp_path, capsys):
@@ -88,7 +90,7 @@ def test_methods_lists_every_kind(capsys):
     assert main(["methods", "--json"]) == 0
     methods = json.loads(capsys.readouterr().out)
     kinds = {m["kind"] for m in methods}
-    assert kinds == {"scorer", "filter", "picker", "stopping"}
+    assert kinds == set(KINDS)
     assert all(set(m) == {"name", "kind", "summary", "cost_class", "source"} for m in methods)
     assert main(["methods"]) == 0
     assert "bm25" in capsys.readouterr().out
@@ -107,15 +109,21 @@ def test_a_known_device(capsys):
         ("--flops", "3e17x", 4, "unknown unit 'x'"),
         ("--flops", "0", 4, "more than zero"),
         ("--flops", "-3000", 4, "more than zero"),
-        ("--flops", "1e6", 3, "the smallest plan needs"),
+        ("--flops", "1e6", 3, "the smallest plan"),
         ("--model", "./nowhere", 4, "there is no model folder ./nowhere"),
         ("--model", "no-such/model", 4, "not in the local cache"),
         ("--pool", "missing.jsonl", 4, "missing.jsonl"),
+        ("--pool", "", 4, "the pool: a source of rows is empty"),
         ("--target", "sums=missing.jsonl", 4, "missing.jsonl"),
+        ("--target", "sums=", 4, "the signal rows of target sums: a source of rows is empty"),
+        ("--dev", "sums=", 4, "the dev rows of target sums: a source of rows is empty"),
         ("--scorer", "bm26", 4, "did you mean bm25?"),
         ("--set", "training.max_lenght=64", 4, "did you mean max_length?"),
         ("--set", "training.max_length=4096", 4, "longer than the model's context of 128"),
         ("--set", "training.seed", 4, "cannot read --set"),
+        ("--set", "training.report_to=[tensorbord]", 4, "'tensorbord', which is no reporter"),
+        ("--set", "stopping={plateau: {patience: -3}}", 4, "patience must be at least 1, not -3"),
+        ("--set", "dollars_per_hour=-1", 4, "dollars must be more than zero"),
     ],
 )
 def test_bad_input_is_one_clear_error(option, value, code, says, arguments, tmp_path, capsys):
@@ -130,6 +138,24 @@ def test_bad_input_is_one_clear_error(option, value, code, says, arguments, tmp_
     assert list(tmp_path.iterdir()) == [], "nothing half-written"
 
 
+@pytest.mark.parametrize("limit", ["--tokens", "--hours", "--memory", "--dollars", "--flops"])
+@pytest.mark.parametrize("amount", ["0", "-1"])
+def test_a_budget_of_nothing_or_less_is_refused(limit, amount, arguments, tmp_path, capsys):
+    command = replaced(arguments, "--flops", None)
+    assert main([*command, f"{limit}={amount}", "-o", str(tmp_path / "run")]) == 4
+    error = capsys.readouterr().err
+    assert "must be more than zero" in error
+    assert "\nhint: " in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_without_a_name_and_without_rows(arguments, tmp_path, capsys):
+    command = [*replaced(replaced(arguments, "--target", None), "--dev", None), "--target", ""]
+    assert main([*command, "-o", str(tmp_path / "run")]) == 4
+    assert "the signal rows of target target: a source of rows is" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_scorer_that_needs_a_target_refuses_without_one(arguments, tmp_path, capsys):
     command = replaced(replaced(arguments, "--target", None), "--dev", None)
     assert main([*command, "-o", str(tmp_path / "run")]) == 4
@@ -141,8 +167,11 @@ def test_an_unknown_model_type(arguments, tiny_model, tmp_path, capsys):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "model_type": "mystery"}))
     command = replaced(arguments, "--model", str(model))
-    assert main([*command, "-o", str(tmp_path / "run")]) == 4
-    assert "mystery" in capsys.readouterr().err
+    assert main([*command, "-o", str(tmp_path / "runs" / "run")]) == 4
+    error = capsys.readouterr().err
+    assert "mystery" in error
+    assert "\nhint: " in error
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing half-written"
 
 
 def test_a_missing_tokenizer(arguments, tiny_model, tmp_path, capsys):
@@ -150,9 +179,13 @@ def test_a_missing_tokenizer(arguments, tiny_model, tmp_path, capsys):
     for file in model.glob("tokenizer*"):
         file.unlink()
     command = replaced(arguments, "--model", str(model))
-    assert main([*command, "-o", str(tmp_path / "run")]) == 4
-    assert "tokenizer" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    assert main([*command, "-o", str(tmp_path / "runs" / "run")]) == 4
+    error = capsys.readouterr().err
+    message, hint = error[error.index("error: ") :].splitlines()
+    assert message.startswith(f"error: there is no tokenizer in {str(model)!r} that transformers")
+    assert message.endswith("Error)")
+    assert hint.startswith("hint: give a folder with tokenizer.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing half-written"
 
 
 def test_a_pool_with_no_valid_row_and_an_empty_target(arguments, tmp_path, capsys):
@@ -162,9 +195,16 @@ def test_a_pool_with_no_valid_row_and_an_empty_target(arguments, tmp_path, capsy
     assert "none of the 2 rows can be used" in capsys.readouterr().err
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
-    command = replaced(arguments, "--target", f"sums={empty}")
-    assert main([*command, "-o", str(tmp_path / "run")]) == 4
-    assert "no rows" in capsys.readouterr().err
+    for option, what in (
+        ("--target", "the signal rows of target sums"),
+        ("--dev", "the dev rows of target sums"),
+        ("--pool", "the pool"),
+    ):
+        value = str(empty) if option == "--pool" else f"sums={empty}"
+        command = replaced(arguments, option, value)
+        assert main([*command, "-o", str(tmp_path / "run")]) == 4
+        assert f"error: {what}: the data holds no rows at all\nhint: " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -282,6 +322,22 @@ def test_ctrl_c_then_kill_then_the_same_command_goes_on(tiny_model, tiny_data, t
     one, other = ledger(tmp_path / "straight"), ledger(broken)
     assert other.spent(lost=False).flops == pytest.approx(one.spent().flops, rel=1e-9)
     assert other.spent().flops <= other.budget.flops
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX here")
+def test_ctrl_c_while_planning_leaves_nothing(tiny_model, tmp_path):
+    rows = [{"prompt": f"say {n}", "completion": " plum" * 40} for n in range(60_000)]
+    pool = write_jsonl(tmp_path / "pool.jsonl", rows)
+    run = tmp_path / "runs" / "run"
+    process = start("plan", "--model", str(tiny_model), "--pool", str(pool), "--tokens", "1M",
+                    "-o", str(run))  # fmt: skip
+    wait_for((run.with_name(".run.draft") / "pool").is_dir)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 5, err
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["pool.jsonl"]
 
 
 _WITHOUT_POSIX = """

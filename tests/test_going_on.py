@@ -55,15 +55,15 @@ def test_killed_while_publishing_trains_no_further(
 ):
     folder = tmp_path / "run"
     planned(folder, tiny_model, tiny_data)
-    publish = training._publish
+    publish = training.publish
 
-    def killed(*arguments):
+    def killed(*arguments, **more):
         if after:
-            publish(*arguments)
+            publish(*arguments, **more)
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_publish", killed)
+        patch.setattr(training, "publish", killed)
         with pytest.raises(Killed):
             finish(folder)
     spent = ledger(folder).spent()
@@ -109,6 +109,33 @@ def test_the_learning_rate_may_be_lowered_on_the_way_and_nothing_else(
     assert ledger(folder).evaluations()[-1]["step"] > every + 2
     for name, weight in weights(folder / "model").items():
         torch.testing.assert_close(weight, saved[name], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("lost", [None, "model.norm.weight"])
+def test_resuming_warns_of_a_missing_weight_and_not_of_a_tied_one(
+    lost, tiny_model, tiny_data, tmp_path, monkeypatch
+):
+    from safetensors.torch import save_file
+    from transformers.trainer import logger
+
+    folder = tmp_path / "run"
+    planned(folder, tiny_model, tiny_data)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        with pytest.raises(training.Interrupted):
+            finish(folder)
+    (saved,) = checkpoints.committed(folder / "checkpoints")
+    state = weights(saved.path)
+    assert "lm_head.weight" not in state, "the tiny model's embeddings are tied"
+    state.pop(lost, None)
+    save_file(state, saved.path / "model.safetensors", metadata={"format": "pt"})
+    checkpoints.commit(saved.path, saved.manifest)
+    said: list[str] = []
+    monkeypatch.setattr(logger, "warning", lambda message, *_: said.append(message))
+    finish(folder)
+    assert [message for message in said if "missing keys" in message] == (
+        [f"There were missing keys in the checkpoint model loaded: {[lost]}."] if lost else []
+    )
 
 
 def test_a_model_of_another_selection_is_not_taken_for_this_ones(tiny_model, tiny_data, tmp_path):
@@ -291,7 +318,7 @@ def test_scoring_never_passes_the_budget_whatever_was_predicted(
     text = text.replace(f"flops: {predicted}", "flops: 1000.0")  # as if it had been thought cheap
     limit = predicted / 3
     (folder / "plan.yaml").write_text(text.replace("flops: 9000000000.0", f"flops: {limit}"))
-    with pytest.raises(BudgetExceeded, match=r"of FLOPs that was left for it\nhint: "):
+    with pytest.raises(BudgetExceeded, match=r"more than the .*FLOP that was left for it\nhint: "):
         finish(folder)
     assert 0.5 * limit < ledger(folder).spent().flops <= limit
 

@@ -111,6 +111,24 @@ def test_lora_leaves_an_adapter_that_peft_loads(tiny_model, tiny_data, tmp_path)
     assert rows[-1]["objective"] < rows[0]["objective"]
 
 
+def test_a_plan_edited_to_lora_adapts_every_linear(tiny_model, tiny_data, tmp_path):
+    from thrifty.costs.shape import read_shape
+
+    folder = tmp_path / "run"
+    planned(folder, tiny_model, tiny_data, fixed={"training.max_steps": 4})
+    plan = folder / "plan.yaml"
+    text = plan.read_text()
+    assert "method: full" in text
+    plan.write_text(text.replace("method: full", "method: lora"))
+    finish(folder)
+    adapted = json.loads((folder / "model" / "adapter_config.json").read_text())["target_modules"]
+    assert set(adapted) == set(read_shape(tiny_model).lora_targets)
+    charged = [c for c in ledger(folder).charges() if c["activity"] == "train"]
+    with stages.at_work(RunFolder(folder), silent) as work:
+        step = work.predicted(work.plan).step.flops
+    assert sum(c["flops"] for c in charged) == pytest.approx(4 * step, rel=1e-12)
+
+
 def test_continued_pretraining_with_replay(tiny_model, tiny_data, tmp_path):
     folder = tmp_path / "continued"
     fixed = {
@@ -155,7 +173,7 @@ def test_without_a_target_dev_rows_come_from_the_pool_and_are_not_trained_on(
 
 def interrupt_at(monkeypatch, step: int) -> None:
     """Ask for a pause, as a signal would, once ``step`` is done."""
-    from thrifty.training import PauseCallback
+    from thrifty.interruption import PauseCallback
 
     plain = PauseCallback.on_step_end
 
@@ -292,13 +310,13 @@ def test_the_flops_of_evaluations_are_known_to_the_last_before_training(
 
 
 def test_a_budget_for_less_than_a_step_says_the_least(tiny_model, tiny_data, tmp_path):
-    with pytest.raises(NoPlanFits, match=r"smallest plan needs .* of FLOPs but 1 MFLOP is allowed"):
+    with pytest.raises(NoPlanFits, match=r"smallest plan .*needs \S+ MFLOP but 1 MFLOP is allowed"):
         planned(tmp_path / "run", tiny_model, tiny_data, budget=Budget(flops=1e6))
     assert list(tmp_path.iterdir()) == [], "nothing half-written"
 
 
 def test_a_memory_budget_that_holds_no_plan_says_the_least(tiny_model, tiny_data, tmp_path):
-    with pytest.raises(NoPlanFits, match=r"smallest plan needs .*MiB of peak memory"):
+    with pytest.raises(NoPlanFits, match=r"smallest plan .*needs .*MiB of peak memory"):
         planned(tmp_path / "run", tiny_model, tiny_data, budget=Budget(memory_bytes=1e6))
 
 
@@ -317,7 +335,7 @@ def test_a_budget_lowered_below_what_is_spent_stops_before_training(
 def test_a_gradient_that_is_not_finite_stops_and_the_last_checkpoint_stays(
     tiny_model, tiny_data, tmp_path, monkeypatch
 ):
-    from thrifty.training import BudgetedTrainer
+    from thrifty.trainer import BudgetedTrainer
 
     folder = tmp_path / "run"
     plan = planned(folder, tiny_model, tiny_data)
@@ -345,7 +363,7 @@ def test_a_gradient_that_is_not_finite_stops_and_the_last_checkpoint_stays(
 def test_a_reporter_that_raises_does_not_stop_training(tiny_model, tiny_data, tmp_path):
     from transformers import TrainerCallback
 
-    from thrifty.training import Fenced
+    from thrifty.reporters import Fenced
 
     class Broken(TrainerCallback):
         def on_log(self, *args, **kwargs):
@@ -378,9 +396,12 @@ def test_a_reporter_that_cannot_report_is_refused_before_anything_is_spent(
     name, says, tiny_model, tiny_data, tmp_path
 ):
     folder = tmp_path / "run"
-    planned(folder, tiny_model, tiny_data, fixed={"training.report_to": [name]})
     with pytest.raises(ValueError, match=says):
-        finish(folder)
+        planned(folder, tiny_model, tiny_data, fixed={"training.report_to": [name]})
+    assert not folder.exists()
+    planned(folder, tiny_model, tiny_data)
+    with pytest.raises(ValueError, match=says):
+        pipeline.run(folder, silent, (f"training.report_to=[{name}]",))
     assert ledger(folder).stages() == []
 
 
@@ -409,6 +430,26 @@ def test_a_plan_folder_in_use_is_refused(tiny_model, tiny_data, tmp_path):
     planned(tmp_path / "run", tiny_model, tiny_data)
     with pytest.raises(ValueError, match="is in use"):
         planned(tmp_path / "run", tiny_model, tiny_data)
+
+
+def test_checkpoints_between_evaluations_are_refused_before_the_pool_is_read(
+    tiny_model, tiny_data, tmp_path
+):
+    said: list[str] = []
+    fixed = {**SMALL, "training.eval_steps": 5, "training.save_steps": 7}
+    with pytest.raises(ValueError, match="save_steps 7 is not a multiple of eval_steps 5"):
+        plan_run(asked(tiny_model, tiny_data, fixed=fixed), tmp_path / "run", said.append)
+    assert said == []
+
+
+@pytest.mark.parametrize("save_steps", [1, 7, 12, 1000])
+def test_evaluations_are_planned_to_fall_on_the_checkpoints_asked_for(
+    save_steps, tiny_model, tiny_data, tmp_path
+):
+    fixed = {"training.eval_steps": "auto", "training.save_steps": save_steps}
+    plan = planned(tmp_path / "run", tiny_model, tiny_data, fixed=fixed)
+    assert plan.training.save_steps == save_steps
+    assert save_steps % plan.training.eval_steps == 0
 
 
 def test_changed_selection_settings_are_noticed(tiny_model, tiny_data, tmp_path):

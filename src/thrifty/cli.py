@@ -94,18 +94,18 @@ def _fail(message: str, code: int) -> int:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from thrifty import display, preparation
+    from thrifty import display, plan_display, preparation
 
     asked = _asked(options)
     if asked.pool:
         folder = Path(options.output or _free_name("runs"))
-        planned, _ = preparation.plan_run(asked, folder, display.say)
+        planned, request, _ = preparation.plan_run(asked, folder, display.say)
     else:
-        planned, _ = preparation.quick_plan(asked)
+        planned, request = preparation.quick_plan(asked)
     if options.json:
-        _print_json(display.plan_json(planned, preparation.model_facts(asked)))
+        _print_json(plan_display.plan_json(planned, request, preparation.model_facts(asked)))
         return
-    print(display.plan_text(planned))
+    print(plan_display.plan_text(planned, request))
     if asked.pool:
         display.say(f"\nwritten to {folder}/plan.yaml; next: thrifty run {folder}")
 
@@ -143,6 +143,8 @@ def _asked(options: argparse.Namespace) -> Any:
         device=options.device,
         dollars_per_hour=options.price,
         control=options.control,
+        techniques=tuple(options.using or ()),
+        num_devices=options.devices,
         fixed=fixed,
     )
 
@@ -306,6 +308,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--dollars", metavar="20", help="limit on money")
     plan.add_argument("--tokens", metavar="20M", help="limit on tokens trained on")
     plan.add_argument("--device", metavar="h100", help="plan for this device (default: here)")
+    plan.add_argument(
+        "--devices", type=int, default=1, metavar="8", help="shard over so many (priced only)"
+    )
+    plan.add_argument(
+        "--using", action="append", metavar="TECHNIQUE", help="a memory technique that it must have"
+    )
     plan.add_argument("--price", type=float, metavar="2.50", help="dollars an hour of the device")
     plan.add_argument("--scorer", help="score the pool by this method (default: the planner's)")
     plan.add_argument("--control", action="store_true", help="also train on a uniform choice")

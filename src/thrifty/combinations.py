@@ -13,12 +13,13 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from thrifty.core.budget import Cost
 from thrifty.core.contracts import MEMORY_KINDS, MemoryTechnique, Worth
 from thrifty.core.resolve import all_names, method_class, name_of
 from thrifty.costs.flops import step_coefficients
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+MOST_ACCUMULATED = 10**6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,20 +43,75 @@ class Block:
     techniques: tuple[MemoryTechnique, ...]
     """One of each kind but the last."""
     states: tuple[MemoryTechnique, ...]
-    layout: str
     settings: tuple[MemorySetting, ...]
     """An optimizer, at micro-batch 1."""
     micro_batches: tuple[int, ...]
-    peak_memory_bytes: NDArray[np.float64]  # [num_states, num_batches]
+    peaks: NDArray[np.float64]  # [num_states, num_batches]
+    accumulating: NDArray[np.float64]
+    """The same while gradients accumulate over micro-batches; infinite where they cannot."""
     seconds: NDArray[np.float64]  # [num_states, num_batches], of a micro-batch with its update
     flops: NDArray[np.float64]  # [num_batches]
 
-    def technique_names(self, state: int) -> dict[str, str]:
-        chosen = (*self.techniques, self.states[state])
-        return dict(zip(MEMORY_KINDS, map(name_of, chosen), strict=True))
 
-    def quality(self, state: int) -> Worth:
-        return quality_of((*self.techniques, self.states[state]))
+@dataclass(frozen=True)
+class Held:
+    """One way to hold a step, at every micro-batch."""
+
+    block: Block
+    state: int
+
+    @property
+    def techniques(self) -> tuple[MemoryTechnique, ...]:
+        return (*self.block.techniques, self.block.states[self.state])
+
+    @cached_property
+    def technique_names(self) -> dict[str, str]:
+        return dict(zip(MEMORY_KINDS, map(name_of, self.techniques), strict=True))
+
+    @property
+    def name(self) -> str:
+        return " ".join(self.technique_names.values())
+
+    @cached_property
+    def quality(self) -> Worth:
+        return quality_of(self.techniques)
+
+    @property
+    def micro_batches(self) -> tuple[int, ...]:
+        return self.block.micro_batches
+
+    @property
+    def masked(self) -> bool:
+        return self.block.settings[self.state].masked
+
+    @property
+    def most_accumulated(self) -> int:
+        return 1 if self.block.settings[self.state].in_backward else MOST_ACCUMULATED
+
+    def setting(self, index: int) -> MemorySetting:
+        return replace(self.block.settings[self.state], micro_batch=self.micro_batches[index])
+
+    def peak(self, index: int, accumulating: bool) -> float:
+        of = self.block.accumulating if accumulating else self.block.peaks
+        return float(of[self.state, index])
+
+    @cached_property
+    def seconds_a_row(self) -> NDArray[np.float64]:
+        """Of each micro-batch."""
+        return self.block.seconds[self.state] / np.array(self.micro_batches)
+
+    def fastest_first(self) -> list[int]:
+        """Micro-batches by time a row; of those within a percent of each other the smaller."""
+        places = np.round(np.log(self.seconds_a_row) / 0.01)
+        return [int(index) for index in np.lexsort((np.array(self.micro_batches), places))]
+
+    def micro(self, index: int) -> Cost:
+        """Of a micro-batch, its update included."""
+        return Cost(
+            flops=float(self.block.flops[index]),
+            seconds=float(self.block.seconds[self.state, index]),
+            tokens=float(self.micro_batches[index] * self.block.settings[self.state].sequence),
+        )
 
 
 @dataclass(frozen=True)
@@ -67,7 +124,15 @@ class Combinations:
 
     @property
     def num_combinations(self) -> int:
-        return sum(block.peak_memory_bytes.size for block in self.blocks)
+        return sum(block.peaks.size for block in self.blocks)
+
+    def num_fitting(self, limit: float) -> int:
+        """Combinations whose tensors take no more than ``limit`` bytes."""
+        return int(sum((block.peaks <= limit).sum() for block in self.blocks))
+
+    @cached_property
+    def held(self) -> list[Held]:
+        return [Held(block, state) for block in self.blocks for state in range(len(block.states))]
 
 
 @cache
@@ -85,12 +150,10 @@ def quality_of(techniques: tuple[MemoryTechnique, ...]) -> Worth:
     return Worth(mean, mean * relative, "; ".join(sources) or "reference")
 
 
-def variants(kind: str, wanted: Sequence[Any] | None = None) -> list[MemoryTechnique]:
-    """The techniques of a kind, each as its class offers it."""
-    if wanted is not None:
-        return list(wanted)
+def variants(kind: str, names: Sequence[str] | None = None) -> list[MemoryTechnique]:
+    """The techniques of a kind, or those named, each in the forms that its class offers."""
     found: list[MemoryTechnique] = []
-    for name in all_names(kind):
+    for name in all_names(kind) if names is None else names:
         cls: Any = method_class(kind, name)
         found += cls.variants()
     return found
@@ -101,7 +164,7 @@ def price_all(
     device: Device,
     *,
     sequence: int,
-    layouts: Mapping[str, Mapping[str, Any]],
+    layouts: Sequence[Mapping[str, Any]] = ({"masked": True},),
     wanted: Mapping[str, Sequence[MemoryTechnique]] | None = None,
     micro_batches: Sequence[int] = MICRO_BATCHES,
     runs_only: bool = False,
@@ -109,30 +172,28 @@ def price_all(
 ) -> Combinations:
     """Price every combination on a device.
 
-    ``layouts``: name -> fields of the setting, as ``{"packed": {"masked": True}}``. ``wanted``:
-    kind -> techniques to take; a kind that is missing takes all. ``runs_only``: those alone that a
-    run can train with.
+    ``layouts``: fields of the setting that say how sequences are laid out. ``wanted``: kind ->
+    techniques to take; a kind that is missing takes all. ``runs_only``: those alone that a run can
+    train with.
     """
     kinds = [
         [
             technique
-            for technique in variants(kind, (wanted or {}).get(kind))
+            for technique in (wanted or {}).get(kind) or variants(kind)
             if technique.runs or not runs_only
         ]
         for kind in MEMORY_KINDS
     ]
     refused: Counter[str] = Counter()
     blocks: list[Block] = []
-    for layout, fields in layouts.items():
+    for fields in layouts:
         start = MemorySetting(
             sequence=sequence, device_kind=device.kind, num_devices=num_devices, **fields
         )
         for techniques, setting in _settings(start, kinds[:-1], refused):
             states = _states(setting, kinds[-1], refused)
             if states:
-                blocks.append(
-                    _block(shape, device, techniques, layout, states, tuple(micro_batches))
-                )
+                blocks.append(_block(shape, device, techniques, states, tuple(micro_batches)))
     return Combinations(tuple(blocks), dict(refused))
 
 
@@ -170,7 +231,6 @@ def _block(
     shape: ModelShape,
     device: Device,
     techniques: tuple[MemoryTechnique, ...],
-    layout: str,
     states: Sequence[tuple[MemoryTechnique, MemorySetting]],
     micro_batches: tuple[int, ...],
 ) -> Block:
@@ -181,10 +241,21 @@ def _block(
     return Block(
         techniques=techniques,
         states=tuple(technique for technique, _ in states),
-        layout=layout,
         settings=settings,
         micro_batches=micro_batches,
-        peak_memory_bytes=peaks(shape, settings, micro_batches),
+        peaks=peaks(shape, settings, micro_batches),
+        accumulating=_accumulating(shape, settings, micro_batches),
         seconds=seconds_by_optimizer(shape, settings, device, micro_batches),
         flops=tokens * (linear + attention * sequence),
     )
+
+
+def _accumulating(
+    shape: ModelShape, settings: Sequence[MemorySetting], micro_batches: tuple[int, ...]
+) -> NDArray[np.float64]:
+    able = [index for index, setting in enumerate(settings) if not setting.in_backward]
+    found = np.full((len(settings), len(micro_batches)), np.inf)
+    if able:
+        alone = [settings[index] for index in able]
+        found[able] = peaks(shape, alone, micro_batches, accumulating=True)
+    return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from thrifty import display, pipeline, preparation
+from thrifty import pipeline, plan_display, preparation
 from thrifty.core.budget import Budget
 from thrifty.core.plan import Target
 from thrifty.costs.hardware import cache_folder
@@ -54,8 +54,8 @@ def run(folder: Path, say: Say) -> Path:
             control=True,
             fixed=SETTINGS,
         )
-        planned, _ = preparation.plan_run(asked, folder, say)
-        print(display.plan_text(planned), end="\n\n", flush=True)
+        planned, request, _ = preparation.plan_run(asked, folder, say)
+        print(plan_display.plan_text(planned, request), end="\n\n", flush=True)
     pipeline.run(folder, say)
     print("\n" + text_summary(summarize(RunFolder(folder))))
     return folder

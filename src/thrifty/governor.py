@@ -106,6 +106,7 @@ class Governor:
             next_interval=interval,
             remaining=Cost(**{name: max(amount, 0.0) for name, amount in left.items()}),
             price=self._price(resource, interval),
+            unit=self._objective.unit,
         )
         verdict = self._rule.decide(self.history(), outlook)
         chosen = "cool down and stop" if verdict.stop else "train on"

@@ -17,7 +17,7 @@ from thrifty.run_folder import RunFolder
 
 def make_plan(asked: Asked, folder: str | Path, say: Say = print) -> Plan:
     """Read the data, plan, and write a run folder."""
-    return plan_run(asked, Path(folder), say)[1]
+    return plan_run(asked, Path(folder), say)[2]
 
 
 def run(folder: str | Path, say: Say = print, overrides: tuple[str, ...] = ()) -> Path:

@@ -3,14 +3,14 @@ and the memory at the peak of training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from thrifty.core.budget import Cost, PoolStats
 from thrifty.core.plan import Training
-from thrifty.costs.flops import Adapter, train_flops
+from thrifty.costs.allocator import device_memory
+from thrifty.costs.flops import Adapter, step_flops
 from thrifty.costs.hardware import Device
-from thrifty.costs.memory import RUNTIME_BYTES, MemorySetting, account, checkpoint_bytes
+from thrifty.costs.memory import MemorySetting, account, checkpoint_bytes, weight_bytes
 from thrifty.costs.shape import ModelShape
 from thrifty.costs.time import step_seconds
 from thrifty.signals.forward import forward_cost
@@ -22,9 +22,8 @@ DISK_BYTES_PER_SECOND = 4e8
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """The recurring costs of a training run, and the memory at its peak by term."""
+    """The recurring costs of a training run."""
 
-    memory: Mapping[str, float]
     step: Cost
     evaluation: Cost
     checkpoint: Cost
@@ -37,6 +36,26 @@ class Predictions:
         return self.evaluation * evaluations + self.checkpoint * saves
 
 
+def setting_of(training: Training, shape: ModelShape, device: Device) -> MemorySetting:
+    """How a plan's ``training`` holds a step. Packs have several documents, so that attention gets
+    its mask."""
+    adapter = None
+    if training.method == "lora":
+        adapter = Adapter(
+            rank=training.lora.rank, targets=training.lora.targets or shape.lora_targets
+        )
+    return MemorySetting(
+        micro_batch=training.per_device_train_batch_size,
+        sequence=training.max_length,
+        dtype=training.dtype,
+        adapter=adapter,
+        recompute=int(training.activation_checkpointing),
+        masked=True,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        device_kind=device.kind,
+    )
+
+
 def predictions(
     training: Training,
     shape: ModelShape,
@@ -46,51 +65,50 @@ def predictions(
 ) -> Predictions:
     """What a step, an evaluation, a checkpoint and the test (of two models) take. The step's FLOPs
     and tokens are exact; tokens are positions, the padding of packs included."""
-    adapter = None
-    if training.method == "lora":
-        adapter = Adapter(
-            rank=training.lora.rank, targets=training.lora.targets or shape.lora_targets
-        )
-    setting = MemorySetting(
-        micro_batch=training.per_device_train_batch_size,
-        sequence=training.max_length,
-        dtype=training.dtype,
-        adapter=adapter,
-        recompute=training.activation_checkpointing,
-        masked=True,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        device_kind=device.kind,
-    )
-    terms = account(shape, setting).by_term
-    memory = {**terms, "runtime": float(RUNTIME_BYTES[device.kind])}
-    batch, sequence = training.per_device_train_batch_size, training.max_length
+    setting = setting_of(training, shape, device)
+    peak = device_memory(account(shape, setting).peak_memory_bytes, device.kind).device
     micro = Cost(
-        flops=train_flops(
-            shape, batch, sequence, adapter=adapter, recompute=training.activation_checkpointing
-        ),
+        flops=step_flops(shape, setting),
         seconds=step_seconds(shape, setting, device),
-        tokens=float(batch * sequence),
-        peak_memory_bytes=sum(memory.values()),
+        tokens=float(setting.tokens),
+        peak_memory_bytes=peak,
     )
-    save = checkpoint_bytes(shape, setting) / DISK_BYTES_PER_SECOND + 0.1
-    load = Cost(seconds=terms["weights"] / DISK_BYTES_PER_SECOND + BUILD_SECONDS)
-    tested = (_rows_cost(shape, device, test, training) + load) * 2 if test else Cost()
-    return Predictions(
-        memory=memory,
-        step=micro * training.gradient_accumulation_steps,
-        evaluation=_rows_cost(shape, device, dev, training),
-        checkpoint=Cost(seconds=save),
-        load=load,
-        test=tested,
-    )
+    costs = Predictor(shape, device, dev, test).of(setting, micro)
+    return replace(costs, step=micro * training.gradient_accumulation_steps)
 
 
-def _rows_cost(
-    shape: ModelShape, device: Device, stats: PoolStats | None, training: Training
-) -> Cost:
-    """Of evaluating rows in batches no larger than a training pass, inside whose peak it stays."""
-    if stats is None:
-        return Cost()
-    most, length = training.micro_batch_tokens, training.max_length
-    cost = forward_cost(shape, stats, device, training.dtype, length, most)
-    return replace(cost, peak_memory_bytes=0.0)
+class Predictor:
+    """Predictions of one model on one device, for many settings."""
+
+    def __init__(
+        self, shape: ModelShape, device: Device, dev: PoolStats | None, test: PoolStats | None
+    ) -> None:
+        self.shape, self.device, self.dev, self.test = shape, device, dev, test
+        self._rows: dict[tuple[PoolStats, str, int, int], Cost] = {}
+
+    def of(self, setting: MemorySetting, micro: Cost) -> Predictions:
+        """With ``micro`` the cost of a micro-batch."""
+        save = checkpoint_bytes(self.shape, setting) / DISK_BYTES_PER_SECOND + 0.1
+        read = weight_bytes(self.shape, setting) / DISK_BYTES_PER_SECOND
+        load = Cost(seconds=read + BUILD_SECONDS)
+        tested = (self._cost_of_rows(self.test, setting) + load) * 2 if self.test else Cost()
+        return Predictions(
+            step=micro,
+            evaluation=self._cost_of_rows(self.dev, setting),
+            checkpoint=Cost(seconds=save),
+            load=load,
+            test=tested,
+        )
+
+    def _cost_of_rows(self, stats: PoolStats | None, setting: MemorySetting) -> Cost:
+        """Of evaluating rows in batches no larger than a training pass, inside whose peak it
+        stays."""
+        if stats is None:
+            return Cost()
+        key = stats, setting.dtype, setting.sequence, setting.tokens
+        if key not in self._rows:
+            cost = forward_cost(
+                self.shape, stats, self.device, setting.dtype, setting.sequence, setting.tokens
+            )
+            self._rows[key] = replace(cost, peak_memory_bytes=0.0)
+        return self._rows[key]

@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from thrifty import planner
 from thrifty.core import plan as plans
+from thrifty.core import quantities
 from thrifty.core.budget import Budget, PoolStats
 from thrifty.core.ledger import Ledger, Rates
 from thrifty.core.plan import ModelSource, Objective, Plan, PoolSource, Target
-from thrifty.costs.hardware import dollars_per_hour, load_device
+from thrifty.costs.hardware import Device, dollars_per_hour, load_device
 from thrifty.costs.shape import ModelShape, read_shape
 from thrifty.run_folder import RunFolder
 from thrifty.signals.models import locate
@@ -52,6 +53,9 @@ class Asked:
     device: str | None = None
     dollars_per_hour: float | None = None
     control: bool = False
+    techniques: tuple[str, ...] = ()
+    """Memory techniques that the plan must have."""
+    num_devices: int = 1
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """plan.yaml keys that the planner must take as they are; ``auto`` leaves one to it."""
 
@@ -73,7 +77,7 @@ def quick_plan(asked: Asked) -> tuple[planner.Planned, planner.Request]:
     return planner.search(request), request
 
 
-def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, Plan]:
+def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, planner.Request, Plan]:
     """Read pool and targets, plan, and leave a run folder at ``folder``.
 
     Raises ValueError for anything that cannot be used, planner.NoPlanFits where the budget is too
@@ -100,7 +104,8 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, Pla
         planned = planner.search(request)
         plan = _plan(asked, revision, planned, request, stores)
         draft.plan_file.write_text(plans.dump(plan), encoding="utf-8")
-        draft.prepared.write_text(json.dumps(what_was_read(plan)), encoding="utf-8")
+        prepared = {**what_was_read(plan), "training.epochs": plan.training.epochs}
+        draft.prepared.write_text(json.dumps(prepared), encoding="utf-8")
         with Ledger.create(draft.ledger_file, asked.budget, request.rates) as ledger:
             _write_decisions(ledger, plan, planned)
         if folder.exists():
@@ -112,7 +117,7 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, Pla
             for parent in new_parents:
                 parent.rmdir()
         raise
-    return planned, plan
+    return planned, request, plan
 
 
 def what_was_read(plan: Plan) -> dict[str, Any]:
@@ -141,7 +146,11 @@ def _check_fixed(asked: Asked) -> None:
     values = plans.to_dict(skeleton)
     for key, value in fixed.items():
         plans.put(values, key, value)
-    plans.from_dict(values)
+    report_to = plans.from_dict(values).training.report_to
+    if report_to:  # alone needs transformers to be loaded
+        from thrifty.reporters import check_reporters
+
+        check_reporters(report_to)
 
 
 @dataclass(frozen=True)
@@ -182,10 +191,13 @@ def _read(asked: Asked, shape: ModelShape, model_folder: Path, run: RunFolder, s
 
     targets: dict[str, dict[str, StoreManifest]] = {}
     for name, target in asked.targets.items():  # first: they are small, and may be amiss too
-        parts = _target_rows(name, target, asked.task, say)
-        targets[name] = {part: store(rows, run.target(name, part)) for part, rows in parts.items()}
+        targets[name] = {}
+        for part, rows in _target_rows(name, target, asked.task, say).items():
+            with _naming(f"the {part} rows of target {name}"):
+                targets[name][part] = store(rows, run.target(name, part))
     say(f"reading the pool: {', '.join(asked.pool)}")
-    pool = store(read_rows(asked.pool, task=asked.task), run.pool)
+    with _naming("the pool"):
+        pool = store(read_rows(asked.pool, task=asked.task), run.pool)
     num_bad = sum(pool.num_bad.values())
     if num_bad:
         say(f"set aside {num_bad:,} bad rows, see pool/quarantine.jsonl: {_counts(pool.num_bad)}")
@@ -194,8 +206,18 @@ def _read(asked: Asked, shape: ModelShape, model_folder: Path, run: RunFolder, s
         dev = _held_out(asked, pool.num_examples)
         targets[POOL_AS_TARGET] = {"dev": store(dev, run.target(POOL_AS_TARGET, "dev"))}
     if asked.fixed.get("training.replay"):
-        store(read_rows(asked.fixed["training.replay"], task=asked.task), run.replay)
+        with _naming("the replay rows"):
+            store(read_rows(asked.fixed["training.replay"], task=asked.task), run.replay)
     return _Stores(pool, targets)
+
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """An error in the block says which rows it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 def _counts(reasons: Mapping[str, int]) -> str:
@@ -207,10 +229,14 @@ def _target_rows(name: str, target: Target, task: str, say: Say) -> dict[str, li
     from thrifty.data.pool import Row, read_rows
     from thrifty.data.splits import part_of
 
-    signal = list(read_rows(target.signal, task=task))
+    def read(part: str, sources: tuple[str, ...]) -> list[Row | BadRow]:
+        with _naming(f"the {part} rows of target {name}"):
+            return list(read_rows(sources, task=task))
+
+    signal = read("signal", target.signal)
     parts: dict[str, list[Row | BadRow]] = {"signal": signal}
     if target.dev:
-        parts["dev"] = list(read_rows(target.dev, task=task))
+        parts["dev"] = read("dev", target.dev)
     else:
         halves: dict[str, list[Row | BadRow]] = {"signal": [], "dev": []}
         for row in signal:
@@ -223,7 +249,7 @@ def _target_rows(name: str, target: Target, task: str, say: Say) -> dict[str, li
             say(f"target {name} has too few rows to split: the same steer selection and training")
             parts["dev"] = signal
     if target.test:
-        parts["test"] = list(read_rows(target.test, task=task))
+        parts["test"] = read("test", target.test)
     return parts
 
 
@@ -252,22 +278,17 @@ def _held_out(asked: Asked, num_rows: int) -> Iterable[Row]:
 
 def _request(asked: Asked, shape: ModelShape, stores: _Stores | None = None) -> planner.Request:
     device = load_device(asked.device)
-    price = asked.dollars_per_hour
-    if price is None:
-        price = dollars_per_hour(device)
+    price = _price(asked, device)
     if asked.budget.dollars is not None and price is None:
         raise ValueError(
             f"the budget limits dollars but the price of {device.name} is unknown\n"
             "hint: --price DOLLARS_PER_HOUR, or put it into your prices.yaml"
         )
-    rates = Rates(
-        dollars_per_second=None if price is None else price / 3600, watts=device.tdp_watts
-    )
     return planner.Request(
         shape=shape,
         budget=asked.budget,
         device=device,
-        rates=rates,
+        rates=Rates.hourly(price, device.tdp_watts),
         pool=stats_together([stores.pool]) if stores else None,
         targets={
             name: found
@@ -278,7 +299,15 @@ def _request(asked: Asked, shape: ModelShape, stores: _Stores | None = None) -> 
         test=stores.together("test") if stores else None,
         task=asked.task,
         fixed=asked.fixed,
+        techniques=asked.techniques,
+        num_devices=asked.num_devices,
     )
+
+
+def _price(asked: Asked, device: Device) -> float | None:
+    """Dollars an hour: as asked, else as listed."""
+    price = asked.fixed.get("dollars_per_hour", asked.dollars_per_hour)
+    return dollars_per_hour(device) if price is None else quantities.parse_dollars(price)
 
 
 def _plan(
@@ -290,7 +319,7 @@ def _plan(
 ) -> Plan:
     """The chosen combination with the rest of the rules applied, then the user's own keys."""
     c = planned.chosen
-    training = planner.training_of(c, request)
+    training = planned.training
     predicted = {name: cost.to_dict() for name, cost in c.by_stage.items()}
     picker = "balanced" if len(asked.targets) > 1 else "top_k"
     whole = c.keep_tokens >= stores.pool.num_tokens
@@ -311,6 +340,7 @@ def _plan(
         training=training,
         control=asked.control,
         device=asked.device or "local",
+        dollars_per_hour=_price(asked, request.device),
         predicted=predicted,
         why=dict(planned.why),
     )

@@ -1,4 +1,4 @@
-"""One combination, priced whole: scoring, training, evaluations, checkpoints, test.
+"""One way to hold a step, priced whole: scoring, training, evaluations, checkpoints, test.
 
 What the budget leaves after scoring buys D training tokens, worth
 
@@ -6,7 +6,7 @@ What the budget leaves after scoring buys D training tokens, worth
     D'(D, U) = U + U R* (1 - exp(-(D/U - 1) / R*)),  R* = 15.4         (arXiv:2305.16264)
 
 with U the tokens kept, s = U / pool, w_5% the scorer's prior worth (which keeping less than the 5%
-it was measured at does not raise: docs/log.md, the mixed pool) and q the technique's prior
+it was measured at does not raise: docs/log.md, the mixed pool) and q the techniques' prior
 quality. U is D over the number of epochs, at most four, that makes D_eff largest. Gains enter the
 one rule as ``prior`` estimates, a fixed concave function of D_eff: only their order matters here.
 """
@@ -16,19 +16,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
+
+from thrifty.combinations import Held
 from thrifty.core.budget import Budget, Cost, PoolStats
 from thrifty.core.contracts import Scorer, Work, Worth
 from thrifty.core.ledger import Rates
 from thrifty.core.marginal import Estimate
-from thrifty.core.plan import Training
 from thrifty.core.resolve import Spec, name_of
+from thrifty.costs.allocator import DeviceMemory, allocatable, device_memory
 from thrifty.costs.hardware import Device
-from thrifty.costs.memory import RUNTIME_BYTES
+from thrifty.costs.job import job_account
+from thrifty.costs.memory import RUNTIME_BYTES, MemoryAccount, MemorySetting
 from thrifty.costs.shape import ModelShape
 from thrifty.costs.time import SECONDS_MARGIN
-from thrifty.predictions import Predictions
+from thrifty.predictions import Predictions, Predictor
 
 REPEAT_HALF_LIFE = 15.4
 """R* of arXiv:2305.16264."""
@@ -48,14 +53,8 @@ FASTER = 2.0
 """How much faster than predicted a run may turn out before it ends for want of steps."""
 PICK_SECONDS = 2.5e-5
 """Of filtering and picking, a row."""
-
-QUALITY = {
-    ("full", "float32"): (1.0, "reference"),
-    ("full", "bfloat16"): (0.9, "weights in plain bf16 lose small updates: 1.051 for 1.014 nats"),
-    ("lora", "float32"): (0.6, "LoRA learns less per token, arXiv:2405.09673"),
-    ("lora", "bfloat16"): (0.6, "LoRA learns less per token, arXiv:2405.09673"),
-}
-"""Prior worth of a token trained on by a technique; edit to taste."""
+UNLIMITED_TOKENS = 10e6
+"""Priced where nothing but memory is limited and there is no pool."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,24 +73,33 @@ class Request:
     task: Literal["sft", "continued", "preference"] = "sft"
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """plan.yaml keys that the user set: ``training.method``, ``selection.scorer``, ..."""
+    techniques: tuple[str, ...] = ()
+    """Memory techniques that the user named."""
+    num_devices: int = 1
+
+    @property
+    def memory_limit(self) -> float:
+        return self.budget.memory_bytes or self.device.memory_bytes
+
+    @property
+    def most_allocated(self) -> float:
+        """Bytes that tensors may take on the device."""
+        return allocatable(self.memory_limit / MEMORY_MARGIN, self.device.kind)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One combination, priced."""
+    """One way to hold a step with one scorer, priced."""
 
-    method: Literal["full", "lora"]
-    dtype: Literal["float32", "bfloat16"]
-    activation_checkpointing: bool
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
-    max_length: int
+    shape: ModelShape
+    held: Held
+    setting: MemorySetting
     scorer: str
     scorer_spec: Spec
-    memory: Mapping[str, float]
-    """Bytes by term at the peak."""
+    scoring_bytes: float
     peak_memory_bytes: float
     step: Cost
+    """Of an optimizer step."""
     max_steps: int
     """As predicted to fit."""
     ceiling: int
@@ -104,104 +112,215 @@ class Candidate:
     gain: Estimate
 
     @property
+    def techniques(self) -> Mapping[str, str]:
+        """Kind -> name."""
+        return self.held.technique_names
+
+    @property
+    def quality(self) -> Worth:
+        return self.held.quality
+
+    @property
+    def makes(self) -> Literal["fit", "faster"]:
+        """Whether some of its techniques are there to make it fit."""
+        return "fit" if any(t.makes == "fit" for t in self.held.techniques) else "faster"
+
+    @property
+    def runs(self) -> bool:
+        """Whether a run can train with it; otherwise it is priced alone."""
+        return all(technique.runs for technique in self.held.techniques)
+
+    @property
+    def method(self) -> Literal["full", "lora"]:
+        return "full" if self.setting.adapter is None else "lora"
+
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        return "bfloat16" if self.setting.dtype == "bfloat16" else "float32"
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        return bool(self.setting.recompute)
+
+    @property
+    def per_device_train_batch_size(self) -> int:
+        return self.setting.micro_batch
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        return self.setting.gradient_accumulation_steps
+
+    @property
+    def max_length(self) -> int:
+        return self.setting.sequence
+
+    @property
     def name(self) -> str:
-        recompute = " recompute" if self.activation_checkpointing else ""
+        usual = {"states": "adamw", "activations": "keep", "loss": "whole"}
+        shown = [name for kind, name in self.techniques.items() if usual.get(kind) != name]
         batch = f"{self.per_device_train_batch_size}x{self.gradient_accumulation_steps}"
-        return f"{self.scorer}, {self.method} {self.dtype} {batch}{recompute}"
+        adapters = self.setting.adapter is not None and self.setting.adapter_dtype != "float32"
+        loose = ["bf16 adapters"] if adapters else []
+        open_ = [] if self.setting.masked else ["flash"]
+        return f"{self.scorer}, {' '.join((*shown, *loose, *open_, batch))}"
 
     @property
     def total(self) -> Cost:
         return sum(self.by_stage.values(), Cost())
 
+    @cached_property
+    def account(self) -> MemoryAccount:
+        """Allocated bytes of every phase of the job, by term."""
+        return job_account(self.shape, self.setting, scoring_bytes=self.scoring_bytes)
 
-def price(
-    request: Request, draft: Training, costs: Predictions, scorer: Scorer, spec: Spec
-) -> Candidate | tuple[str, float] | None:
-    """The candidate; or the resource it fails on and the least of it that would do; or None for a
-    micro-batch larger than a whole step should be, or than the pool fills."""
-    micro_batch = draft.per_device_train_batch_size
-    limit = request.budget.memory_bytes or request.device.memory_bytes
-    peak = costs.step.peak_memory_bytes
-    if peak * MEMORY_MARGIN > limit:
-        return "peak_memory_bytes", peak * MEMORY_MARGIN
-    scoring = _scoring(request, scorer, draft.dtype, draft.max_length)
-    if scoring.peak_memory_bytes * MEMORY_MARGIN > limit:
-        return "peak_memory_bytes", scoring.peak_memory_bytes * MEMORY_MARGIN
-    micro = costs.step
-    once = scoring + costs.load * (2 if scorer.needs_model else 1) + costs.test
-    pool_tokens = float(request.pool.num_tokens) if request.pool else math.inf
-    # Steps without watching first, for how much watching a share of them pays; then with it.
-    left = _minus(request, once + costs.watching(2, 1))
-    wanted, binding = _affordable(request, micro, left, pool_tokens)
-    accumulation = _accumulation(request, wanted * micro_batch, micro_batch)
-    if accumulation < 1:
-        return None
-    step = request.rates.of(micro * accumulation)
-    evaluations, saves = _watch(request, costs, step, wanted / accumulation)
-    each = step  # with its share of what was asked to come at fixed distances
-    if apart := request.fixed.get("training.eval_steps"):
-        each = request.rates.of(each + (costs.evaluation + costs.checkpoint) * (1 / apart))
-        evaluations, saves = 2, 1
-    left = _minus(request, once + costs.watching(evaluations, saves))
-    possible, binding = _affordable(request, each, left, pool_tokens)
-    steps = int(possible)
-    evaluations, saves = _watch(request, costs, step, steps)
-    if request.fixed.get("training.max_steps"):
-        steps = min(steps, int(request.fixed["training.max_steps"]))
-    if steps < 1 and binding == "epochs":
-        return None
-    if steps < 1:
-        needed = _reserved(request, once + costs.watching(evaluations, saves) + step)
-        return binding, needed.of(binding) or math.inf
-    tokens = steps * step.tokens * PACKING_FILL
-    epochs, keep, effective = _keep(scorer.worth, tokens, pool_tokens, request)
-    quality, _ = QUALITY[(draft.method, draft.dtype)]
-    training = costs.load + step * steps + costs.watching(evaluations, saves)
-    return Candidate(
-        method=draft.method,
-        dtype=draft.dtype,
-        activation_checkpointing=draft.activation_checkpointing,
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=accumulation,
-        max_length=draft.max_length,
-        scorer=name_of(scorer),
-        scorer_spec=spec,
-        memory=costs.memory,
-        peak_memory_bytes=peak,
-        step=step,
-        max_steps=steps,
-        ceiling=_ceiling(request, each, left, pool_tokens, steps, binding),
-        num_evaluations=evaluations,
-        epochs=epochs,
-        keep_tokens=keep,
-        by_stage={
-            "select": request.rates.of(scoring + costs.load * scorer.needs_model),
-            "train": request.rates.of(training),
-            "test": request.rates.of(costs.test),
-        },
-        binding=binding,
-        gain=_gain(effective * quality, scorer.worth),
-    )
+    @property
+    def memory(self) -> Mapping[str, float]:
+        """Bytes by term at the peak, what a device needs beside them included."""
+        device = self.device_memory
+        allocator = device.reserved - device.allocated
+        beside = {"runtime": device.device - device.reserved}
+        return {**self.account.by_term, **({"allocator": allocator} if allocator else {}), **beside}
+
+    @property
+    def device_memory(self) -> DeviceMemory:
+        return device_memory(self.account.peak_memory_bytes, self.setting.device_kind)
+
+    @property
+    def useful_tokens(self) -> float:
+        """Of a step: those that are no padding."""
+        return self.step.tokens * PACKING_FILL
 
 
-def _scoring(request: Request, scorer: Scorer, dtype: str, sequence: int) -> Cost:
-    if request.pool is None:
-        return Cost()
-    work = Work(
-        pool=request.pool,
-        targets=request.targets,
-        shape=request.shape,
-        device=request.device,
-        dtype="bfloat16" if dtype == "bfloat16" else "float32",
-        max_length=sequence,
-    )
-    cost = scorer.cost(work)
-    runtime = float(RUNTIME_BYTES[request.device.kind])
-    return replace(
-        cost,
-        seconds=cost.seconds + PICK_SECONDS * request.pool.num_examples,
-        peak_memory_bytes=cost.peak_memory_bytes + runtime,
-    )
+@dataclass(frozen=True)
+class Refused:
+    """Why a way does not fit: the least that it would take of everything."""
+
+    name: str
+    least: Cost
+
+
+class Pricing:
+    """Prices of one request; what several ways share is worked out once."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.predictor = Predictor(request.shape, request.device, request.dev, request.test)
+        self._scoring: dict[tuple[Any, str, int], Cost] = {}
+
+    def price(self, held: Held, scorer: Scorer, spec: Spec) -> Candidate | Refused | None:
+        """The candidate at the micro-batch that takes least time a token; or what it lacks; or None
+        where no micro-batch makes a step that the pool fills."""
+        refusal: Refused | None = None
+        for index in held.fastest_first():
+            found = self._at(held, index, scorer, spec)
+            if isinstance(found, Candidate):
+                return found
+            if found is not None and (
+                refusal is None or _excess(self.request, found) < _excess(self.request, refusal)
+            ):
+                refusal = found
+        return refusal
+
+    def _at(self, held: Held, index: int, scorer: Scorer, spec: Spec) -> Candidate | Refused | None:
+        request, micro_batch = self.request, held.micro_batches[index]
+        pool_tokens = float(request.pool.num_tokens) if request.pool else math.inf
+        setting = held.setting(index)
+        costs = self.predictor.of(setting, held.micro(index))
+        scoring = self._score(scorer, setting)
+        once = scoring + costs.load * (2 if scorer.needs_model else 1) + costs.test
+        # Steps without watching first, for how much watching a share of them pays; then with it.
+        left = _minus(request, once + costs.watching(2, 1))
+        wanted, binding = _affordable(request, costs.step, left, pool_tokens)
+        accumulation = _accumulation(request, wanted * micro_batch, micro_batch)
+        if accumulation < 1:
+            return None
+        accumulation = min(accumulation, held.most_accumulated)
+        peak = held.peak(index, accumulation > 1)
+        peak = max(device_memory(peak, request.device.kind).device, scoring.peak_memory_bytes)
+        step = costs.step * accumulation
+        evaluations, saves = _watch(request, costs, step, wanted / accumulation)
+        each = step  # with its share of what was asked to come at fixed distances
+        if apart := request.fixed.get("training.eval_steps"):
+            each = each + (costs.evaluation + costs.checkpoint) * (1 / apart)
+            evaluations, saves = 2, 1
+        left = _minus(request, once + costs.watching(evaluations, saves))
+        possible, binding = _affordable(request, each, left, pool_tokens)
+        steps = int(possible)
+        evaluations, saves = _watch(request, costs, step, steps)
+        if request.fixed.get("training.max_steps"):
+            steps = min(steps, int(request.fixed["training.max_steps"]))
+        if steps < 1 and binding == "epochs":
+            return None
+        if steps < 1 or peak * MEMORY_MARGIN > request.memory_limit:
+            least = _reserved(request, once + costs.watching(evaluations, saves) + step)
+            return Refused(held.name, replace(least, peak_memory_bytes=peak * MEMORY_MARGIN))
+        tokens = steps * step.tokens * PACKING_FILL
+        epochs, keep, effective = _keep(scorer.worth, tokens, pool_tokens, request)
+        training = costs.load + step * steps + costs.watching(evaluations, saves)
+        stages = {
+            "select": scoring + costs.load * scorer.needs_model,
+            "train": replace(training, peak_memory_bytes=peak),
+            "test": costs.test,
+        }
+        return Candidate(
+            shape=request.shape,
+            held=held,
+            setting=replace(setting, gradient_accumulation_steps=accumulation),
+            scorer=name_of(scorer),
+            scorer_spec=spec,
+            scoring_bytes=scoring.peak_memory_bytes,
+            peak_memory_bytes=peak,
+            step=request.rates.of(step),
+            max_steps=steps,
+            ceiling=_ceiling(request, each, left, pool_tokens, steps, binding),
+            num_evaluations=evaluations,
+            epochs=epochs,
+            keep_tokens=keep,
+            by_stage={name: request.rates.of(cost) for name, cost in stages.items()},
+            binding=binding,
+            gain=_gain(effective, held.quality, scorer.worth),
+        )
+
+    def _score(self, scorer: Scorer, setting: MemorySetting) -> Cost:
+        request = self.request
+        if request.pool is None:
+            return Cost()
+        key = scorer, setting.dtype, setting.sequence
+        if key not in self._scoring:
+            work = Work(
+                pool=request.pool,
+                targets=request.targets,
+                shape=request.shape,
+                device=request.device,
+                dtype="bfloat16" if setting.dtype == "bfloat16" else "float32",
+                max_length=setting.sequence,
+            )
+            cost = scorer.cost(work)
+            runtime = float(RUNTIME_BYTES[request.device.kind])
+            self._scoring[key] = replace(
+                cost,
+                seconds=cost.seconds + PICK_SECONDS * request.pool.num_examples,
+                peak_memory_bytes=cost.peak_memory_bytes + runtime,
+            )
+        return self._scoring[key]
+
+
+def excesses(request: Request, least: Cost) -> dict[str, float]:
+    """Resource -> how many times its limit would be needed, of those that do not suffice."""
+    found = {}
+    limits = {name: request.budget.limit(name) for name in request.budget.limited}
+    for name, limit in {**limits, "peak_memory_bytes": request.memory_limit}.items():
+        needed = least.of(name)
+        times = math.inf if needed is None else needed / (limit or math.inf)
+        if times > 1.0:
+            found[name] = times
+    return found
+
+
+def _excess(request: Request, refusal: Refused) -> tuple[int, float]:
+    """How far a refused way is from fitting: how many limits it passes, and by how much."""
+    found = excesses(request, refusal.least)
+    return len(found), float(np.prod(list(found.values()))) if found else 0.0
 
 
 def _reserved(request: Request, cost: Cost) -> Cost:
@@ -226,9 +345,8 @@ def _affordable(
     if wish:
         cap = wish * pool_tokens / max(step.tokens, 1.0)
     if resource is None:  # nothing is limited: one pass, as people do by default
-        cap = min(cap, (wish or 1.0) * pool_tokens / max(step.tokens, 1.0))
-    if math.isinf(cap) and math.isinf(steps):
-        return 1.0, "nothing"
+        whole = pool_tokens if math.isfinite(pool_tokens) else UNLIMITED_TOKENS
+        cap = min(cap, (wish or 1.0) * whole / max(step.tokens, 1.0))
     return (cap, "epochs") if cap < steps else (steps, resource or "epochs")
 
 
@@ -302,7 +420,9 @@ def _effective(worth: Worth, tokens: float, unique: float, pool_tokens: float) -
     return multiple * fresh
 
 
-def _gain(effective: float, worth: Worth) -> Estimate:
-    """A concave prior: 0.1 nats a token for every e-fold of effective tokens past a thousand."""
-    relative = worth.stderr / worth.mean
-    return Estimate(0.1 * math.log1p(effective / 1e3), 0.1 * relative, "nats/token", "prior")
+def _gain(effective: float, quality: Worth, worth: Worth) -> Estimate:
+    """A concave prior: 0.1 nats a token for every e-fold of effective tokens past a thousand. Its
+    error is that of the priors it rests on."""
+    relative = math.hypot(worth.stderr / worth.mean, quality.stderr / quality.mean)
+    mean = 0.1 * math.log1p(effective * quality.mean / 1e3)
+    return Estimate(mean, 0.1 * relative, "nats/token", "prior")

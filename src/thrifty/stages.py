@@ -1,18 +1,12 @@
-"""The stages of a run, each resumable, each charged to the ledger, none done twice.
-
-A ``Branch`` says on which account and in which folder: the run itself, or its control, the same job
-on a uniform choice at the same total FLOPs.
-"""
+"""The stages of a run, each resumable, each charged to the ledger, none done twice."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,184 +14,19 @@ import numpy as np
 
 from thrifty import checkpoints, selection, training
 from thrifty.core.budget import Budget, Cost
-from thrifty.core.contracts import Held, Rows, Tokens
-from thrifty.core.durable import write_atomically
+from thrifty.core.contracts import Rows, Tokens
 from thrifty.core.ledger import BudgetExceeded, Ledger, Stage
 from thrifty.core.ordering import best_first, fill
-from thrifty.core.plan import Plan
 from thrifty.core.resolve import parse_spec, resolve
-from thrifty.costs.hardware import Device, load_device
-from thrifty.costs.shape import ModelShape, read_shape
 from thrifty.data.packing import PackedDataset
-from thrifty.data.store import Store, open_store
+from thrifty.data.store import open_store
 from thrifty.data.tokens import load_tokenizer
-from thrifty.evaluation import Measured, measure, measure_flops
-from thrifty.predictions import Predictions, predictions
-from thrifty.preparation import POOL_AS_TARGET, Say, stats_together, what_was_read
-from thrifty.run_folder import RunFolder
-from thrifty.signals.models import (
-    LoadedModels,
-    load_model,
-    local_device,
-    locate,
-    weights_sha256,
-)
+from thrifty.evaluation import Measured, measure
+from thrifty.open_run import Branch, Work, at_work
+from thrifty.signals.models import load_model, local_device
 from thrifty.signals.peak_memory import peak_noted
 
-
-@dataclass(frozen=True)
-class Branch:
-    """Where a job's spending goes and what it is trained on."""
-
-    account: str
-    plan: Plan
-    limit: Budget | None = None
-
-    def stage_name(self, name: str) -> str:
-        return name if self.account == "budget" else f"{self.account}-{name}"
-
-
-class Work:
-    """A run folder at work, with everything that its stages share, each thing loaded once."""
-
-    def __init__(self, run: RunFolder, plan: Plan, ledger: Ledger, say: Say) -> None:
-        self.run = run
-        self.plan = plan
-        self.ledger = ledger
-        self.say = say
-        self.main = Branch("budget", plan)
-
-    @cached_property
-    def base(self) -> Path:
-        return locate(self.plan.model.path, self.plan.model.revision, weights=True)[0]
-
-    @cached_property
-    def base_sha256(self) -> str:
-        """Of the base weights. Raises ValueError where they are not those the run began with."""
-        found = weights_sha256(self.base)
-        known_file = self.run.path / "base.sha256"
-        known = self.plan.model.sha256
-        if known is None and known_file.is_file():
-            known = known_file.read_text(encoding="utf-8").strip()
-        if known is None:
-            write_atomically(known_file, found + "\n")
-        elif known != found:
-            raise ValueError(
-                f"the weights in {self.base} have changed since this run began: {known[:12]}... "
-                f"then, {found[:12]}... now\nhint: put the old ones back, or plan a new run"
-            )
-        return found
-
-    @cached_property
-    def shape(self) -> ModelShape:
-        return read_shape(self.base)
-
-    @cached_property
-    def device(self) -> Device:
-        return load_device(None if self.plan.device == "local" else self.plan.device)
-
-    @cached_property
-    def pool(self) -> Store:
-        store = open_store(self.run.pool)
-        if self.plan.pool.fingerprint not in (None, store.manifest.fingerprint):
-            raise ValueError(
-                f"plan.yaml is for another pool than {self.run.pool} holds\n"
-                "hint: `thrifty plan` again for another pool"
-            )
-        length = self.plan.training.max_length
-        if store.manifest.max_tokens > length:
-            raise ValueError(
-                f"training.max_length {length} is shorter than the longest prepared example "
-                f"({store.manifest.max_tokens} tokens)\n"
-                f"hint: `thrifty plan ... --set training.max_length={length}` cuts examples to it"
-            )
-        return store
-
-    def rows(self, part: str) -> dict[str, Rows]:
-        """Target name -> rows of a part; only targets that have it."""
-        names = list(self.plan.targets) or [POOL_AS_TARGET]
-        folders = {name: self.run.target(name, part) for name in names}
-        return {
-            name: _whole(open_store(folder))
-            for name, folder in folders.items()
-            if (folder / "manifest.json").is_file()
-        }
-
-    @cached_property
-    def dev(self) -> dict[str, Rows]:
-        return self.rows("dev")
-
-    @property
-    def has_test(self) -> bool:
-        return bool(self._stores("test"))
-
-    def weights(self, names: Mapping[str, Any]) -> dict[str, float]:
-        targets = self.plan.targets
-        return {name: targets[name].weight if name in targets else 1.0 for name in names}
-
-    @cached_property
-    def held(self) -> Held:
-        prints = {}
-        for part in ("dev", "test"):
-            for name, rows in self.rows(part).items():
-                prints[f"{part} rows of {name}"] = frozenset(map(bytes, rows.fingerprints))
-        return Held(prints)
-
-    @cached_property
-    def models(self) -> LoadedModels:
-        return LoadedModels(self.base, self.plan.training.dtype, local_device())
-
-    def predicted(self, plan: Plan) -> Predictions:
-        """As planned, but the FLOPs of evaluations exactly, for no limit may be passed."""
-        dev = stats_together([open_store(f).manifest for f in self._stores("dev")])
-        test = stats_together([open_store(f).manifest for f in self._stores("test")])
-        costs = predictions(plan.training, self.shape, self.device, dev, test)
-        most = plan.training.micro_batch_tokens
-        once, twice = (measure_flops(self.shape, self.rows(p), most) for p in ("dev", "test"))
-        return replace(
-            costs,
-            evaluation=replace(costs.evaluation, flops=once),
-            test=replace(costs.test, flops=2 * twice),
-        )
-
-    def _stores(self, part: str) -> list[Path]:
-        names = list(self.plan.targets) or [POOL_AS_TARGET]
-        folders = [self.run.target(name, part) for name in names]
-        return [f for f in folders if (f / "manifest.json").is_file()]
-
-
-@contextmanager
-def at_work(run: RunFolder, say: Say, overrides: tuple[str, ...] = ()) -> Iterator[Work]:
-    """Hold the run's lock and ledger. Raises ValueError for a run that cannot be worked on."""
-    plan = run.plan(overrides)
-    if plan.task == "preference":
-        raise ValueError(
-            "training on preferences is not built yet; the rows were read and validated\n"
-            "hint: task: sft trains on prompt and completion rows"
-        )
-    training.check_reporters(plan.training.report_to)
-    _check_prepared(run, plan)
-    with run.working() as ledger:
-        ledger.set_budget(plan.budget)
-        yield Work(run, plan, ledger, say)
-
-
-def _check_prepared(run: RunFolder, plan: Plan) -> None:
-    """The rows that lie in the folder must be those that the plan names."""
-    try:
-        prepared = json.loads(run.prepared.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ValueError(
-            f"{run.path} does not say what rows it was prepared from: another version made it\n"
-            "hint: `thrifty plan` again"
-        ) from None
-    for key, value in what_was_read(plan).items():
-        if prepared.get(key) != json.loads(json.dumps(value)):
-            raise ValueError(
-                f"plan.yaml's {key} is not what {run.path} was prepared from\n"
-                "hint: `thrifty plan` again for other rows, or undo the edit"
-            )
-
+__all__ = ["Branch", "Work", "at_work", "control", "select", "test", "train"]
 
 # -- select -------------------------------------------------------------------------------------
 
@@ -209,9 +38,7 @@ def select(work: Work, branch: Branch) -> None:
     if selection.is_done(folder, selection.settings_mark(plan, work.pool)):
         return
     method = parse_spec("scorer", plan.selection.scorer)[0]
-    predicted = Cost.from_dict(plan.predicted.get("select", {}))
-    if branch is not work.main:
-        predicted = Cost()
+    predicted = work.planned("select") if branch is work.main else Cost()
     name = branch.stage_name("select")
     work.say(f"{name}: scoring {len(work.pool):,} rows with {method}")
     with work.ledger.stage(
@@ -244,9 +71,7 @@ def select(work: Work, branch: Branch) -> None:
 def train(work: Work, branch: Branch) -> None:
     """Leave the best evaluated model in the branch's ``model`` folder."""
     plan = branch.plan
-    predicted = Cost()
-    if branch is work.main:
-        predicted = Cost.from_dict(plan.predicted.get("train", {}))
+    predicted = work.planned("train") if branch is work.main else Cost()
     name, folder = branch.stage_name("train"), work.run.model(branch.account)
     mark = _training_mark(work, branch)
     done = training.is_done(folder, mark)
@@ -428,8 +253,3 @@ def _cooldown_share(work: Work) -> float:
     details = [s["detail"] for s in work.ledger.stages() if s["name"] == "train"]
     taken = max(details[-1].get("steps", 0), 1) if details else 1
     return min(1.0, work.plan.training.cooldown_steps / taken)
-
-
-def _whole(store: Store) -> Rows:
-    ids = np.concatenate([shard.ids for shard in store.shards()])
-    return store.take(ids)

@@ -90,6 +90,7 @@ plans = st.builds(
         max_steps=st.integers(1, 10**9),
     ),
     control=st.booleans(),
+    dollars_per_hour=st.none() | amounts,
     predicted=st.dictionaries(
         st.text(), st.dictionaries(st.text(), st.none() | st.floats(-1e300, 1e300))
     ),
@@ -117,12 +118,14 @@ def test_people_may_write_amounts_as_they_do(file):
         selection: {max_tokens: 1.5B}
         objective: {dollars_per_unit: $5}
         training: {learning_rate: 2e-4, max_steps: 1e3}
+        dollars_per_hour: $2.50
         """
     )
     plan = load(path)
     assert plan.budget == Budget(
         flops=3e17, tokens=2e7, seconds=5400, dollars=20, memory_bytes=24 * 2**30
     )
+    assert plan.dollars_per_hour == 2.5
     assert (plan.selection.max_tokens, plan.objective.dollars_per_unit) == (1.5e9, 5)
     assert (plan.training.learning_rate, plan.training.max_steps) == (2e-4, 1000)
     assert isinstance(plan.training.max_steps, int)

@@ -61,6 +61,8 @@ def test_the_known_form_of_a_llama_layer():
 
 
 FAMILIES = ("llama", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt")
+FAMILIES += ("falcon", "gpt_oss", "llama4_text")
+FAMILIES += ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3")
 ALL_SETTINGS = [
     (family, dtype, adapter, recompute)
     for family in FAMILIES
@@ -92,8 +94,13 @@ def test_peak_of_forward_and_backward(setting):
         sizes = {"n_embd": 128, "n_layer": 4}
     if family == "opt":
         sizes["ffn_dim"] = sizes.pop("intermediate_size")
-    config = TINY[family] | sizes | {"num_key_value_heads": 2}
-    if family in ("gpt2", "gpt_neox", "opt"):
+    if family in ("gpt_oss", "llama4_text", "mixtral"):  # of one expert
+        sizes["intermediate_size"] = 96
+    if "moe_intermediate_size" in TINY[family]:
+        sizes["moe_intermediate_size"] = 96
+    groups = 4 if family.startswith("deepseek") else 2
+    config = TINY[family] | sizes | {"num_key_value_heads": groups}
+    if family in ("gpt2", "gpt_neox", "opt", "falcon"):
         del config["num_key_value_heads"]
     shape = ModelShape.from_config(config)
     model = build(config, dtype=dtype, adapter=adapter, recompute=recompute)
@@ -200,6 +207,8 @@ def test_cache_and_checkpoint():
     assert kv_cache_bytes(shape, 2, 1000, "bfloat16") == 2 * 1000 * 32 * 2 * 1024 * 2
     windowed = ModelShape.from_config(PUBLISHED["Mistral-7B-v0.1"])
     assert kv_cache_bytes(windowed, 1, 9000, "bfloat16") == 4096 * 32 * 2 * 1024 * 2
+    latent = ModelShape.from_config(PUBLISHED["DeepSeek-V3"])
+    assert kv_cache_bytes(latent, 2, 1000, "bfloat16") == 2 * 1000 * 61 * (512 + 64) * 2
     assert checkpoint_bytes(shape, MemorySetting()) == 6 * shape.num_parameters
     adapter = Adapter(rank=8)
     size = checkpoint_bytes(shape, MemorySetting(adapter=adapter))

@@ -8,10 +8,12 @@ import sys
 
 import pytest
 from published import PUBLISHED, TINY, VARIANTS
+from releases import PARAMETERS, RELEASES
 
 from thrifty.costs.shape import ModelShape, read_shape
 
-ALL = PUBLISHED | TINY | VARIANTS
+UNCOUNTED = {name: config for name, config in RELEASES.items() if name not in PARAMETERS}
+ALL = PUBLISHED | UNCOUNTED | TINY | VARIANTS
 
 
 def build(config):
@@ -76,13 +78,9 @@ def test_saved_configs_read_the_same(name, tmp_path):
     assert read_shape(tmp_path / "config.json") == shape
 
 
-def test_published_sizes():
-    count = {name: ModelShape.from_config(c).num_parameters for name, c in PUBLISHED.items()}
-    assert count["Llama-3-8B"] == 8_030_261_248
-    assert count["Qwen2.5-0.5B"] == 494_032_768
-    assert count["GPT-2"] == 124_439_808
-    assert count["Pythia-160m"] == 162_322_944
-    assert count["OPT-350m"] == 331_196_416
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_published_sizes(name):
+    assert ModelShape.from_config((PUBLISHED | RELEASES)[name]).num_parameters == PARAMETERS[name]
 
 
 def test_parts_of_a_known_model():
@@ -97,9 +95,10 @@ def test_parts_of_a_known_model():
     }
 
 
-def test_gemma3_is_read_for_its_text():
-    text = TINY["gemma3_text"]
-    wrapped = ModelShape.from_config({"model_type": "gemma3", "text_config": text})
+@pytest.mark.parametrize("family", ["gemma3", "llama4"])
+def test_models_of_several_modalities_are_read_for_their_text(family):
+    text = TINY[f"{family}_text"]
+    wrapped = ModelShape.from_config({"model_type": family, "text_config": text})
     assert wrapped == ModelShape.from_config(text)
 
 

@@ -31,6 +31,16 @@ SMALL = {
 }
 GROUPED = {**SMALL, "num_key_value_heads": 2}
 HEADS = {**GROUPED, "head_dim": 8}
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LATENT = {
+    "num_key_value_heads": SMALL["num_attention_heads"],
+    "n_routed_experts": MIXTURE["num_experts"],
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": GROUPED,
     "mistral": {**GROUPED, "sliding_window": 4},
@@ -52,8 +62,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gpt_neox": SMALL,
     "opt": {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "mixtral": {**GROUPED, "num_local_experts": 4, "sliding_window": 4},
+    "qwen2_moe": {**GROUPED, **MIXTURE, "shared_expert_intermediate_size": 24},
+    "qwen3_moe": {**HEADS, **MIXTURE},
+    "deepseek_v2": {**SMALL, **MIXTURE, **LATENT, "first_k_dense_replace": 1},
+    "deepseek_v3": {**SMALL, **MIXTURE, **LATENT, "n_group": 2, "topk_group": 1},
+    "falcon": {**SMALL, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "gpt_oss": {**HEADS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
+    "llama4_text": {
+        **HEADS, "intermediate_size_mlp": 48, "num_local_experts": 4, "no_rope_layer_interval": 2,
+        "interleave_moe_layer_step": 2,
+    },
 }  # fmt: skip
-NO_SDPA = {"gemma2"}
+NO_SDPA = {"gemma2", "gpt_oss"}
 MATRIX = [
     (family, attention)
     for family in FAMILIES
@@ -99,7 +120,11 @@ def test_a_pack_gives_what_its_documents_give_alone(
         inputs = {name: torch.stack([item[name] for item in items]) for name in items[0]}
         labels, positions = inputs.pop("labels"), inputs["position_ids"]
         kwargs = pack_attention_kwargs(
-            family, positions, attn_implementation=attention, dtype=model.dtype
+            family,
+            positions,
+            attn_implementation=attention,
+            dtype=model.dtype,
+            window=FAMILIES[family].get("sliding_window"),
         )
         with torch.no_grad():
             output = model(**inputs, labels=labels, **kwargs)
@@ -149,6 +174,12 @@ def test_opt_leaks_without_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_attention, "NEEDS_MASK", frozenset())
     with pytest.raises(ValueError, match="opt lets packed documents see"):
         check_isolation(model)
+
+
+def test_alibi_is_refused() -> None:
+    config = AutoConfig.for_model("falcon", **SMALL, alibi=True)
+    with pytest.raises(ValueError, match=r"falcon with ALiBi.*\nhint: "):
+        check_isolation(AutoModelForCausalLM.from_config(config))
 
 
 def test_a_recurrent_model_is_refused() -> None:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thrifty.data import json_text
+from thrifty.data import json_text, sources
 from thrifty.data.faults import MAX_EXCERPT, REASONS, Fault
 from thrifty.data.pool import BadRow, Row, read_rows
 from thrifty.data.sources import expand
@@ -396,6 +396,9 @@ def test_no_source_and_no_such_task() -> None:
         read_rows([])
     with pytest.raises(ValueError, match="no task 'dpo'"):
         read_rows(["x"], task="dpo")
+    for nothing in ("", " "):
+        with pytest.raises(ValueError, match=r"a source of rows is empty\nhint"):
+            read_rows([nothing])
 
 
 def test_urls(tmp_path: Path) -> None:
@@ -432,9 +435,7 @@ def test_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_credentials_stay_out_of_names() -> None:
-    from thrifty.data.sources import _shown
-
-    shown = _shown("https://user:secret@host/data.jsonl?token=hidden#x")
+    shown = sources.shown("https://user:secret@host/data.jsonl?token=hidden#x")
     assert shown == "https://host/data.jsonl"
 
 

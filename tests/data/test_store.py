@@ -147,7 +147,7 @@ def test_a_killed_build_starts_again(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         build_store(dying(), folder, tokenizer, 100, tokenizer_fingerprint="t", shard_rows=16)
     assert list(folder.glob("shard-*"))
-    with pytest.raises(ValueError, match=r"no finished store\nhint"):
+    with pytest.raises(ValueError, match=r"no finished store.*\nhint"):
         open_store(folder)
     assert build(folder, tokenizer) == complete
     open_store(folder).verify()
@@ -191,17 +191,24 @@ def test_damage_is_named(store: Store) -> None:
     path.write_bytes(bytes(raw))
     with pytest.raises(ValueError, match=r"shard-00001.parquet' changed .*\nhint"):
         store.verify()
+    path.write_bytes(bytes(raw[: len(raw) // 2]))
+    with pytest.raises(ValueError, match=r"shard-00001.parquet' is damaged: .*\nhint"):
+        _ = store.shard(1).ids
+    with pytest.raises(ValueError, match=r"shard-00001.parquet' is damaged: .*\nhint"):
+        store.take([len(store) - 1, store.manifest.shards[1].first_id])
     path.unlink()
-    with pytest.raises(ValueError, match=r"shard-00001.parquet' is missing"):
-        store.verify()
+    for read in (store.verify, lambda: store.shard(1).tokens):
+        with pytest.raises(ValueError, match=r"shard-00001.parquet' is missing\nhint"):
+            read()
     manifest = store.directory / "manifest.json"
     values = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**values, "format": 99}))
     with pytest.raises(ValueError, match=rf"format 99, not {FORMAT}\nhint"):
         open_store(store.directory)
-    manifest.write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
-        open_store(store.directory)
+    for nonsense in ("{", "[]"):
+        manifest.write_text(nonsense)
+        with pytest.raises(ValueError, match=r"manifest.json' is damaged.*\nhint"):
+            open_store(store.directory)
 
 
 def test_no_valid_row_names_the_reasons(tmp_path: Path, tokenizer: Any) -> None:

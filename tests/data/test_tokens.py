@@ -295,7 +295,7 @@ def test_loading(tmp_path: Path) -> None:
     assert tokenizer_fingerprint(loaded) == padded
     (tmp_path / "empty").mkdir()
     for nothing in (tmp_path / "empty", tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match=r"no tokenizer in .*\nhint"):
+        with pytest.raises(ValueError, match=r"no tokenizer in '.*' that .* \(\w+\)\nhint: give"):
             load_tokenizer(str(nothing))
 
 

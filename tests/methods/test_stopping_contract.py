@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -26,6 +27,7 @@ def outlook(price=0.0):
         next_interval=Cost(flops=1e12, seconds=10),
         remaining=Cost(flops=1e13, seconds=100),
         price=price,
+        unit="nats/token",
     )
 
 
@@ -83,3 +85,9 @@ def test_plateau_counts_evaluations_without_improvement():
     rule = resolve("stopping", {"plateau": {"patience": 2}})
     assert not rule.decide(history([3.0, 2.0, 2.0]), outlook()).stop
     assert rule.decide(history([3.0, 2.0, 2.0, 2.0]), outlook()).stop
+
+
+def test_gains_are_in_the_unit_of_the_objective():
+    rule = resolve("stopping", "marginal_gain")
+    verdict = rule.decide(history(FALLING), replace(outlook(), unit="points"))
+    assert verdict.choice.options[0].gain.unit == "points"

@@ -40,6 +40,17 @@ def test_noise_is_no_win(tmp_path: Path) -> None:
     assert "did not pay" in text
 
 
+@pytest.mark.parametrize("difference", [-0.05, 0.0, 0.05])
+def test_two_uniform_choices_say_nothing_of_selection(tmp_path: Path, difference: float) -> None:
+    s = summarize(runs.finished(tmp_path / "run", difference=difference))
+    s["selection"]["scorer"] = "uniform"
+    sentence, verdict = against_control(s)
+    assert "two draws of rows differ by 0.0" in sentence
+    assert verdict == "even"
+    for claim in ("pay", "beat", "LOST", "selected"):
+        assert claim not in sentence
+
+
 def test_no_control_is_said(tmp_path: Path) -> None:
     text = say(tmp_path, with_control=False)
     assert "None was run" in text

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 CONSUMED = ("flops", "tokens", "seconds", "joules", "dollars")
 HELD = ("peak_memory_bytes",)
 RESOURCES = CONSUMED + HELD
+PRICED = ("joules", "dollars")
+"""What follows from the seconds and their rates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,10 @@ class Rates:
 
     dollars_per_second: float | None = None
     watts: float | None = None
+
+    @classmethod
+    def hourly(cls, dollars: float | None, watts: float | None = None) -> Rates:
+        return cls(dollars_per_second=None if dollars is None else dollars / 3600, watts=watts)
 
     def of(self, cost: Cost) -> Cost:
         """``cost`` with joules and dollars for its seconds (where it has none of its own)."""
@@ -157,7 +163,7 @@ class Budget:
             if used == 0:
                 continue
             possible = left / used if used is not None and used > 0 else 0.0
-            if possible < steps:
+            if scarcest is None or possible < steps:
                 scarcest, steps = name, possible
         return scarcest, max(steps, 0.0)
 

@@ -118,7 +118,8 @@ class Training:
     """Tokens of a packed sequence; a longer example is cut."""
     max_steps: int = 1
     epochs: float = 1.0
-    """Times that the kept tokens are gone through; follows from ``max_steps``, which decides."""
+    """Times that the kept tokens are gone through; follows from ``max_steps``, which decides; an
+    edit of it is refused."""
     learning_rate: float = 2e-4
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -156,6 +157,8 @@ class Plan:
     control: bool = False
     """Also train on a uniform choice at equal total cost, on an account of its own."""
     device: str = "local"
+    dollars_per_hour: Dollars | None = None
+    """The device's price, at which seconds are charged; None: not known."""
     predicted: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     """stage -> ``Cost`` as predicted when the plan was made."""
     why: Mapping[str, str] = field(default_factory=dict)

@@ -168,8 +168,8 @@ class Lease:
             if name in self._left and amount > self._left[name] * (1 + 1e-9):
                 show = quantities.FORMATS[name]
                 raise BudgetExceeded(
-                    f"{self.activity} would take more than the {show(self._left[name])} of "
-                    f"{quantities.NAMES[name]} that was left for it\n"
+                    f"{self.activity} would take more than the {show(self._left[name])} that was "
+                    "left for it\n"
                     f"hint: raise the budget's {name}; the same command then goes on",
                     name,
                 )
@@ -188,9 +188,10 @@ def _refusal(activity: str, needs: Cost, held: Cost, budget: Budget, over: str) 
     limit, need, taken = budget.limit(over), needs.of(over), held.of(over)
     assert limit is not None
     if need is None or taken is None:
+        what = f"{activity} has" if need is None else "what was spent so far has"
         return (
-            f"{activity} has no known price and the budget limits {over}\n"
-            "hint: give the device's price (--price at `thrifty plan`, dollars_per_hour= of "
+            f"{what} no known price and the budget limits {over}\n"
+            "hint: give the device's price from the start (dollars_per_hour in plan.yaml, or of "
             "BudgetCallback), or drop that limit"
         )
     if over == "peak_memory_bytes":

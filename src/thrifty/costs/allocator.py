@@ -46,3 +46,8 @@ def device_memory(allocated: float, kind: str) -> DeviceMemory:
         low=device - spread,
         high=device + spread,
     )
+
+
+def allocatable(device_bytes: float, kind: str) -> float:
+    """What tensors may take where a device has that much."""
+    return (device_bytes - RUNTIME_BYTES[kind]) / (1.0 + RESERVED_SHARE[kind][0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from thrifty.costs.setting import MemorySetting, Storage
+from thrifty.costs.setting import ADAMW, MemorySetting, States, Storage
 from thrifty.costs.shape import ITEMSIZE, ModelShape
 from thrifty.costs.trained import trained
 
@@ -52,6 +52,28 @@ def largest_tensor(shape: ModelShape) -> int:
         one = 2 * shape.hidden_size * shape.experts.intermediate_size
         largest = max(largest, shape.experts.num_experts * one)
     return largest
+
+
+UNFUSED_ADAMW = {
+    "cuda": States(name="adamw", relative=2.0, step_all=1.0),
+    "cpu": States(name="adamw", relative=2.0, step_largest=2.0),
+}
+"""``foreach`` on CUDA makes a copy of everything, the loop on a CPU two of the largest tensor."""
+
+
+def update_bytes(shape: ModelShape, setting: MemorySetting) -> tuple[float, float]:
+    """While the optimizer steps: the gradients, and what the step allocates."""
+    found, states, itemsize = trained(shape, setting), setting.states, setting.trained_itemsize
+    gradients = found.num_elements * itemsize / setting.num_devices
+    if states is ADAMW and not setting.fused:
+        states = UNFUSED_ADAMW[setting.device_kind]
+    largest = float(found.largest)
+    allocated = states.step_all * gradients + states.step_largest * largest
+    if states is UNFUSED_ADAMW["cpu"]:
+        allocated *= itemsize
+    if setting.states_offloaded:  # one tensor's states visit at a time
+        allocated += states.relative * itemsize * largest
+    return (largest * itemsize if setting.in_backward else gradients), allocated
 
 
 def num_trained(shape: ModelShape, setting: MemorySetting) -> int:

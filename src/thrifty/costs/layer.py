@@ -391,7 +391,7 @@ def _plain_attention(p: Program, q: Tensor, k: Tensor, v: Tensor, out: Size, eag
 
 
 def _softmax_with_sinks(p: Program, scores: Tensor) -> Tensor:
-    """In the model's dtype, over the scores and a column more; the weights are a view without it."""
+    """In the model's dtype, over the scores and a column more; the weights are a view of it."""
     column = float(p.shape.num_attention_heads * p.itemsize)
     grad = scores.grad or p.trained
     joined = p.emit("concatenate", (scores,), Size(column, column), grad=grad)

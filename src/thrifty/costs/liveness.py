@@ -102,14 +102,17 @@ def _piece(operations: Sequence[Operation], given: Size) -> Piece:
     backward, waiting = _backward_points(operations)
     stored, _ = _backward_points(operations, stored=True)
     again = len(recomputed(operations))
-    cached = {each.writes.name: each.writes.size for each in operations[:again] if each.forward}
+    cached = {each.writes.name: each.writes.size for each in operations if each.forward}
+    # What the second forward stops short of stays in the cache, unused.
+    unused = total(each.writes.size for each in operations[again:] if each.forward)
+    beside = tuple(p._replace(beside=total((p.beside, unused))) for p in stored)
     return Piece(
         saved=total(tensor.size for tensor in saved(operations).values()),
         products=total(cached.values()),
         forward=instants(_forward_points(operations, len(operations))),
         backward=instants(backward),
         recompute=instants(_forward_points(operations, again, waiting) + stored),
-        selective=instants(_forward_points(operations, again, waiting, cached) + stored),
+        selective=instants(_forward_points(operations, again, waiting, cached) + beside),
         weight_elements=sum(each.weight_elements for each in operations if each.trained),
         input=given,
     )

@@ -22,7 +22,7 @@ Limits: no autocast (the model itself has ``dtype``); eager PyTorch, not compile
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,6 +34,7 @@ from thrifty.costs.held import (
     largest_tensor,
     num_trained,
     state_bytes,
+    update_bytes,
     weight_bytes,
 )
 from thrifty.costs.liveness import Instants, Point, pieces
@@ -117,20 +118,30 @@ def account(shape: ModelShape, setting: MemorySetting) -> MemoryAccount:
 
 
 def peaks(
-    shape: ModelShape, settings: Sequence[MemorySetting], micro_batches: Sequence[int]
+    shape: ModelShape,
+    settings: Sequence[MemorySetting],
+    micro_batches: Sequence[int],
+    *,
+    accumulating: bool = False,
 ) -> Bytes:
     """The peak of ``account`` for each setting and micro-batch, [num_settings, num_batches].
 
     The settings may differ in their optimizer alone, which changes none of the passes.
+    ``accumulating``: as if over several micro-batches.
     """
     passes: dict[bool, Bytes] = {}
     found = []
     for setting in settings:
-        step = _Step(shape, setting, tuple(micro_batches))
         if setting.in_backward not in passes:
-            most = [instant.bytes for instant in step.instants().values()]
-            passes[setting.in_backward] = np.maximum.reduce(most[:-1])
-        found.append(step.held + np.maximum(passes[setting.in_backward], step.last().bytes))
+            run = replace(setting, gradient_accumulation_steps=2) if accumulating else setting
+            step = _Step(shape, run, tuple(micro_batches))
+            *most, last = [instant.bytes for instant in step.instants().values()]
+            passes[setting.in_backward] = np.maximum.reduce(most)
+            held = step.held - step.states["optimizer_states"]
+        states = 0.0 if setting.states_offloaded else state_bytes(shape, setting)
+        update = last if setting.zeroth_order else sum(update_bytes(shape, setting))
+        most_beside = np.maximum(passes[setting.in_backward], update)
+        found.append(held + states / setting.num_devices + most_beside)
     return np.stack(found)
 
 
@@ -356,28 +367,12 @@ class _Step:
         return _Instant(beside + self.logits + gradients + self.gathered, terms)
 
     def _optimizer(self) -> _Instant:
-        gradients = self.gradients
-        if self.setting.in_backward:
-            gradients = float(self.trained.largest * self.itemsize)
-        allocated = self._step_bytes()
+        gradients, allocated = update_bytes(self.shape, self.setting)
 
         def terms(batch: int) -> dict[str, float]:
             return {"gradients": gradients, "temporaries": allocated}
 
         return _Instant(np.zeros_like(self.tokens) + gradients + allocated, terms)
-
-    def _step_bytes(self) -> float:
-        """What the optimizer's step allocates."""
-        setting, states = self.setting, self.setting.states
-        if states is ADAMW and not setting.fused:
-            states = UNFUSED_ADAMW[setting.device_kind]
-        largest = float(self.trained.largest)
-        allocated = states.step_all * self.gradients + states.step_largest * largest
-        if states is UNFUSED_ADAMW["cpu"]:
-            allocated *= self.itemsize
-        if setting.states_offloaded:  # one tensor's states visit at a time
-            allocated += states.relative * self.itemsize * largest
-        return allocated
 
     def _forwards(self) -> dict[str, _Instant]:
         """Zeroth order: two forwards, between which every weight in turn gets its noise."""
@@ -412,13 +407,6 @@ def _highest_of(one: _Instant, other: _Instant | None) -> _Instant:
         return (one if one.bytes[batch] >= other.bytes[batch] else other).of(batch)
 
     return _Instant(np.maximum(one.bytes, other.bytes), terms)
-
-
-UNFUSED_ADAMW = {
-    "cuda": States(name="adamw", relative=2.0, step_all=1.0),
-    "cpu": States(name="adamw", relative=2.0, step_largest=2.0),
-}
-"""``foreach`` on CUDA makes a copy of everything, the loop on a CPU two of the largest tensor."""
 
 
 # -- passes without gradients ---------------------------------------------------------------------

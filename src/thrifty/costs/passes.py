@@ -68,13 +68,26 @@ def passes_of(
 
 
 def shared_bytes(shape: ModelShape, setup: Setup, *, held: bool = False) -> Size:
-    """What all layers share: rotary cos and sin, and the masks where something holds them."""
+    """What all layers share: rotary cos and sin, and the masks where something holds them;
+    ``held``: during the forward."""
     kinds = 2 if 0 < shape.num_sliding_layers < shape.num_layers else 1
     tables = kinds if shape.rotary_per_kind else 1
     itemsize = 4 if shape.wide_rotary else setup.itemsize
-    token = tables * 2.0 * shape.rotary_dim * itemsize if setup.backward else 0.0
-    # The model holds its masks during the forward; a recomputation needs them to its end.
+    channels = shape.rotary_dim // 2 if shape.paired_rotary else shape.rotary_dim
+    token = tables * 2.0 * channels * itemsize if setup.backward else 0.0
+    return Size(token, _masks(shape, setup, kinds, held))
+
+
+def _masks(shape: ModelShape, setup: Setup, kinds: int, held: bool) -> float:
+    """Bytes of a token and key. A mask that is handed over is alive all along, and so is what every
+    layer keeps; the model holds those it makes during the forward, and a recomputation to its
+    end."""
+    if shape.mask == "alibi":
+        return float(shape.num_attention_heads * setup.itemsize)
+    if setup.masked and shape.mask != "positions":
+        return float(kinds * setup.itemsize)
     eager = shape.attention == "eager"
-    builds = (setup.masked and shape.model_type != "opt") or setup.window_masked or eager
-    masks = kinds * (setup.itemsize if eager else 1.0)
-    return Size(token, masks if builds and (held or setup.recompute) else 0.0)
+    builds = setup.masked or setup.window_masked or eager or shape.mask == "always"
+    if not (builds and (held or setup.recompute)):
+        return 0.0
+    return float(kinds * (setup.itemsize if eager else 1))

@@ -95,7 +95,7 @@ class Latent:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Sizes of a decoder with ``num_layers`` layers, equal but for experts and windows."""
+    """Sizes of a decoder with ``num_layers`` layers, equal but for experts, windows, rotation."""
 
     model_type: str
     num_layers: int
@@ -137,7 +137,7 @@ class ModelShape:
     wide_rotary: bool = False
     """Its cosines and sines are float32, whatever the model is."""
     paired_rotary: bool = False
-    """They have one entry for two channels; if wide too, channels are rotated as complex numbers."""
+    """They have one entry for two channels; if wide too, those are rotated as a complex number."""
     no_rope_layers: frozenset[int] = frozenset()
     """Layers that rotate nothing."""
     tempered: bool = False

@@ -3,15 +3,19 @@
 transformers builds a block-diagonal causal mask from ``position_ids`` that restart, but only where
 there is no ``attention_mask`` and **no cache**: called with its default ``use_cache=True`` every
 family lets documents see each other, without a warning (transformers 5.23,
-``masking_utils._preprocess_mask_arguments``). OPT does not hand its ``position_ids`` to the mask at
-all and needs the mask spelt out. Flash attention looks at ``position_ids`` in batches of one only
-and needs the documents' borders otherwise.
+``masking_utils._preprocess_mask_arguments``). OPT, Falcon and gpt-oss do not hand their
+``position_ids`` to the mask at all and need it spelt out, gpt-oss one for each kind of layer.
+Falcon with ALiBi takes none that could keep documents apart and is refused. Llama 4 cuts its
+chunks, and tunes its temperature, by the place in the row: exact in rows shorter than a chunk
+(8192). Flash attention looks at ``position_ids`` in batches of one only and needs the documents'
+borders otherwise.
 
 Checked against each document alone, sdpa and eager: llama, smollm3, mistral, qwen2, qwen3, gemma,
 gemma2 (eager only, it has no sdpa), gemma3_text, olmo, olmo2, olmo3, phi, phi3, gpt2, gpt_neox,
-opt, starcoder2, with and without sliding windows. Flash attention follows its documentation and is
-not checked here. For any other model, or before trusting one, ``check_isolation`` asks the model
-itself; recurrent models (Mamba, hybrids) carry their state across documents and fail it.
+opt, starcoder2, falcon, gpt_oss (eager only), llama4_text, with and without sliding windows. Flash
+attention follows its documentation and is not checked here. For any other model, or before trusting
+one, ``check_isolation`` asks the model itself; recurrent models (Mamba, hybrids) carry their state
+across documents and fail it.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-NEEDS_MASK = frozenset({"opt"})
+NEEDS_MASK = frozenset({"opt", "falcon", "gpt_oss"})
 """Model types whose attention mask must be given, as it ignores ``position_ids``."""
 
 
@@ -31,10 +35,12 @@ def pack_attention_kwargs(
     *,
     attn_implementation: str = "sdpa",
     dtype: torch.dtype | None = None,
+    window: int | None = None,
 ) -> dict[str, Any]:
     """What a model's forward needs besides ``input_ids`` and ``position_ids`` [batch, sequence].
 
-    ``dtype`` is the model's, for the families that take a mask (float32 where None).
+    ``dtype`` and ``window`` (of the layers that slide) are the model's, for the families that take
+    a mask (float32 where None).
     """
     kwargs: dict[str, Any] = {"use_cache": False}
     if "flash" in attn_implementation:
@@ -44,6 +50,11 @@ def pack_attention_kwargs(
                 "hint: attn_implementation: sdpa"
             )
         return kwargs | _borders(position_ids)
+    if model_type == "gpt_oss":
+        full = block_causal_mask(position_ids, dtype)
+        sliding = block_causal_mask(position_ids, dtype, window)
+        masks = {"full_attention": full, "sliding_attention": sliding}
+        return kwargs | {"attention_mask": masks}
     if model_type in NEEDS_MASK:
         return kwargs | {"attention_mask": block_causal_mask(position_ids, dtype)}
     return kwargs
@@ -54,14 +65,18 @@ def documents(position_ids: torch.Tensor) -> torch.Tensor:
     return (position_ids == 0).cumsum(-1) - 1
 
 
-def block_causal_mask(position_ids: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """What is added to attention scores: 0 within a document's past, else the least number;
-    [batch, 1, sequence, sequence]."""
+def block_causal_mask(
+    position_ids: torch.Tensor, dtype: torch.dtype | None = None, window: int | None = None
+) -> torch.Tensor:
+    """What is added to attention scores: 0 within a document's past, or the last ``window`` tokens
+    of it, else the least number; [batch, 1, sequence, sequence]."""
     import torch
 
     dtype = dtype or torch.float32
     document = documents(position_ids)
     seen = (document[:, :, None] == document[:, None, :]).tril()
+    if window:
+        seen = seen.triu(1 - window)
     mask = torch.zeros(seen.shape, dtype=dtype, device=position_ids.device)
     return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
@@ -107,6 +122,7 @@ def isolation_errors(model: Any, *, length: int = 6) -> tuple[float, float]:
             positions,
             attn_implementation=config._attn_implementation or "eager",
             dtype=model.dtype,
+            window=getattr(config, "sliding_window", None),
         )
         return model(input_ids=tokens, position_ids=positions, **kwargs).logits[0].float()
 
@@ -127,6 +143,11 @@ def check_isolation(model: Any) -> None:
     """A ``ValueError`` where this model, as it is loaded, lets packed documents see each other."""
     import torch
 
+    if getattr(model.config, "alibi", False):
+        raise ValueError(
+            f"{model.config.model_type} with ALiBi lets packed documents see each other\n"
+            "hint: train this model without packing"
+        )
     leak, shift = isolation_errors(model)
     if not (leak <= 1e-4 and shift <= (1e-4 if model.dtype == torch.float32 else 5e-2)):
         raise ValueError(

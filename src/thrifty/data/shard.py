@@ -88,6 +88,19 @@ def _lists(arrays: list[NDArray[Any]], value_type: pa.DataType) -> pa.ListArray:
     return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(arrays), value_type))
 
 
+def read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """A shard's file, or a ``ValueError`` where it is not what was written."""
+    try:
+        return pq.read_table(path, columns=columns)
+    except FileNotFoundError:
+        what = "is missing"
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the disk's, not the file's
+            raise
+        what = f"is damaged: {str(error).partition(chr(10))[0]}"
+    raise ValueError(f"{str(path)!r} {what}\nhint: put it back, or `thrifty plan` again")
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -148,7 +161,7 @@ class Shard:
 
     def _column(self, name: str) -> pa.ChunkedArray:
         if isinstance(self._source, Path):
-            return pq.read_table(self._source, columns=[name]).column(name)
+            return read_shard(self._source, [name]).column(name)
         return self._source.column(name)
 
     def _numbers(self, name: str) -> NDArray[np.int64]:

@@ -73,6 +73,8 @@ def expand(sources: Sequence[str] | str) -> list[SourceFile]:
         raise ValueError("there is no data: no source was given\nhint: name a file or a folder")
     found: dict[str, SourceFile] = {}
     for source in sources:
+        if not source.strip():  # as a path it would be the whole disk, or the folder one is in
+            raise ValueError("a source of rows is empty\nhint: name a file, a folder or a URL")
         try:
             locations = list(_locations(source))
         except ValueError:
@@ -82,7 +84,7 @@ def expand(sources: Sequence[str] | str) -> list[SourceFile]:
                 raise
             detail = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(
-                f"cannot reach {_shown(source)!r}: {detail}\n"
+                f"cannot reach {shown(source)!r}: {detail}\n"
                 "hint: check the network and the credentials, or copy the data to this machine"
             ) from error
         for location in locations:
@@ -101,7 +103,7 @@ def _locations(source: str) -> Iterator[str]:
     elif _GLOB.search(source):
         yield from _matches(tree, source)
     else:
-        raise ValueError(f"there is no file or folder {_shown(source)!r}\n{_hint(source)}")
+        raise ValueError(f"there is no file or folder {shown(source)!r}\n{_hint(source)}")
 
 
 def _matches(tree: _Local | _Remote, pattern: str) -> list[str]:
@@ -116,7 +118,7 @@ def _matches(tree: _Local | _Remote, pattern: str) -> list[str]:
     if not found:
         what = "no data file" if matches else "nothing"
         raise ValueError(
-            f"{what} matches {_shown(pattern)!r}\n"
+            f"{what} matches {shown(pattern)!r}\n"
             f"hint: quote the pattern; known endings are {', '.join(FORMATS)}, with or without .gz"
         )
     return found
@@ -138,8 +140,8 @@ def _folder(tree: _Local | _Remote, folder: str) -> Iterator[str]:
         splits = json.loads(tree.read(f"{folder}/dataset_dict.json")).get("splits", [])
         if len(splits) != 1:
             raise ValueError(
-                f"{_shown(folder)!r} holds several splits: {', '.join(map(str, splits))}\n"
-                f"hint: name the one to read: {_shown(folder)}/{splits[0] if splits else 'train'}"
+                f"{shown(folder)!r} holds several splits: {', '.join(map(str, splits))}\n"
+                f"hint: name the one to read: {shown(folder)}/{splits[0] if splits else 'train'}"
             )
         folder = f"{folder}/{splits[0]}"
     if tree.is_file(f"{folder}/state.json") and tree.is_file(f"{folder}/dataset_info.json"):
@@ -155,7 +157,7 @@ def _folder(tree: _Local | _Remote, folder: str) -> Iterator[str]:
     ]
     if not files:
         raise ValueError(
-            f"the folder {_shown(folder)!r} holds no data file\n"
+            f"the folder {shown(folder)!r} holds no data file\n"
             f"hint: known endings are {', '.join(FORMATS)}, with or without .gz"
         )
     yield from files
@@ -189,7 +191,7 @@ class _Remote:
         except (ImportError, ValueError) as error:
             first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
-                f"cannot open {_shown(url)!r}: {first_line}\n"
+                f"cannot open {shown(url)!r}: {first_line}\n"
                 "hint: install the fsspec package of that protocol (s3fs for s3://, aiohttp for http://)"
             ) from None
 
@@ -214,7 +216,7 @@ def _is_url(location: str) -> bool:
     return "://" in location
 
 
-def _shown(location: str) -> str:
+def shown(location: str) -> str:
     """Without user, password and query: names end up in files and reports."""
     if not _is_url(location):
         return location
@@ -229,7 +231,7 @@ def _is_hidden(path: str, below: str) -> bool:
 
 def _format(location: str) -> tuple[str, bool] | None:
     """Format and whether gzipped, or None where the ending is unknown."""
-    name = _shown(location).lower()
+    name = shown(location).lower()
     gzipped = name.endswith(".gz")
     kind = FORMATS.get(Path(name.removesuffix(".gz")).suffix)
     if kind is None or (gzipped and kind in ("parquet", "arrow")):
@@ -241,9 +243,9 @@ def _source_file(location: str) -> SourceFile:
     known = _format(location)
     if known is None:
         raise ValueError(
-            f"cannot tell the format of {_shown(location)!r}\n"
+            f"cannot tell the format of {shown(location)!r}\n"
             f"hint: known endings are {', '.join(FORMATS)}; all but .parquet and .arrow may end "
             "in .gz too"
         )
     kind, gzipped = known
-    return SourceFile(location=location, name=_shown(location), format=kind, gzipped=gzipped)
+    return SourceFile(location=location, name=shown(location), format=kind, gzipped=gzipped)

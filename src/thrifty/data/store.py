@@ -26,13 +26,12 @@ from typing import Any
 import numpy as np
 import orjson
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from thrifty.core.budget import PoolStats
 from thrifty.core.durable import write_atomically
 from thrifty.data.pool import BadRow, Row
-from thrifty.data.shard import SCHEMA, Shard, ShardFile, sha256_of, write_shard
+from thrifty.data.shard import SCHEMA, Shard, ShardFile, read_shard, sha256_of, write_shard
 from thrifty.data.tokens import Tokens, tokenize_rows
 
 FORMAT = 2
@@ -81,7 +80,7 @@ class StoreManifest:
         if values.get("format") != FORMAT or set(values) != known:
             raise ValueError(
                 f"the store's manifest has format {values.get('format')!r}, not {FORMAT}\n"
-                "hint: it was written by another version; build the store again"
+                "hint: it was written by another version; `thrifty plan` again"
             )
         shards = tuple(ShardFile(**shard) for shard in values["shards"])
         return cls(**{**values, "shards": shards})
@@ -139,11 +138,13 @@ def open_store(directory: str | Path) -> Store:
         values = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(
-            f"{str(directory)!r} holds no finished store\nhint: build it again; a build that was "
-            "killed leaves no manifest"
+            f"{str(directory)!r} holds no finished store: it has no {MANIFEST}\n"
+            "hint: put it back, or `thrifty plan` again"
         ) from None
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} is damaged: {error}\nhint: build it again") from None
+        raise ValueError(f"{str(path)!r} is damaged: {error}\nhint: `thrifty plan` again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{str(path)!r} is damaged: no manifest\nhint: `thrifty plan` again")
     return Store(Path(directory), StoreManifest.from_dict(values))
 
 
@@ -244,7 +245,7 @@ class Store:
         taken = 0
         for home in np.unique(homes):
             where = np.flatnonzero(homes == home)
-            table = pq.read_table(self.directory / self.manifest.shards[max(home, 0)].name)
+            table = read_shard(self.directory / self.manifest.shards[max(home, 0)].name)
             known = table.column("id").to_numpy()
             places = np.searchsorted(known, wanted[where])
             missing = known[np.minimum(places, len(known) - 1)] != wanted[where]
@@ -270,4 +271,4 @@ class Store:
             path = self.directory / shard.name
             if not path.is_file() or sha256_of(path) != shard.sha256:
                 what = "changed since it was written" if path.is_file() else "is missing"
-                raise ValueError(f"{str(path)!r} {what}\nhint: build the store again")
+                raise ValueError(f"{str(path)!r} {what}\nhint: `thrifty plan` again")

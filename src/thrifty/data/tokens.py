@@ -88,9 +88,12 @@ def load_tokenizer(model_path: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
     except Exception as error:
-        # transformers raises OSError, ValueError, KeyError, ImportError... for the same mistake
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"no tokenizer in {model_path!r}: {first_line}\n{hint}") from error
+        # transformers raises OSError, ValueError, KeyError, ImportError... for the same mistake,
+        # with words on the hub, where nobody meant to look
+        raise ValueError(
+            f"there is no tokenizer in {model_path!r} that transformers can load "
+            f"({type(error).__name__})\n{hint}"
+        ) from error
     if not len(tokenizer) or not tokenizer("a b", add_special_tokens=False)["input_ids"]:
         raise ValueError(f"the tokenizer in {model_path!r} has no vocabulary\n{hint}")
     return tokenizer

@@ -65,7 +65,7 @@ class Facts:
         return sum(costs, Cost()) if costs else self.rates.of(Cost())
 
     def _priced(self, values: Mapping[str, float | None]) -> Cost:
-        known = {k: v for k, v in values.items() if v is not None or k in ("joules", "dollars")}
+        known = {k: v for k, v in values.items() if v is not None}
         return self.rates.of(Cost.from_dict(known))
 
     def predicted(self) -> dict[str, float | None]:

@@ -222,6 +222,12 @@ def against_control(summary: Mapping[str, Any]) -> tuple[str, str]:
     if gain is None:
         return "It was begun, and has not been measured yet.", "unmeasured"
     unit, rows = visible(summary["objective"]["unit"], 40), control["measured_on"]
+    if (summary["selection"] or summary["method"])["scorer"] == control["method"]:
+        return (
+            "The run chose its rows uniformly too, so no selection is put to the test: two draws "
+            f"of rows differ by {with_error(abs(gain), stderr)} {unit} on {rows} rows.",
+            "even",
+        )
     by = f"{with_error(abs(gain), stderr)} {unit}"
     rival = "a uniform choice at the same total FLOPs, scoring included"
     if stderr is None:

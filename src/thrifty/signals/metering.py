@@ -90,6 +90,14 @@ def _adapter_of(model: Any) -> Adapter | None:
     if not configs:
         return None
     config = configs[getattr(model, "active_adapter", "default")]
-    names = {name.rpartition(".")[2] for name in getattr(model, "targeted_module_names", [])}
-    names |= set(config.target_modules) if not isinstance(config.target_modules, str) else set()
-    return Adapter(rank=config.r, targets=tuple(sorted(names)))
+    # Where PEFT put adapters in fact: the config may say "all-linear", a pattern or whole paths.
+    places = [name.split(".") for name in model.targeted_module_names]
+    names = {place[-1] for place in places}
+    # A layer's number is the first in the path; an expert's comes after it.
+    layers = {next((int(part) for part in place if part.isdecimal()), None) for place in places}
+    numbers = tuple(sorted(layer for layer in layers if layer is not None))
+    return Adapter(
+        rank=config.r,
+        targets=tuple(sorted(names)),
+        layers=numbers if None not in layers else None,
+    )

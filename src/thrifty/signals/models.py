@@ -137,8 +137,8 @@ def load_model(folder: Path, dtype: str, device: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     check_index(folder)
-    # The one family that transformers gives no SDPA: its scores are capped before the softmax.
-    attention = "eager" if read_shape(folder).model_type == "gemma2" else "sdpa"
+    # Families that transformers gives no SDPA: capped scores (gemma2), attention sinks (gpt-oss).
+    attention = "eager" if read_shape(folder).attention == "eager" else "sdpa"
     if not list(folder.glob("*.safetensors")):
         weights_sha256(folder)  # says what is missing
     try:

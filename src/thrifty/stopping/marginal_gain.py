@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar
 
 from thrifty.core.contracts import Evaluation, Outlook, StoppingRule, Verdict
 from thrifty.core.marginal import Estimate, Option, choose
+from thrifty.core.ranges import check_ranges
 from thrifty.scaling.curves import forecast
 
 
@@ -30,6 +32,9 @@ class MarginalGain(StoppingRule):
 
     source: ClassVar[str] = "arXiv:2606.10706"
 
+    def __post_init__(self) -> None:
+        check_ranges(self, min_evaluations=(1, inf), z=(0, inf))
+
     def decide(self, history: Sequence[Evaluation], outlook: Outlook) -> Verdict:
         seen = forecast(history, history[-1].flops + outlook.next_interval.flops)
         if seen is None or len(history) < self.min_evaluations:
@@ -38,7 +43,7 @@ class MarginalGain(StoppingRule):
                 reason=f"{len(history)} of {self.min_evaluations} evaluations to judge by",
                 forecast=seen,
             )
-        gain = Estimate(seen.gain, seen.gain_stderr, "nats/token", "history")
+        gain = Estimate(seen.gain, seen.gain_stderr, outlook.unit, "history")
         choice = choose(
             [Option("train on", gain, outlook.next_interval, "the next evaluation interval")],
             resource=outlook.resource,

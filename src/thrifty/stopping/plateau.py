@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar
 
 from thrifty.core.contracts import Evaluation, Outlook, StoppingRule, Verdict
+from thrifty.core.ranges import check_ranges
 from thrifty.scaling.curves import forecast
 
 
@@ -21,10 +23,13 @@ class Plateau(StoppingRule):
 
     patience: int = 3
     min_delta: float = 0.0
-    """Nats a token by which the best must improve."""
+    """By which the best must improve, in the objective's unit."""
     z: float = 1.0
 
     source: ClassVar[str] = "Prechelt 1998, with error bars"
+
+    def __post_init__(self) -> None:
+        check_ranges(self, patience=(1, inf), min_delta=(0, inf), z=(0, inf))
 
     def decide(self, history: Sequence[Evaluation], outlook: Outlook) -> Verdict:
         best, since = float("inf"), 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 
 from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.core.ranges import check_ranges
 from thrifty.costs.setting import MemorySetting
 
 
@@ -18,6 +20,9 @@ class Chunked(MemoryTechnique):
     worth = Worth(1.0, 0.0, "the same arithmetic")
 
     tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        check_ranges(self, tokens=(1, inf))
 
     def refuses(self, setting: MemorySetting) -> str | None:
         return "without a backward no logits are kept" if setting.zeroth_order else None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 
 from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.core.ranges import check_ranges
 from thrifty.costs.setting import MemorySetting, States
 
 
@@ -18,6 +20,9 @@ class Apollo(MemoryTechnique):
     worth = Worth(0.95, 0.1, "arXiv:2412.05270: on par with AdamW in pretraining")
 
     rank: int = 128
+
+    def __post_init__(self) -> None:
+        check_ranges(self, rank=(1, inf))
 
     def refuses(self, setting: MemorySetting) -> str | None:
         if setting.zeroth_order:

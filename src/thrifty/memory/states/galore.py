@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 
 from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.core.ranges import check_ranges
 from thrifty.costs.setting import MemorySetting, States
 
 
@@ -18,6 +20,9 @@ class GaLore(MemoryTechnique):
     worth = Worth(0.9, 0.1, "arXiv:2403.03507: 15.64 against 15.56 perplexity at 1B")
 
     rank: int = 128
+
+    def __post_init__(self) -> None:
+        check_ranges(self, rank=(1, inf))
 
     def refuses(self, setting: MemorySetting) -> str | None:
         if setting.zeroth_order:

@@ -7,8 +7,10 @@ a float32 copy of each adapted linear's input.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 
 from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.core.ranges import check_ranges
 from thrifty.costs.operations import Adapter
 from thrifty.costs.setting import MemorySetting
 
@@ -25,6 +27,9 @@ class LoRA(MemoryTechnique):
     rank: int = 16
     targets: tuple[str, ...] = ()
     adapter_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_ranges(self, rank=(1, inf))
 
     @classmethod
     def variants(cls) -> tuple[MemoryTechnique, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import Meter, Models, Pool, Rows, Scorer, Work, Worth
+from thrifty.core.ranges import check_ranges
 
 # Splits snake_case and CamelCase too: in code the parts of a name are the words.
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+|[^\W\d_]+")
@@ -47,6 +49,9 @@ class BM25(Scorer):
     worth: ClassVar[Worth] = Worth(
         2.5, 0.8, "7B, 5% of the pool: equals 2 (MMLU) to 4 (BBH) times the random rows, 2410.16208"
     )
+
+    def __post_init__(self) -> None:
+        check_ranges(self, k1=(0, inf), b=(0, 1), max_queries=(1, inf))
 
     def cost(self, work: Work) -> Cost:
         tokens = work.pool.num_tokens

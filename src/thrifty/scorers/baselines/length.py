@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import Meter, Models, Pool, Rows, Scorer, Work, Worth
+from thrifty.core.ranges import check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,9 @@ class Length(Scorer):
         0.5,
         "43.5 against 42.2 (10k of 200k) and 17.8 against 41.1 (of 5.8M), arXiv:2503.01807",
     )
+
+    def __post_init__(self) -> None:
+        check_ranges(self, near=(1, inf))
 
     def cost(self, work: Work) -> Cost:
         return Cost()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import Meter, Models, Pool, Rows, Scorer, Work, Worth
 from thrifty.core.ordering import random_key
+from thrifty.core.ranges import check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,9 @@ class Uniform(Scorer):
     cost_class: ClassVar[Literal["free", "text", "forward", "gradient"]] = "free"
     source: ClassVar[str] = "random choice; 'almost all you need' in arXiv:2410.09335"
     worth: ClassVar[Worth] = Worth(1.0, 0.0, "by definition")
+
+    def __post_init__(self) -> None:
+        check_ranges(self, seed=(0, 2**32 - 1))
 
     def cost(self, work: Work) -> Cost:
         return Cost()

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import Meter, Models, Pool, Rows, Scorer, Work, Worth
+from thrifty.core.ranges import check_ranges
 from thrifty.signals.forward import example_losses, scoring_cost
 
 _SAMPLE_SHARDS = 4
@@ -39,6 +40,9 @@ class Perplexity(Scorer):
     worth: ClassVar[Worth] = Worth(
         1.3, 1.0, "3 to 9 times random at 5% in arXiv:2410.16208, below random in arXiv:2503.01807"
     )
+
+    def __post_init__(self) -> None:
+        check_ranges(self, center=(0, 1))
 
     def cost(self, work: Work) -> Cost:
         scoring = scoring_cost(work, work.pool)

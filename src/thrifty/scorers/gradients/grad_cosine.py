@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import Meter, Models, Pool, Rows, Scorer, Work, Worth
+from thrifty.core.ranges import check_ranges
 from thrifty.signals.gradients import example_gradients, gradient_scoring_cost
 
 
@@ -36,6 +38,9 @@ class GradCosine(Scorer):
     worth: ClassVar[Worth] = Worth(
         3.0, 2.0, "LESS: 8 to 13 times random at 2.5% (arXiv:2410.16208); plain cosine is weaker"
     )
+
+    def __post_init__(self) -> None:
+        check_ranges(self, max_target_rows=(1, inf))
 
     def cost(self, work: Work) -> Cost:
         total = gradient_scoring_cost(work, work.pool)

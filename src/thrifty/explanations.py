@@ -1,0 +1,126 @@
+"""Why a plan is as it is, a line a value; and what would do where none fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from thrifty.core import quantities
+from thrifty.core.marginal import Choice
+from thrifty.core.plan import Training
+from thrifty.pricing import (
+    EVALUATION_SHARE,
+    MAX_BATCH,
+    STEPS_WANTED,
+    Candidate,
+    Refused,
+    Request,
+    excesses,
+)
+
+
+def least_that_would_do(request: Request, refused: Sequence[Refused]) -> str:
+    """What the nearest of all ways lacks: of one limit, if one alone stands in the way."""
+    passed = [(refusal, excesses(request, refusal.least)) for refusal in refused]
+    fewest = min(len(found) for _, found in passed)
+    near = [(refusal, found) for refusal, found in passed if len(found) == fewest]
+    refusal, found = min(near, key=lambda each: math.prod(each[1].values()))
+    limits = {**request.budget.to_dict(), "peak_memory_bytes": request.memory_limit}
+    lines = []
+    for resource in found:
+        needed = refusal.least.of(resource)
+        if needed is None or not math.isfinite(needed):
+            lines.append(f"needs a known price, for {quantities.NAMES.get(resource, resource)}")
+            continue
+        show, limit = quantities.FORMATS.get(resource, str), limits.get(resource)
+        of = " of peak memory" if resource == "peak_memory_bytes" else ""
+        allowed = f" but {show(limit)} is allowed" if limit else ""
+        lines.append(f"needs {show(needed)}{of}{allowed}")
+    what = f"the smallest plan ({refusal.name}) " if fewest == 1 else "the nearest plan "
+    return (
+        f"{what}{' and '.join(lines)}\n"
+        "hint: raise that limit to what it needs, or take a smaller model, pool, dev or test set"
+    )
+
+
+def reasons(
+    request: Request, chosen: Candidate, choice: Choice, training: Training
+) -> dict[str, str]:
+    """One line a choice."""
+    c = chosen
+    limit = request.memory_limit
+    sequences = c.per_device_train_batch_size * c.gradient_accumulation_steps
+    quality = c.quality
+    asked = {key: f"{value}: as asked" for key, value in request.fixed.items()}
+    epochs_rule = "at most 4 passes: repeated tokens are worth 93% of fresh ones by then"
+    return {
+        "selection.scorer": f"{c.scorer}: {choice.reason}",
+        "selection.max_tokens": (
+            f"{quantities.format_tokens(c.keep_tokens)}: {_times(c.epochs, 'pass', 'passes')} over "
+            f"what is kept ({epochs_rule}, arXiv:2305.16264)"
+        ),
+        "training.method": (
+            f"{c.method} in {c.dtype}: a token is worth {quality.mean:.2g} ± {quality.stderr:.1g} "
+            f"of one under the reference, a prior ({quality.source})"
+        ),
+        **_techniques(c),
+        "training.per_device_train_batch_size": (
+            f"{c.per_device_train_batch_size}: the fastest per token whose peak of "
+            f"{quantities.format_bytes(c.peak_memory_bytes)} fits {quantities.format_bytes(limit)}"
+        ),
+        "training.activation_checkpointing": (
+            "recompute: activations would not fit otherwise, or only in slower micro-batches"
+            if c.activation_checkpointing
+            else "no recompute: activations fit"
+        ),
+        "training.gradient_accumulation_steps": (
+            f"{c.gradient_accumulation_steps}: {_times(sequences, 'sequence', 'sequences')} "
+            f"a step, for about {STEPS_WANTED} steps, and no more than {MAX_BATCH}"
+        ),
+        "training.max_steps": (
+            f"{c.max_steps}: what {c.binding} allow after scoring and evaluating"
+            if c.ceiling == c.max_steps
+            else f"{c.ceiling}: {c.max_steps} as predicted, and more if {c.binding} allow it"
+        ),
+        "training.max_length": (
+            f"{c.max_length}: holds the longest example, at most 2048"
+            if request.pool
+            else f"{c.max_length}: taken without a pool to look at"
+        ),
+        "training.warmup_steps": (
+            f"{training.warmup_steps}: a twentieth of the run"
+            + (
+                "; a pretrained model's rate is warmed up again (arXiv:2308.04014, 2403.08763)"
+                if request.task == "continued"
+                else ""
+            )
+        ),
+        "training.cooldown_steps": (
+            f"{training.cooldown_steps}: a fifth of the run (arXiv:2405.18392), reserved in the "
+            "budget"
+        ),
+        "training.learning_rate": (
+            f"{training.learning_rate:g}: 2e-5 at width 4096, inversely to width; ten times that "
+            "for LoRA, at most 2e-3"
+        ),
+        "training.eval_steps": (
+            f"{training.eval_steps}: {c.num_evaluations} evaluations, at most "
+            f"{EVALUATION_SHARE:.0%} of the budget"
+        ),
+        **asked,
+    }
+
+
+def _techniques(c: Candidate) -> dict[str, str]:
+    """What a run cannot set yet, where it is not the usual."""
+    usual = {"states": "adamw", "loss": "whole"}
+    return {
+        f"memory.{kind}": f"{c.techniques[kind]}: makes it fit, or faster"
+        for kind, name in usual.items()
+        if c.techniques[kind] != name
+    }
+
+
+def _times(number: float, one: str, many: str) -> str:
+    text = f"{number:.2g}" if number < 100 else f"{number:.0f}"
+    return f"{text} {one if text == '1' else many}"

@@ -1,0 +1,363 @@
+"""One training step as it really runs, on fake tensors: no weights, no GPU, every byte known.
+
+The model as transformers and PEFT build it runs forward, backward and the optimizer's step on
+tensors with a shape and a dtype but no data, while a tape notes every buffer's birth and death.
+``torch.distributed._tools.mem_tracker`` finds the same peaks to the byte, where nothing is frozen;
+the tape also knows the phase and the layer, and is seven times as fast.
+
+The state is steady: the optimizer's states exist before the step begins, and with gradient
+accumulation the gradients of an earlier micro-batch do.
+
+Fake tensors live on the device "cpu", as a build of torch without CUDA has no other. For
+``device_kind`` "cuda" the choices that change what is kept are CUDA's all the same: dropout keeps a
+byte an element, attention stays fused under dropout and over values narrower than their keys, and
+AdamW that is not fused is foreach. Otherwise the CPU's fused attention keeps what CUDA's keeps.
+
+Limits: what a kernel allocates inside is not seen (attention's backward over grouped keys; on a CPU
+the wide copy of a mixed sum under a float32 adapter); eager PyTorch, one device, AdamW. Experts are
+traced as one grouped product, which has no fake form in float32.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from thrifty.costs.operations import Adapter
+from thrifty.costs.setting import MemorySetting
+from thrifty.data.packed_attention import pack_attention_kwargs
+
+_TRACED = (
+    "micro_batch",
+    "sequence",
+    "dtype",
+    "masked",
+    "gradient_accumulation_steps",
+    "device_kind",
+    "adapter",
+    "adapter_dtype",
+    "only_layers",
+    "only_head",
+    "fused",
+    "recompute",
+    "holds_logits",
+)
+"""The fields of a setting that a trace follows; the others must be at their defaults."""
+
+
+class Instant(NamedTuple):
+    """A stretch of the step: a phase, and in the backward the layer it is in."""
+
+    phase: str
+    layer: int = 0
+    """From the bottom; -1 is the embedding."""
+
+
+class Buffer(NamedTuple):
+    """What is known of an allocation."""
+
+    operation: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    instant: Instant
+
+
+class Tape(TorchDispatchMode):
+    """Notes each buffer as it comes and goes, under the present ``instant``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.instant = Instant("setup")
+        self.events: list[tuple[Instant, int, Buffer]] = []
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf, func)
+        return out
+
+    def _see(self, tensor: torch.Tensor, func: Any) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive or not size:
+            return
+        buffer = Buffer(str(func), tuple(tensor.shape), tensor.dtype, self.instant)
+        self._alive[key] = weakref.ref(storage, partial(self._lose, key, size, buffer))
+        self.events.append((self.instant, size, buffer))
+
+    def _lose(self, key: int, size: int, buffer: Buffer, _: object) -> None:
+        del self._alive[key]
+        self.events.append((self.instant, -size, buffer))
+
+    def peaks(self) -> dict[Instant, int]:
+        """The most bytes alive in each instant."""
+        level, peaks = 0, dict[Instant, int]()
+        for instant, size, _ in self.events:
+            # What is alive as an instant begins counts in it, also where its first event is an end.
+            before = peaks.get(instant, level)
+            level += size
+            peaks[instant] = max(before, level)
+        return peaks
+
+    def inventory(self, phase: str) -> Counter[Buffer]:
+        """Bytes alive at the peak of a phase, by what allocated them; equal buffers are summed."""
+        level = most = at = 0
+        for index, (instant, size, _) in enumerate(self.events):
+            level += size
+            if instant.phase == phase and level > most:
+                most, at = level, index
+        alive: Counter[Buffer] = Counter()
+        for _, size, buffer in self.events[: at + 1]:
+            alive[buffer] += size
+        return +alive
+
+
+def record(
+    config: Mapping[str, Any], setting: MemorySetting, num_layers: int | None = None
+) -> Tape:
+    """The tape of one training step."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = skeleton(config, setting, num_layers)
+    tape = Tape()
+    with FakeTensorMode(), tape, _as_on_the_device(setting):
+        _materialise(model, setting)
+        try:
+            _step(model, setting, tape)
+        except RuntimeError as error:  # it looks at data, or a kernel has no fake form
+            raise ValueError(
+                f"a step of {model.config.model_type} cannot be traced: {error}\n"
+                "hint: take its prediction as it is"
+            ) from error
+    return tape
+
+
+def _step(model: Any, setting: MemorySetting, tape: Tape) -> None:
+    """Forward, backward and optimizer as the Trainer runs them, in a steady state."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    foreach = None if setting.fused else setting.device_kind == "cuda"
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=setting.fused, foreach=foreach)
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()  # makes its states
+    if setting.gradient_accumulation_steps == 1:
+        optimizer.zero_grad()
+    _mark_layers(layers_of(model), tape)
+    shape = setting.micro_batch, setting.sequence
+    names = ("input_ids", "labels", "position_ids")
+    batch = {name: torch.ones(shape, dtype=torch.long) for name in names}
+
+    tape.instant = Instant("loss")
+    out = _forward(model, batch)
+    loss = out.loss
+    if not setting.holds_logits:
+        del out
+    loss.backward()
+    del loss  # and with it the graph, whose leaves may be activations with a gradient
+    tape.instant = Instant("optimizer")
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+
+
+def _forward(model: Any, batch: dict[str, torch.Tensor]) -> Any:
+    apart = pack_attention_kwargs(
+        model.config.model_type,
+        batch["position_ids"],
+        attn_implementation=model.config._attn_implementation or "eager",
+        dtype=model.dtype,
+    )
+    return model(**batch, **apart)
+
+
+def _mark_layers(layers: torch.nn.ModuleList, tape: Tape) -> None:
+    """Have the tape told when the backward enters a layer: when its output's gradient is whole."""
+
+    def mark(layer: int, tensor: torch.Tensor) -> None:
+        def enter(_: torch.Tensor) -> None:
+            tape.instant = Instant("backward", layer)
+
+        if tensor.requires_grad:
+            tensor.register_hook(enter)
+
+    for index, layer in enumerate(layers):
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs, below=index - 1: mark(
+                below, args[0] if args else kwargs["hidden_states"]
+            ),
+            with_kwargs=True,
+        )
+    layers[-1].register_forward_hook(
+        lambda _, args, out: mark(len(layers) - 1, out if isinstance(out, torch.Tensor) else out[0])
+    )
+
+
+# The model: its structure on the meta device, then its tensors one by one as fake ones.
+
+
+def skeleton(config: Mapping[str, Any], setting: MemorySetting, num_layers: int | None) -> Any:
+    """What trains, without storage: the first layers, PEFT's adapter, transformers' checkpointing.
+
+    Not built on fake tensors, where PEFT cannot swap a linear's weight.
+    """
+    _check(setting)
+    model = base_model(config, setting.dtype)
+    if num_layers is not None:
+        del layers_of(model)[num_layers:]
+    if setting.adapter is not None:
+        model = _adapted(model, setting.adapter)
+    elif setting.only_head:
+        model.requires_grad_(False).get_output_embeddings().requires_grad_(True)
+    elif setting.only_layers is not None:
+        model.requires_grad_(False)
+        for index, layer in enumerate(layers_of(model)):
+            layer.requires_grad_(index in setting.only_layers)
+    if setting.recompute:
+        model.activation_checkpointing_enable(every_n_layers=int(setting.recompute))
+    return model.train()
+
+
+def _check(setting: MemorySetting) -> None:
+    for field in fields(setting):
+        value = getattr(setting, field.name)
+        if field.name not in _TRACED and value != field.default:
+            raise ValueError(
+                f"a step with {field.name} {value} cannot be traced\n"
+                "hint: verify the plan without it, or take its prediction as it is"
+            )
+
+
+def base_model(config: Mapping[str, Any], dtype: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = dict(config)
+    described = AutoConfig.for_model(values.pop("model_type"), **values).get_text_config()
+    described.use_cache = False
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            described, dtype=getattr(torch, dtype), trust_remote_code=False
+        )
+
+
+def _adapted(model: Any, adapter: Adapter) -> Any:
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    targets: str | list[str] = "all-linear"
+    if adapter.targets is not None:
+        targets = list(adapter.targets)
+    elif adapter.layers is not None:  # which PEFT takes along with names only
+        linears = (torch.nn.Linear, Conv1D)
+        named = layers_of(model).named_modules()
+        targets = sorted({name.split(".")[-1] for name, m in named if isinstance(m, linears)})
+    options = LoraConfig(
+        r=adapter.rank,
+        target_modules=targets,
+        layers_to_transform=None if adapter.layers is None else list(adapter.layers),
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks on the Conv1D of GPT-2
+        return get_peft_model(model, options)
+
+
+def _materialise(model: torch.nn.Module, setting: MemorySetting) -> None:
+    """Replace the tensors of a skeleton by new ones on the CPU; tied ones stay tied."""
+    made: dict[int, torch.Tensor] = {}
+
+    def new(old: torch.Tensor) -> torch.Tensor:
+        if id(old) not in made:
+            of_adapter = setting.adapter is not None and old.requires_grad
+            dtype = getattr(torch, setting.adapter_dtype) if of_adapter else old.dtype
+            made[id(old)] = torch.empty(old.shape, dtype=dtype)
+            if isinstance(old, torch.nn.Parameter):
+                made[id(old)] = torch.nn.Parameter(made[id(old)], old.requires_grad)
+        return made[id(old)]
+
+    olds = []  # kept, so that no id is used twice
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is not None:
+                    olds.append(old)
+                    tensors[name] = new(old)  # type: ignore[assignment]
+
+
+@contextmanager
+def _as_on_the_device(setting: MemorySetting) -> Iterator[None]:
+    """Answers that torch and transformers would give on real data and on the setting's device."""
+    from transformers import masking_utils
+
+    changes: list[tuple[Any, str, Any]] = []
+    if not setting.masked:
+        # Whether rows hold several documents is read off data; fake tensors are taken to hold some.
+        changes.append((masking_utils, "find_packed_sequence_indices", lambda position_ids: None))
+    if setting.device_kind == "cuda":
+        attention = functional.scaled_dot_product_attention
+        fused = partial(_attention_on_cuda, attention)
+        changes.append((functional, "scaled_dot_product_attention", fused))
+        changes.append((functional, "dropout", _dropout_on_cuda))
+    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
+    try:
+        for module, name, function in changes:
+            setattr(module, name, function)
+        yield
+    finally:
+        for module, name, function in before:
+            setattr(module, name, function)
+
+
+def _attention_on_cuda(
+    attention: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Fused also under dropout, which is drawn again in the backward and leaves nothing, and where
+    values are narrower than keys (latent attention)."""
+    options: dict[str, Any] = dict(is_causal=is_causal, scale=scale)
+    if query.shape[-1] == value.shape[-1]:
+        options |= dict(attn_mask=attn_mask, enable_gqa=enable_gqa)
+        return attention(query, key, value, **options)
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            hidden = attn_mask.logical_not()
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(hidden, -1e4)
+        attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    return efficient(query, key, value, attn_mask, True, **options)[0]
+
+
+def _dropout_on_cuda(
+    input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> torch.Tensor:
+    return torch.native_dropout(input, p, training)[0] if training and p else input
+
+
+def layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The decoder's layers: the outermost list of modules."""
+    found = next((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), None)
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__} has no list of layers to trace\nhint: leave out --verify"
+        )
+    return found

@@ -1,0 +1,240 @@
+"""A run folder at work: its lock and ledger held, what its stages share loaded once.
+
+Whatever can be told to be wrong with the plan or the folder is refused before the lock is taken, so
+that a refusal leaves the folder as it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from thrifty.core.budget import PRICED, Budget, Cost, Rates
+from thrifty.core.contracts import Held, Rows
+from thrifty.core.durable import write_atomically
+from thrifty.core.ledger import Ledger
+from thrifty.core.plan import Plan
+from thrifty.costs.hardware import Device, load_device
+from thrifty.costs.shape import ModelShape, read_shape
+from thrifty.data.store import Store, open_store
+from thrifty.evaluation import measure_flops
+from thrifty.predictions import Predictions, predictions
+from thrifty.preparation import POOL_AS_TARGET, Say, stats_together, what_was_read
+from thrifty.run_folder import RunFolder
+from thrifty.signals.models import LoadedModels, local_device, locate, weights_sha256
+
+
+@contextmanager
+def at_work(run: RunFolder, say: Say, overrides: tuple[str, ...] = ()) -> Iterator[Work]:
+    """Hold the run's lock and ledger. Raises ValueError for a run that cannot be worked on."""
+    plan = run.plan(overrides)
+    work = Work(run, plan, say)
+    work.check()
+    with run.working() as work.ledger:
+        work.ledger.set_budget(plan.budget)
+        work.ledger.set_rates(Rates.hourly(plan.dollars_per_hour, work.ledger.rates.watts))
+        yield work
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Where a job's spending goes and what it is trained on."""
+
+    account: str
+    plan: Plan
+    limit: Budget | None = None
+
+    def stage_name(self, name: str) -> str:
+        return name if self.account == "budget" else f"{self.account}-{name}"
+
+
+class Work:
+    """What the stages of a run share."""
+
+    ledger: Ledger
+    """While the run's lock is held."""
+
+    def __init__(self, run: RunFolder, plan: Plan, say: Say) -> None:
+        self.run = run
+        self.plan = plan
+        self.say = say
+        self.main = Branch("budget", plan)
+
+    def check(self) -> None:
+        """Raise ValueError for what no stage could get past. Writes nothing."""
+        plan = self.plan
+        if plan.task == "preference":
+            raise ValueError(
+                "training on preferences is not built yet; the rows were read and validated\n"
+                "hint: task: sft trains on prompt and completion rows"
+            )
+        if plan.budget.dollars is not None and plan.dollars_per_hour is None:
+            raise ValueError(
+                "the budget limits dollars but the device's price is unknown\n"
+                "hint: dollars_per_hour: 2.50 in plan.yaml, or --set dollars_per_hour=2.50"
+            )
+        if plan.training.report_to:
+            from thrifty.reporters import check_reporters
+
+            check_reporters(plan.training.report_to)
+        _check_prepared(self.run, plan)
+        _check_size(plan, self.pool)
+        for part in ("signal", "dev", "test"):
+            self.stores(part)
+        if plan.training.replay_share:
+            open_store(self.run.replay)
+        _ = self.device, self.shape
+
+    @cached_property
+    def base(self) -> Path:
+        return locate(self.plan.model.path, self.plan.model.revision, weights=True)[0]
+
+    @cached_property
+    def base_sha256(self) -> str:
+        """Of the base weights. Raises ValueError where they are not those the run began with."""
+        found = weights_sha256(self.base)
+        known_file = self.run.path / "base.sha256"
+        known = self.plan.model.sha256
+        if known is None and known_file.is_file():
+            known = known_file.read_text(encoding="utf-8").strip()
+        if known is None:
+            write_atomically(known_file, found + "\n")
+        elif known != found:
+            raise ValueError(
+                f"the weights in {self.base} have changed since this run began: {known[:12]}... "
+                f"then, {found[:12]}... now\nhint: put the old ones back, or plan a new run"
+            )
+        return found
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        return read_shape(self.base)
+
+    @cached_property
+    def device(self) -> Device:
+        return load_device(None if self.plan.device == "local" else self.plan.device)
+
+    @cached_property
+    def pool(self) -> Store:
+        store = open_store(self.run.pool)
+        if self.plan.pool.fingerprint not in (None, store.manifest.fingerprint):
+            raise ValueError(
+                f"plan.yaml is for another pool than {self.run.pool} holds\n"
+                "hint: `thrifty plan` again for another pool"
+            )
+        length = self.plan.training.max_length
+        if store.manifest.max_tokens > length:
+            raise ValueError(
+                f"training.max_length {length} is shorter than the longest prepared example "
+                f"({store.manifest.max_tokens} tokens)\n"
+                f"hint: `thrifty plan ... --set training.max_length={length}` cuts examples to it"
+            )
+        return store
+
+    def stores(self, part: str) -> dict[str, Store]:
+        """Target name -> its prepared rows of a part; only targets that have it."""
+        targets = self.plan.targets
+        names = [name for name, target in targets.items() if part != "test" or target.test]
+        if not targets and part == "dev":
+            names = [POOL_AS_TARGET]
+        return {name: open_store(self.run.target(name, part)) for name in names}
+
+    def rows(self, part: str) -> dict[str, Rows]:
+        return {name: _whole(store) for name, store in self.stores(part).items()}
+
+    @cached_property
+    def dev(self) -> dict[str, Rows]:
+        return self.rows("dev")
+
+    @property
+    def has_test(self) -> bool:
+        return bool(self.stores("test"))
+
+    def weights(self, names: Mapping[str, Any]) -> dict[str, float]:
+        targets = self.plan.targets
+        return {name: targets[name].weight if name in targets else 1.0 for name in names}
+
+    @cached_property
+    def held(self) -> Held:
+        prints = {}
+        for part in ("dev", "test"):
+            for name, rows in self.rows(part).items():
+                prints[f"{part} rows of {name}"] = frozenset(map(bytes, rows.fingerprints))
+        return Held(prints)
+
+    @cached_property
+    def models(self) -> LoadedModels:
+        return LoadedModels(self.base, self.plan.training.dtype, local_device())
+
+    def planned(self, stage: str) -> Cost:
+        """A stage's cost as planned, at the price that there is now."""
+        values = self.plan.predicted.get(stage, {})
+        amounts = {k: v for k, v in values.items() if v is not None and k not in PRICED}
+        return self.ledger.rates.of(Cost.from_dict(amounts))
+
+    def predicted(self, plan: Plan) -> Predictions:
+        """As planned, but the FLOPs of evaluations exactly, for no limit may be passed."""
+        dev, test = (
+            stats_together([store.manifest for store in self.stores(part).values()])
+            for part in ("dev", "test")
+        )
+        costs = predictions(plan.training, self.shape, self.device, dev, test)
+        most = plan.training.micro_batch_tokens
+        once, twice = (measure_flops(self.shape, self.rows(p), most) for p in ("dev", "test"))
+        return replace(
+            costs,
+            evaluation=replace(costs.evaluation, flops=once),
+            test=replace(costs.test, flops=2 * twice),
+        )
+
+
+def _check_prepared(run: RunFolder, plan: Plan) -> None:
+    """The rows that lie in the folder must be those that the plan names."""
+    try:
+        prepared = json.loads(run.prepared.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        prepared = None
+    if not isinstance(prepared, dict):
+        raise ValueError(
+            f"{run.path} does not say what rows it was prepared from: another version made it, or "
+            f"{run.prepared.name} is damaged\nhint: `thrifty plan` again"
+        )
+    for key, value in what_was_read(plan).items():
+        if prepared.get(key) != json.loads(json.dumps(value)):
+            raise ValueError(
+                f"plan.yaml's {key} is not what {run.path} was prepared from\n"
+                "hint: `thrifty plan` again for other rows, or undo the edit"
+            )
+    epochs, planned = plan.training.epochs, prepared.get("training.epochs")
+    if planned is not None and epochs != planned:
+        raise ValueError(
+            f"training.epochs was edited from {planned:g} to {epochs:g}, which would change "
+            f"nothing: training.max_steps decides, {plan.training.max_steps:,} here\n"
+            "hint: undo that and edit max_steps, or `thrifty plan` again with "
+            f"--set training.epochs={epochs:g}"
+        )
+
+
+def _check_size(plan: Plan, pool: Store) -> None:
+    """Some row must fit what is to be kept."""
+    most = plan.selection.max_tokens
+    if most is None or most >= pool.manifest.max_tokens:
+        return
+    shortest = min(int(shard.num_tokens.min()) for shard in pool.shards())
+    if most < shortest:
+        raise ValueError(
+            f"selection.max_tokens {most:g} keeps nothing: the shortest row of the pool has "
+            f"{shortest:,} tokens\nhint: raise selection.max_tokens, or `thrifty plan` again"
+        )
+
+
+def _whole(store: Store) -> Rows:
+    ids = np.concatenate([shard.ids for shard in store.shards()])
+    return store.take(ids)

@@ -1,0 +1,47 @@
+"""A trained model, left as a folder that transformers or PEFT load as it is, with a note of what it
+was trained under.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from thrifty import checkpoints
+from thrifty.core.durable import rename_durably
+
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md")
+_NOT_MODEL = ("trainer_state.json", checkpoints.MANIFEST)
+_NOTE = "thrifty.json"
+
+
+def publish(checkpoint: Path, folder: Path, *, mark: str, step: int) -> None:
+    """Copy the model's own files of ``checkpoint``, which is of ``step``, to ``folder``."""
+    draft = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    for pattern in _MODEL_FILES:
+        for file in checkpoint.glob(pattern):
+            if file.name not in _NOT_MODEL:
+                shutil.copy2(file, draft / file.name)
+    note = json.dumps({"settings": mark, "step": step})
+    (draft / _NOTE).write_text(note, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    rename_durably(draft, folder)
+
+
+def is_done(model: Path, mark: str) -> bool:
+    """Whether ``model`` holds a model trained under the settings of ``mark``.
+
+    Raises ValueError where it holds one trained under others.
+    """
+    note = model / _NOTE
+    if not note.is_file():
+        return False
+    if json.loads(note.read_text(encoding="utf-8"))["settings"] != mark:
+        raise ValueError(
+            f"{model} was trained under other settings, or on other rows, than plan.yaml now has\n"
+            f"hint: delete {model} and the checkpoints beside it to train anew, or undo the edit"
+        )
+    return True

@@ -1,0 +1,314 @@
+"""The one ``Trainer`` subclass of this project, and the job that it is given."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerControl,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from thrifty import checkpoints
+from thrifty.budget_callback import BudgetCallback
+from thrifty.core.budget import Cost
+from thrifty.core.contracts import Rows, StoppingRule
+from thrifty.core.ledger import Stage
+from thrifty.core.plan import Objective, Training
+from thrifty.costs.shape import ModelShape, read_shape
+from thrifty.data.packed_attention import check_isolation, pack_attention_kwargs
+from thrifty.divergence import NonFiniteGradient
+from thrifty.evaluation import Measured, measure
+from thrifty.governor import Governor
+from thrifty.interruption import PauseCallback
+from thrifty.reporters import Fenced, is_reporter
+from thrifty.schedule import WarmupStableDecay
+from thrifty.signals.models import load_model
+
+ACTIVITY_MARGIN = 1.5
+"""Reserved for an evaluation or a checkpoint over what the last one took."""
+_KEPT_CHECKPOINTS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """Everything that one training run needs, resolved."""
+
+    training: Training
+    base: Path
+    base_sha256: str
+    tokenizer: Any
+    data: Any
+    """Map-style dataset of packed sequences, in the order they are trained on."""
+    dev: Mapping[str, Rows]
+    weights: Mapping[str, float]
+    rule: StoppingRule
+    objective: Objective
+    predicted_step: Cost
+    predicted_evaluation: Cost
+    predicted_checkpoint: Cost
+    predicted_load: Cost
+    mark: str
+    """A hash of all that decides the weights: the settings, the rows, the base model."""
+    reserved: Cost
+    """What must be left when training ends, for the test."""
+    checkpoints: Path
+    model: Path
+    """Where the best evaluated model is left."""
+    device: str
+    say: Any
+    """Takes a line for the user."""
+
+
+class BudgetedTrainer(Trainer):
+    """The one Trainer of this project. Its own: the objective, the schedule, committed saves."""
+
+    control: TrainerControl
+    lr_scheduler: Any
+
+    def __init__(
+        self, job: TrainingJob, stage: Stage, newest: checkpoints.Checkpoint | None
+    ) -> None:
+        self.job = job
+        self._stage = stage
+        self._schedule = WarmupStableDecay(
+            max_steps=job.training.max_steps,
+            warmup_steps=job.training.warmup_steps,
+            cooldown_steps=job.training.cooldown_steps,
+        )
+        self._seconds = {"evaluate": 0.0, "checkpoint": 0.0}
+        self._measured: Measured | None = None
+        if newest is not None and (newest.path / "dev_losses.npz").is_file():
+            self._measured = Measured.load(newest.path / "dev_losses.npz", job.weights)
+        self.governor = Governor(
+            job.rule,
+            self._schedule,
+            stage,
+            objective=job.objective,
+            step_cost=lambda: self.budget.step_cost(),
+            evaluation_cost=lambda: self._cost_of("evaluate", job.predicted_evaluation),
+            checkpoint_cost=lambda: self._cost_of("checkpoint", job.predicted_checkpoint),
+            reserved=self._reserved,
+            eval_steps=job.training.eval_steps,
+        )
+        self.budget = BudgetCallback(
+            stage=stage, governor=self.governor, predicted_step=job.predicted_step
+        )
+        self.pause = PauseCallback()
+        super().__init__(
+            model=build_model(job.training, job.base, job.device),
+            args=_arguments(job, resumed=newest is not None),
+            train_dataset=job.data,
+            eval_dataset=job.data,  # asked for by the Trainer; ``evaluate`` measures the dev rows
+            data_collator=default_data_collator,
+            processing_class=job.tokenizer,
+            callbacks=[self.budget, self.pause],
+        )
+        self.remove_callback(PrinterCallback)
+        self._shape = ModelShape.from_config(self._inner().config.to_dict())
+        check_isolation(self._inner())
+        handler = self.callback_handler
+        handler.callbacks = [Fenced(c, job.say) if is_reporter(c) else c for c in handler.callbacks]
+
+    @property
+    def over(self) -> bool:
+        """Whether the run came to its end, rather than being interrupted."""
+        return self.governor.is_over(self.state.global_step)
+
+    def _inner(self) -> Any:
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _cost_of(self, activity: str, predicted: Cost) -> Cost:
+        """Upper bound of an evaluation or a checkpoint: as it last was, with a margin."""
+        seconds = self._seconds[activity] or predicted.seconds
+        cost = replace(predicted, seconds=seconds * ACTIVITY_MARGIN)
+        return self._stage.ledger.rates.of(cost)
+
+    def _reserved(self) -> Cost:
+        """What the test will take, at the speed that evaluations here turned out to have."""
+        predicted, measured = self.job.predicted_evaluation.seconds, self._seconds["evaluate"]
+        slower = measured / predicted if predicted else 1.0
+        seconds = self.job.reserved.seconds * max(slower, 1.0) * ACTIVITY_MARGIN
+        return self._stage.ledger.rates.of(replace(self.job.reserved, seconds=seconds))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As ever, but for a tied weight: a checkpoint holds it once, under its other name."""
+        tied, missing = self._inner().all_tied_weights_keys, load_result.missing_keys
+        lost = [key for key in missing if tied.get(key, key) in missing]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=lost))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As saved, but at the learning rate that the plan has now."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.optimizer is None:
+            return
+        rate = self.job.training.learning_rate
+        self.lr_scheduler.base_lrs = [rate] * len(self.optimizer.param_groups)
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = rate
+            group["lr"] = rate * self._schedule(self.lr_scheduler.last_epoch)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """As ever; a norm that overflowed would be clipped to a silent zero."""
+        norm = super()._clip_grad_norm(model)
+        if not bool(torch.isfinite(torch.as_tensor(norm))):
+            raise NonFiniteGradient.at(self.state.global_step + 1)
+        return norm
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        from torch.optim.lr_scheduler import LambdaLR
+
+        if self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = LambdaLR(getattr(optimizer, "optimizer", optimizer), self._schedule)
+            self._created_lr_scheduler = True
+            self.governor.scheduler = self.lr_scheduler
+        return self.lr_scheduler
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As ever, with what keeps the packed documents apart."""
+        apart = pack_attention_kwargs(
+            self._shape.model_type,
+            inputs["position_ids"],
+            attn_implementation=self._inner().config._attn_implementation or "eager",
+            dtype=self._inner().dtype,
+            window=self._shape.sliding_window,
+        )
+        return super().compute_loss(model, {**inputs, **apart}, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The objective on the dev rows, charged, journalled, and put to the governor."""
+        step = self.state.global_step
+        upper = self._cost_of("evaluate", self.job.predicted_evaluation)
+        with self.budget.activity("evaluate", upper, step=step) as lease:
+            found = measure(
+                self.model,
+                self._shape,
+                self.job.dev,
+                self.job.weights,
+                lease,
+                self.job.training.micro_batch_tokens,
+            )
+            self._seconds["evaluate"] = lease.used.seconds
+        stderr = found.stderr(self._measured)
+        self._measured = found
+        spent = self._stage.spent()
+        self._stage.evaluate(step, spent.flops, found.objective, stderr, found.losses())
+        self.job.say(self._line(step, found, stderr))
+        if step > 0:
+            # The best evaluated model is kept, so it must be saved: no later step brings it back.
+            earlier = [e.loss for e in self.governor.history() if 0 < e.step < step]
+            if not earlier or found.objective < min(earlier):
+                self.control.should_save = True
+            self.governor.weigh(step)
+            if self.governor.is_over(step):
+                self.control.should_training_stop = True
+                self.control.should_save = True
+        metrics = {"eval_loss": found.objective, "eval_loss_stderr": stderr}
+        metrics |= {f"eval_{name}_loss": loss for name, loss in found.losses().items()}
+        metrics |= {"spent_flops": spent.flops, "spent_seconds": spent.seconds}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _line(self, step: int, found: Measured, stderr: float) -> str:
+        spent = self._stage.spent()
+        shares = [
+            f"{100 * (spent.of(name) or 0.0) / limit:.0f}% of {name}"
+            for name in self._stage.budget.limited
+            if (limit := self._stage.budget.limit(name))
+        ]
+        line = f"step {step:>5}  dev loss {found.objective:.4f} ± {stderr:.4f}"
+        return f"{line}  spent {', '.join(shares)}" if shares else line
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save as the Trainer does, then commit; an uncommitted folder does not count."""
+        step = self.state.global_step
+        folder = self.job.checkpoints / f"checkpoint-{step}"
+        if folder.exists():
+            # Left by a run that was rolled back past it; a manifest over mixed files would lie.
+            shutil.rmtree(folder)
+        upper = self._cost_of("checkpoint", self.job.predicted_checkpoint)
+        with self.budget.activity("checkpoint", upper, step=step) as lease:
+            super()._save_checkpoint(model, trial)
+            details = {
+                "step": step,
+                "base_sha256": self.job.base_sha256,
+                "settings": self.job.mark,
+                "over": self.over,
+                "dev_loss": None,
+            }
+            if self._measured is not None:
+                self._measured.save(folder / "dev_losses.npz")
+                history = self.governor.history()
+                if history and history[-1].step == step:
+                    details["dev_loss"] = self._measured.objective
+            checkpoints.commit(folder, details)
+            checkpoints.retain(self.job.checkpoints, newest=_KEPT_CHECKPOINTS)
+            self._seconds["checkpoint"] = lease.used.seconds
+
+
+def _arguments(job: TrainingJob, *, resumed: bool) -> TrainingArguments:
+    training = job.training
+    return TrainingArguments(
+        output_dir=str(job.checkpoints),
+        max_steps=training.max_steps,
+        per_device_train_batch_size=training.per_device_train_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        optim="adamw_torch_fused",
+        activation_checkpointing=training.activation_checkpointing,
+        eval_strategy="steps",
+        eval_steps=training.eval_steps,
+        eval_on_start=not resumed,
+        save_strategy="steps",
+        save_steps=training.save_steps,
+        save_total_limit=None,  # retention is ours, by step: theirs goes by file times
+        logging_steps=max(1, training.eval_steps // 4),
+        logging_nan_inf_filter=False,  # a loss that is not finite is not to be averaged away
+        train_sampling_strategy="sequential",  # the data's own order, the same after a resume
+        report_to=list(training.report_to) or "none",
+        restore_callback_states_from_checkpoint=False,  # the ledger has them
+        disable_tqdm=True,
+        dataloader_pin_memory=job.device != "cpu",
+        use_cpu=job.device == "cpu",
+        seed=training.seed,
+        data_seed=training.seed,
+    )
+
+
+def build_model(training: Training, base: Path, device: str) -> Any:
+    """The base model as the plan trains it: all weights, or LoRA adapters on frozen ones."""
+    model = load_model(base, training.dtype, device)
+    if training.method == "full":
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    targets = training.lora.targets or read_shape(base).lora_targets
+    config = LoraConfig(
+        r=training.lora.rank,
+        lora_alpha=training.lora.alpha,
+        target_modules=list(targets),
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(training.seed)  # adapters begin at random
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(
+            f"no adapter can be put on {', '.join(targets)}: {error}\n"
+            "hint: training.lora.targets must name linear layers of the model"
+        ) from None

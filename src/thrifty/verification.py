@@ -1,0 +1,163 @@
+"""The closed form of a step's memory against the real step, run on fake tensors.
+
+Every layer costs time, so a deep model is traced at two depths n < m that end on the same kind of
+layer, and each instant is carried on linearly to depth L: v(n) + (L - n) (v(m) - v(n)) / (m - n).
+Peaks bend where one instant overtakes another, so that instants are kept apart (the loss, every
+layer's backward counted from below and from above, the embedding's, the optimizer) and their
+maximum is taken last. Where layers follow no pattern, all are traced.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from thrifty.core import quantities
+from thrifty.costs.families import FAMILIES, TEXT_PARTS
+from thrifty.costs.memory import account
+from thrifty.costs.setting import MemorySetting
+from thrifty.costs.shape import ModelShape
+from thrifty.fake_step import Instant, base_model, layers_of, record
+
+PHASES = ("loss", "backward", "optimizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """Bytes by phase: of the closed form, and of the step that ran on fake tensors."""
+
+    predicted: dict[str, float] | None
+    """None where the architecture has no closed form."""
+    traced: dict[str, float]
+    depths: tuple[int, ...]
+    """Traced at these depths; one: the model's own."""
+    seconds: float
+
+    @property
+    def extrapolated(self) -> bool:
+        return len(self.depths) > 1
+
+    @property
+    def error(self) -> float | None:
+        """Of the predicted peak, relative to the traced one."""
+        if self.predicted is None:
+            return None
+        return max(self.predicted.values()) / max(self.traced.values()) - 1.0
+
+    def __str__(self) -> str:
+        how = f"at its full {self.depths[0]} layers"
+        if self.extrapolated:
+            how = f"carried on from {' and '.join(map(str, self.depths))} layers"
+        lines = [f"verified on fake tensors, {how}, in {self.seconds:.1f} s"]
+        for phase in (*PHASES, "peak"):
+            traced = _phase_or_peak(self.traced, phase)
+            if not traced:  # with the head alone trained, no backward comes to a layer
+                continue
+            line = f"  {phase:<9}  traced {quantities.format_bytes(traced)}"
+            if self.predicted is not None:
+                predicted = _phase_or_peak(self.predicted, phase)
+                line += f", predicted {quantities.format_bytes(predicted)}"
+                line += f" ({predicted / traced - 1.0:+.1%})"
+            lines.append(line)
+        if self.predicted is None:
+            lines.append("  predicted: nothing, as this architecture has no closed form")
+        return "\n".join(lines)
+
+
+def _phase_or_peak(phases: Mapping[str, float], name: str) -> float:
+    return max(phases.values()) if name == "peak" else phases[name]
+
+
+def verify(
+    config: Mapping[str, Any], setting: MemorySetting, *, full_depth: bool = False
+) -> Verification:
+    """The closed form beside a trace of the real step; ``config``: a model's config.json.
+
+    Layers are traced twice at most; ``full_depth`` traces all of them.
+    """
+    start = time.perf_counter()
+    predicted = None
+    if config.get("model_type") in (*FAMILIES, *TEXT_PARTS):
+        closed = account(ModelShape.from_config(config), setting)
+        predicted = {phase: closed.phase_bytes(phase) for phase in PHASES}
+    kinds = _kinds(base_model(config, setting.dtype), setting)
+    depth = len(kinds)
+    depths = (depth,) if full_depth else _depths(kinds)
+    peaks = [record(config, setting, each).peaks() for each in depths]
+    traced = _by_phase(peaks[0])
+    if len(peaks) > 1:
+        traced = _carried_on(peaks[0], peaks[1], depths, depth)
+    seconds = time.perf_counter() - start
+    return Verification(predicted=predicted, traced=traced, depths=depths, seconds=seconds)
+
+
+def trace(
+    config: Mapping[str, Any], setting: MemorySetting, num_layers: int | None = None
+) -> dict[str, float]:
+    """The most bytes alive in each phase of the real step, cut to its first ``num_layers``."""
+    return _by_phase(record(config, setting, num_layers).peaks())
+
+
+def _kinds(model: Any, setting: MemorySetting) -> list[Any]:
+    """For each layer all that may tell it from others: its parameters, the plain attributes of
+    its modules, its kind of attention, whether it is trained and recomputed."""
+    layers = layers_of(model)
+    attention = getattr(model.config, "layer_types", None) or [""] * len(layers)
+    chosen = setting.only_layers if setting.adapter is None else setting.adapter.layers
+    kinds = []
+    for index, layer in enumerate(layers):
+        sizes = [(name, tuple(p.shape)) for name, p in layer.named_parameters()]
+        switches = [
+            (name, value)
+            for module in layer.modules()
+            for name, value in vars(module).items()
+            if isinstance(value, bool | int | float | str) and name != "layer_idx"
+        ]
+        trained = chosen is None or index in chosen
+        recomputed = index % int(setting.recompute) if setting.recompute else 0
+        kinds.append((attention[index], sizes, switches, trained, recomputed))
+    return kinds
+
+
+def _depths(kinds: list[Any]) -> tuple[int, ...]:
+    """The two least depths that end like the whole: after ``prefix`` layers of their own, kinds
+    return every ``period``. Or the whole depth, where that is less work."""
+    depth = len(kinds)
+    best: tuple[int, ...] = (depth,)
+    for period in range(1, depth // 2):
+        differing = [i for i in range(depth - period) if kinds[i] != kinds[i + period]]
+        # The lowest layer is apart in any case: under an adapter its input needs no gradient.
+        prefix = max([1, *(index + 1 for index in differing)])
+        near = prefix + period + (depth - prefix) % period
+        if 2 * near + period < sum(best):
+            best = (near, near + period)
+    return best
+
+
+def _carried_on(
+    near: dict[Instant, int], far: dict[Instant, int], depths: tuple[int, ...], depth: int
+) -> dict[str, float]:
+    """The peaks at ``depth`` from those at two lesser depths."""
+    phases = dict.fromkeys(PHASES, 0.0)
+    low, high = depths
+    period = high - low
+    for instant, value in near.items():
+        phase, layer = instant
+        partners = [instant]
+        if phase == "backward" and layer >= low - period:
+            partners.append(Instant(phase, layer + period))  # as far from the top as it is
+        for partner in partners:
+            if phase in phases and partner in far:
+                slope = (far[partner] - value) / period
+                phases[phase] = max(phases[phase], value + slope * (depth - low))
+    return phases
+
+
+def _by_phase(peaks: Mapping[Instant, int]) -> dict[str, float]:
+    phases = dict.fromkeys(PHASES, 0.0)
+    for (phase, _), size in peaks.items():
+        if phase in phases:
+            phases[phase] = max(phases[phase], float(size))
+    return phases

@@ -76,6 +76,11 @@ class Held:
     def quality(self) -> Worth:
         return quality_of(self.techniques)
 
+    @cached_property
+    def runs(self) -> bool:
+        """Whether a run can train with it; otherwise it is priced alone."""
+        return all(technique.runs for technique in self.techniques)
+
     @property
     def micro_batches(self) -> tuple[int, ...]:
         return self.block.micro_batches

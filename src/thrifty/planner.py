@@ -26,6 +26,9 @@ WARMUP_SHARE = 0.05
 LEARNING_RATE = 2e-5
 """Of full fine-tuning at width 4096; inversely to width, ten times that for LoRA."""
 MAX_LEARNING_RATE = 2e-3
+NEAR = 0.025
+"""Of prior gain: a quarter of the effective tokens, which is less than the priors can tell, and not
+worth hours."""
 PRICED_WHOLE = 40
 """Ways to hold a step that are priced with every scorer."""
 
@@ -109,31 +112,31 @@ def _worth_pricing(combinations: Combinations, request: Request) -> list[Held]:
         elif smallest is None or peaks.min() < smallest[0]:
             smallest = (float(peaks.min()), held)
     kept: list[Held] = []
-    per_quality: dict[tuple[float, float, bool], float] = {}
+    smaller: dict[tuple[float, float, bool, bool], float] = {}
     found.sort(key=lambda each: each[0])
     for _, least, held in found:  # a slower one must be smaller than all faster ones
-        quality = round(held.quality.mean, 4), round(held.quality.stderr, 4), held.masked
-        smaller = per_quality.get(quality, math.inf)
-        if least < smaller * 0.98:
-            per_quality[quality] = least
+        prior = held.quality
+        like = round(prior.mean, 4), round(prior.stderr, 4), held.masked, held.runs
+        if least < smaller.get(like, math.inf) * 0.98:
+            smaller[like] = least
             kept.append(held)
-    best = sorted(kept, key=lambda held: -held.quality.mean)[:PRICED_WHOLE]
+    best = sorted(kept, key=lambda held: (-held.runs, -held.quality.mean))[:PRICED_WHOLE]
     if not best and smallest is not None:
         best = [smallest[1]]
     return best
 
 
 def _finalists(ranked: Sequence[Candidate]) -> list[Candidate]:
-    """The best way to hold a step for each scorer, `uniform` first: it wins ties. Within one
-    standard error of the best prior gain, which is a guess, the fastest is the best."""
+    """The best way to hold a step for each scorer, `uniform` first: it wins ties. Of those whose
+    gain is surely no more than ``NEAR`` below the best, the fastest is the best."""
     by_scorer: dict[str, list[Candidate]] = {}
     for candidate in ranked:
         by_scorer.setdefault(candidate.scorer, []).append(candidate)
     best = []
     for candidates in by_scorer.values():
         top = candidates[0]
-        near = [c for c in candidates if c.gain.mean >= top.gain.mean - max(_guess(c), _guess(top))]
-        best.append(min(near, key=_preference))
+        near = [c for c in candidates if c.gain.mean - _guess(c) >= top.gain.mean - NEAR]
+        best.append(min(near or [top], key=_preference))
     return sorted(best, key=lambda c: (c.scorer != "uniform", -c.gain.mean))
 
 

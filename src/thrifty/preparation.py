@@ -26,6 +26,7 @@ from thrifty.costs.hardware import Device, dollars_per_hour, load_device
 from thrifty.costs.shape import ModelShape, read_shape
 from thrifty.run_folder import RunFolder
 from thrifty.signals.models import locate
+from thrifty.signals.weight_files import check_weights
 
 # Imported where data are read: a plan of a config alone answers before pyarrow would have loaded.
 if TYPE_CHECKING:
@@ -64,7 +65,12 @@ class Asked:
         if price is not None and not 0 < price < math.inf:
             raise ValueError(f"--price must be more than zero, not {price}\nhint: like 2.50")
         left = {key: value for key, value in self.fixed.items() if value != "auto"}
+        limits = {key: left.pop(key) for key in list(left) if key.startswith("budget.")}
         object.__setattr__(self, "fixed", left)
+        if limits:  # a limit set as a key is a limit all the same
+            values = self.budget.to_dict()
+            values |= {key.removeprefix("budget."): value for key, value in limits.items()}
+            object.__setattr__(self, "budget", plans.read_budget(values))
 
 
 def quick_plan(asked: Asked) -> tuple[planner.Planned, planner.Request]:
@@ -73,7 +79,9 @@ def quick_plan(asked: Asked) -> tuple[planner.Planned, planner.Request]:
         raise ValueError("a target without a pool steers nothing\nhint: add --pool ROWS")
     _check_fixed(asked)
     folder, _ = locate(asked.model, asked.revision, weights=False)
-    request = _request(asked, read_shape(folder))
+    shape = read_shape(folder)
+    check_weights(folder, shape)
+    request = _request(asked, shape)
     return planner.search(request), request
 
 
@@ -88,6 +96,8 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
     _check_fixed(asked)
     model_folder, revision = locate(asked.model, asked.revision, weights=False)
     shape = read_shape(model_folder)
+    if not check_weights(model_folder, shape) and revision is None:
+        say(f"{model_folder} has no safetensors weights yet: a run will need them")
     folder = folder.absolute()
     new_parents = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)

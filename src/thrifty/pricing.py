@@ -127,8 +127,7 @@ class Candidate:
 
     @property
     def runs(self) -> bool:
-        """Whether a run can train with it; otherwise it is priced alone."""
-        return all(technique.runs for technique in self.held.techniques)
+        return self.held.runs
 
     @property
     def method(self) -> Literal["full", "lora"]:

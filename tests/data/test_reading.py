@@ -413,8 +413,8 @@ def test_urls(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", "b"]}), table)
     with fs.open("/pool/c.parquet", "wb") as file:
         file.write(table.read_bytes())
-    for sources in (["memory://pool"], ["memory://pool/*"], ["memory://pool/c.parquet"]):
-        rows = read(*sources)
+    for listed in (["memory://pool"], ["memory://pool/*"], ["memory://pool/c.parquet"]):
+        rows = read(*listed)
         assert set(codes(rows)) == {"ok"}
         assert len(rows) == (2 if "c.parquet" in sources[0] else 4)
     (file,) = expand(["memory://pool/a.jsonl"])

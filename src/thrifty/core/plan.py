@@ -254,6 +254,15 @@ def from_dict(values: Mapping[str, Any]) -> Plan:
     return plan
 
 
+def read_budget(values: Mapping[str, Any]) -> Budget:
+    """A checked budget from plain values. Raises ValueError that lists every mistake."""
+    problems: list[str] = []
+    budget = typed.read_fields(Budget, values, "budget", problems)
+    if problems:
+        raise ValueError("\n".join([*problems, "hint: --set budget.flops=3e17"]))
+    return budget
+
+
 def _contradictions(plan: Plan) -> Iterator[str]:
     """What types cannot say."""
     training = plan.training

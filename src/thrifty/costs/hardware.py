@@ -131,14 +131,55 @@ def load_device(name: str | None = None) -> Device:
         return _local()
     key = name.lower().replace("_", "-").replace(" ", "")
     key = ALIASES.get(key, key)
+    own = _own_devices()
+    if key in own:
+        return own[key]
     if key not in DEVICES:
-        known = ", ".join(sorted({*DEVICES, *ALIASES}))
+        known = ", ".join(sorted({*DEVICES, *ALIASES, *own}))
         raise ValueError(
             f"the device {name!r} is not known\n"
-            f"hint: known are {known}; for another one run `thrifty device` on it and plan there, "
-            "or take the nearest of these with --memory and --price"
+            f"hint: known are {known}; describe another one in {cache_folder() / 'devices.yaml'} "
+            f"as {_EXAMPLE}, or run `thrifty device` on it"
         )
     return DEVICES[key]
+
+
+_EXAMPLE = (
+    "devices: {NAME: {memory_gib: 47.5, bfloat16_tflops: 155, float32_tflops: 38.7, "
+    "bandwidth_gb_per_second: 768, watts: 300, host_link_gb_per_second: 32, "
+    "peer_link_gb_per_second: 32}}"
+)
+
+
+def _own_devices() -> dict[str, Device]:
+    """Those that the user describes. Raises ValueError, with an example, for a description that
+    lacks something."""
+    path = cache_folder() / "devices.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))["devices"]
+        return {
+            name.lower(): _gpu(
+                name.lower(),
+                float(entry["memory_gib"]),
+                float(entry["bfloat16_tflops"]),
+                float(entry["float32_tflops"]),
+                float(entry["bandwidth_gb_per_second"]),
+                float(entry["watts"]),
+                (
+                    float(entry["host_link_gb_per_second"]),
+                    float(entry["peer_link_gb_per_second"]),
+                ),
+                str(path),
+            )
+            for name, entry in entries.items()
+        }
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} does not describe its devices: {type(error).__name__} {error}\n"
+            f"hint: each needs all of {_EXAMPLE}"
+        ) from None
 
 
 def cache_folder() -> Path:

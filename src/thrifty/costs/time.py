@@ -50,8 +50,8 @@ _LARGE = 2048
 ATTENTION_EFFICIENCY = 0.55
 """Of fused attention beside a matrix product of its head size, where it was not measured."""
 UNPACKING = 6.0
-"""A weight made whole for a use, in times that its bytes go through memory: calibrated, so that LoRA
-on a 7B model in 4 bits takes 1.3 to 1.6 times as long as in bf16 (litgpt's resource tables)."""
+"""A weight made whole for a use, in times that its bytes go through memory. Calibrated: LoRA on
+a 7B model in 4 bits then takes 1.3 to 1.6 times as long as in bf16, as in litgpt's tables."""
 HOST_BYTES_PER_SECOND = 5e10
 """Memory bandwidth of a host that steps an offloaded optimizer."""
 CAUSAL_BLOCK = 256

@@ -1,0 +1,252 @@
+"""What the planner chooses, what it drops, and what it says where nothing fits."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from thrifty import combinations
+from thrifty.core.budget import Budget
+from thrifty.core.contracts import MEMORY_KINDS
+from thrifty.core.resolve import all_names, method_class
+from thrifty.costs.hardware import load_device
+from thrifty.costs.memory import MemorySetting, account
+from thrifty.costs.shape import ModelShape
+from thrifty.plan_display import plan_json, plan_text
+from thrifty.planner import NoPlanFits
+from thrifty.preparation import Asked, quick_plan
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "torch_dtype": "bfloat16",
+}
+SMALL = LLAMA | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch):
+    monkeypatch.setenv("THRIFTY_CACHE", str(tmp_path / "cache"))
+
+    def plan(config=LLAMA, *, device="h100", fixed=None, using=(), devices=1, **limits):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return quick_plan(
+            Asked(
+                model=str(tmp_path),
+                budget=Budget(**limits),
+                device=device,
+                fixed=fixed or {},
+                techniques=using,
+                num_devices=devices,
+            )
+        )
+
+    return plan
+
+
+def test_every_combination_is_priced(planned):
+    found, request = planned(flops=1e18)
+    assert found.num_combinations >= 20_000
+    assert 0 < found.num_fitting < found.num_combinations
+    kinds = {kind: set() for kind in MEMORY_KINDS}
+    for held in found.combinations.held:
+        for kind, name in held.technique_names.items():
+            kinds[kind].add(name)
+    assert kinds == {kind: set(all_names(kind)) for kind in MEMORY_KINDS}
+    for candidate in found.candidates:
+        assert candidate.peak_memory_bytes * 1.05 <= request.memory_limit
+
+
+def test_the_account_of_a_candidate_is_the_peak_that_it_was_chosen_by(planned):
+    found, request = planned(flops=1e18, memory_bytes=40e9)
+    for candidate in found.candidates[:20]:
+        alone = account(request.shape, candidate.setting).peak_memory_bytes
+        assert candidate.account.peak_memory_bytes >= alone
+        assert candidate.device_memory.device == pytest.approx(candidate.peak_memory_bytes)
+        assert sum(candidate.memory.values()) == pytest.approx(candidate.peak_memory_bytes)
+
+
+def test_money_is_the_price_of_the_time(planned):
+    found, request = planned(dollars=50.0)
+    rate = request.rates.dollars_per_second
+    for candidate in found.candidates:
+        for cost in candidate.by_stage.values():
+            assert cost.dollars == pytest.approx(cost.seconds * rate)
+        assert candidate.total.dollars <= 50.0
+
+
+def test_within_a_prior_s_error_the_faster_wins(planned):
+    """float32 is worth 1.0 and bf16 0.9 ± 0.1: hours are not paid for a guess."""
+    found, _ = planned(SMALL, device="h200", flops=1e18, fixed={"training.method": "full"})
+    assert found.chosen.dtype == "bfloat16"
+    wide = [c for c in found.candidates if c.dtype == "float32" and c.runs]
+    assert not wide or wide[0].total.seconds > 2 * found.chosen.total.seconds
+
+
+def test_a_small_device_takes_techniques_that_make_it_fit(planned):
+    small, _ = planned(device="rtx4090", flops=1e18)
+    large, _ = planned(device="b200", flops=1e18)
+    assert small.chosen.method == "lora"
+    assert small.chosen.makes == "fit"
+    assert large.chosen.method == "full"
+    assert large.chosen.runs
+
+
+def test_named_techniques_are_taken(planned):
+    found, _ = planned(device="rtx4090", flops=1e18, using=("nf4", "recompute"))
+    assert all(c.techniques["weights"] == "nf4" for c in found.candidates)
+    assert all(c.techniques["activations"] == "recompute" for c in found.candidates)
+    with pytest.raises(ValueError, match="no memory technique 'nf5'"):
+        planned(flops=1e18, using=("nf5",))
+
+
+def test_what_refuses_what_is_told_with_its_reason(planned):
+    found, _ = planned(flops=1e18)
+    reasons = found.combinations.refused
+    assert any("int8: weights in int8 cannot be trained" in reason for reason in reasons)
+    assert any(reason.startswith("lomo:") for reason in reasons)
+
+
+def test_the_binding_term_and_the_ways_out(planned):
+    found, request = planned(
+        device="h100", flops=1e18, fixed={"training.per_device_train_batch_size": 4},
+        using=("bfloat16", "lora", "keep"),
+    )  # fmt: skip
+    facts = plan_json(found, request, {})
+    assert facts["binding_memory"]["term"] in ("activations", "logits", "optimizer_states")
+    swaps = {swap["name"]: swap for swap in facts["swaps"]}
+    chunked = swaps.get("chunked")
+    if found.chosen.techniques["loss"] == "whole":
+        assert chunked
+        assert chunked["frees_bytes"] > 0
+    for swap in facts["swaps"]:
+        assert swap["frees_bytes"] > 0
+    others = {each["device"]: each for each in facts["elsewhere"]}
+    assert all(each["memory_bytes"] != request.memory_limit for each in others.values())
+    text = plan_text(found, request)
+    assert "the binding term is" in text
+    assert "closed form" in text
+    assert "calibrated" in text
+
+
+def test_more_devices_hold_a_share_each(planned):
+    one, _ = planned(flops=1e18, using=("full", "float32", "adamw"), device="b200")
+    eight, _ = planned(flops=1e18, using=("full", "float32", "adamw"), device="b200", devices=8)
+    assert eight.chosen.account.by_term["weights"] < one.chosen.account.by_term["weights"] / 7
+
+
+def test_without_a_limit_a_round_number_of_tokens_is_priced(planned):
+    found, _ = planned(memory_bytes=24e9, device="rtx4090")
+    assert found.chosen.total.tokens == pytest.approx(10e6, rel=0.1)
+
+
+# -- where nothing fits --------------------------------------------------------------------------
+
+
+def test_the_smallest_plan_names_the_one_limit_in_the_way(planned):
+    with pytest.raises(NoPlanFits, match=r"GiB of peak memory but 2 GiB is allowed") as error:
+        planned(flops=1e18, memory_bytes=2 * 2**30)
+    assert "FLOP" not in str(error.value)
+    needed = float(str(error.value).split("needs ")[1].split(" GiB")[0])
+    found, _ = planned(flops=1e18, memory_bytes=(needed + 0.1) * 2**30)
+    assert found.chosen.techniques["weights"] == "nf4"
+    with pytest.raises(NoPlanFits, match="FLOP but 1 TFLOP is allowed") as error:
+        planned(flops=1e12)
+    assert "memory" not in str(error.value)
+
+
+def test_a_budget_in_dollars_says_what_would_do(planned):
+    with pytest.raises(NoPlanFits, match=r"needs \$") as error:
+        planned(SMALL, dollars=1e-7)
+    needed = float(str(error.value).split("$")[1].split(" ")[0])
+    assert needed > 1e-7
+    planned(SMALL, dollars=1.3 * needed)
+
+
+def test_limits_set_as_keys_are_limits(planned):
+    found, request = planned(SMALL, fixed={"budget.flops": "2e18"}, flops=1e18)
+    assert request.budget.flops == 2e18
+    assert found.chosen.total.flops > 1.5e18
+    with pytest.raises(ValueError, match=r"budget\.flops"):
+        planned(SMALL, fixed={"budget.flops": "lots"})
+
+
+# -- devices -------------------------------------------------------------------------------------
+
+
+def test_a_described_device_is_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("THRIFTY_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="not known") as error:
+        load_device("mygpu")
+    assert "bandwidth_gb_per_second" in str(error.value)
+    example = str(error.value).split(" as ")[1].split(", or run")[0].replace("NAME", "mygpu")
+    (tmp_path / "devices.yaml").write_text(example)
+    device = load_device("MyGPU")
+    assert device.memory_bytes == 47.5 * 2**30
+    assert device.flops_per_second["bfloat16"] == 155e12
+    lacking = yaml.safe_load(example)
+    del lacking["devices"]["mygpu"]["watts"]
+    (tmp_path / "devices.yaml").write_text(yaml.safe_dump(lacking))
+    with pytest.raises(ValueError, match="'watts'"):
+        load_device("mygpu")
+
+
+# -- every memory technique ----------------------------------------------------------------------
+
+TECHNIQUES = [(kind, name) for kind in MEMORY_KINDS for name in all_names(kind)]
+STARTS = [
+    MemorySetting(device_kind=kind, gradient_accumulation_steps=steps)
+    for kind in ("cpu", "cuda")
+    for steps in (1, 4)
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), TECHNIQUES)
+def test_every_technique_rewrites_or_refuses(kind, name):
+    cls = method_class(kind, name)
+    shape = ModelShape.from_config(SMALL)
+    for technique in cls.variants():
+        assert technique.worth.mean > 0
+        assert technique.worth.source
+        assert technique.source
+        for start in STARTS:
+            reason = technique.refuses(start)
+            if reason is None:
+                assert account(shape, technique.rewrite(start)).peak_memory_bytes > 0
+            else:
+                assert len(reason.split()) > 3
+
+
+@pytest.mark.parametrize(("kind", "name"), TECHNIQUES)
+def test_what_is_there_to_make_it_fit_frees_something(kind, name):
+    """Beside the reference of its kind, at a size where it is meant to help."""
+    shape = ModelShape.from_config(LLAMA)
+    cls = method_class(kind, name)
+    if cls.makes == "faster":
+        return
+    start = MemorySetting(micro_batch=8, sequence=2048, device_kind="cuda")
+    for technique in cls.variants():
+        frozen = technique.refuses(start) is not None
+        base = method_class("trained", "lora")().rewrite(start) if frozen else start
+        assert technique.refuses(base) is None
+        freed = account(shape, base).peak_memory_bytes
+        freed -= account(shape, technique.rewrite(base)).peak_memory_bytes
+        assert freed > 0 or (kind, name) == ("trained", "lora")
+
+
+def test_a_quality_is_the_product_of_priors():
+    full = combinations.variants("trained", ["full"])[0]
+    bf16 = combinations.variants("weights", ["bfloat16"])[0]
+    lora = combinations.variants("trained", ["lora"])[0]
+    sgd = combinations.variants("states", ["sgd"])[0]
+    quality = combinations.quality_of((full, bf16, sgd))
+    assert quality.mean == pytest.approx(0.9 * 0.3)
+    assert combinations.quality_of((lora, bf16)).mean == pytest.approx(0.6)

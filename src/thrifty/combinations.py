@@ -78,8 +78,9 @@ class Held:
 
     @cached_property
     def runs(self) -> bool:
-        """Whether a run can train with it; otherwise it is priced alone."""
-        return all(technique.runs for technique in self.techniques)
+        """Whether a run can train with it; otherwise it is priced alone. A run's packs have their
+        mask."""
+        return self.masked and all(technique.runs for technique in self.techniques)
 
     @property
     def micro_batches(self) -> tuple[int, ...]:

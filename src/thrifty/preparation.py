@@ -188,6 +188,7 @@ def stats_together(manifests: list[StoreManifest]) -> PoolStats | None:
 
 def _read(asked: Asked, shape: ModelShape, model_folder: Path, run: RunFolder, say: Say) -> _Stores:
     from thrifty.data.pool import read_rows
+    from thrifty.data.sources import shown
     from thrifty.data.store import build_store
     from thrifty.data.tokens import load_tokenizer, tokenizer_fingerprint
 
@@ -205,7 +206,7 @@ def _read(asked: Asked, shape: ModelShape, model_folder: Path, run: RunFolder, s
         for part, rows in _target_rows(name, target, asked.task, say).items():
             with _naming(f"the {part} rows of target {name}"):
                 targets[name][part] = store(rows, run.target(name, part))
-    say(f"reading the pool: {', '.join(asked.pool)}")
+    say(f"reading the pool: {', '.join(map(shown, asked.pool))}")
     with _naming("the pool"):
         pool = store(read_rows(asked.pool, task=asked.task), run.pool)
     num_bad = sum(pool.num_bad.values())

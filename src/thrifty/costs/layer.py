@@ -11,7 +11,7 @@ all heads; without, it is causal by flag and keeps neither.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from thrifty.costs.latent import latent_projections
@@ -51,6 +51,8 @@ class Setup:
     """Force eager attention."""
     window_masked: bool = False
     """Sliding-window layers get a mask, as their window is shorter than the sequence."""
+    one_row: bool = False
+    """The batch is a single row, which some kernels broadcast without a copy."""
 
     @property
     def trains_all(self) -> bool:
@@ -101,6 +103,11 @@ def embedding(shape: ModelShape, setup: Setup) -> tuple[Operation, ...]:
         )
         x = p.add(x, positions)
     p.dropout(x, shape.embedding_dropout)
+    if grad and not p.trained and len(p.operations) > 1:
+        # Made to require a gradient it is a leaf, which the graph holds; where nothing follows it
+        # is what the first layer stores.
+        first = p.operations[0]
+        p.operations[0] = replace(first, saves=(first.writes,))
     return tuple(p.operations)
 
 
@@ -218,6 +225,7 @@ def _program(
         rotates=rotates,
         training=setup.training,
         quantised=setup.quantised,
+        one_row=setup.one_row,
         operations=[],
     )
 
@@ -321,7 +329,7 @@ def _attention_products(p: Program) -> tuple[Product, Product]:
 def _fused_attention(p: Program, q: Tensor, k: Tensor, v: Tensor, out: Size) -> Tensor:
     shape = p.shape
     extra: tuple[Tensor, ...] = ()
-    if (p.masked and shape.mask == "positions") or (not p.masked and shape.mask == "always"):
+    if p.masked and shape.mask == "positions":
         mask = p.emit("mask", (), Size(0.0, p.itemsize), grad=False)
         extra = (mask,)
         # A single key-value head is broadcast without a copy.
@@ -357,8 +365,12 @@ def _plain_attention(p: Program, q: Tensor, k: Tensor, v: Tensor, out: Size, eag
     itemsize = p.itemsize if eager else 4
     whole = out.times(itemsize / p.itemsize)
     wide = Size(float(shape.query_size * itemsize))
-    q2, k2 = p.emit("copy", (q,), wide), p.emit("copy", (k,), wide)
-    v2 = p.emit("copy", (v,), whole)
+    q2 = p.emit("copy", (q,), wide)
+    if p.one_row and shape.num_key_value_heads == 1:  # all heads' products read the same one
+        single = Size(float(shape.key_value_size * itemsize))
+        k2, v2 = p.emit("copy", (k,), single), p.emit("copy", (v,), single)
+    else:
+        k2, v2 = p.emit("copy", (k,), wide), p.emit("copy", (v,), whole)
     queried, weighed = ((product,) for product in _attention_products(p))
     kept = ((k2,) if q.grad else ()) + ((q2,) if k.grad else ())
     scores = p.emit(

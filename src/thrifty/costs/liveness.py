@@ -77,7 +77,13 @@ class Piece(NamedTuple):
     products: Size
     """What its matrix products and its attention put out, which selective recomputation keeps."""
     forward: Instants
+    forward_bare: Instants
+    """The forward when nothing of it stays: it is made again, or waits on the host."""
+    forward_selective: Instants
+    """The forward when the outputs of products stay, and all else is made again."""
     backward: Instants
+    offload: Instants
+    """The backward when what an operation kept comes from the host as it is needed."""
     recompute: Instants
     """Its second forward and its backward, when its input is stored to recompute the rest."""
     selective: Instants
@@ -101,6 +107,7 @@ def pieces(shape: ModelShape, setup: Setup) -> tuple[Piece, ...]:
 def _piece(operations: Sequence[Operation], given: Size) -> Piece:
     backward, waiting = _backward_points(operations)
     stored, _ = _backward_points(operations, stored=True)
+    offloaded, _ = _backward_points(operations, offloaded=True)
     again = len(recomputed(operations))
     cached = {each.writes.name: each.writes.size for each in operations if each.forward}
     # What the second forward stops short of stays in the cache, unused.
@@ -109,10 +116,13 @@ def _piece(operations: Sequence[Operation], given: Size) -> Piece:
     return Piece(
         saved=total(tensor.size for tensor in saved(operations).values()),
         products=total(cached.values()),
-        forward=instants(_forward_points(operations, len(operations))),
+        forward=instants(_forward_points(operations, saved(operations))),
+        forward_bare=instants(_forward_points(operations, (), waiting=Size())),
+        forward_selective=instants(_forward_points(operations, cached, waiting=Size())),
         backward=instants(backward),
-        recompute=instants(_forward_points(operations, again, waiting) + stored),
-        selective=instants(_forward_points(operations, again, waiting, cached) + beside),
+        offload=instants(offloaded),
+        recompute=instants(_forward_points(operations[:again], kept, waiting) + stored),
+        selective=instants(_forward_points(operations[:again], kept, waiting, cached) + beside),
         weight_elements=sum(each.weight_elements for each in operations if each.trained),
         input=given,
     )

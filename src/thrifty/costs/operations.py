@@ -149,6 +149,8 @@ class Program:
     """This layer has a rotary embedding."""
     training: bool = True
     quantised: bool = False
+    one_row: bool = False
+    """The batch is a single row."""
     operations: list[Operation]
 
     def name(self) -> str:

@@ -87,7 +87,7 @@ def _masks(shape: ModelShape, setup: Setup, kinds: int, held: bool) -> float:
     if setup.masked and shape.mask != "positions":
         return float(kinds * setup.itemsize)
     eager = shape.attention == "eager"
-    builds = setup.masked or setup.window_masked or eager or shape.mask == "always"
+    builds = setup.masked or setup.window_masked or eager
     if not (builds and (held or setup.recompute)):
         return 0.0
     return float(kinds * (setup.itemsize if eager else 1))

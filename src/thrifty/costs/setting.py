@@ -181,7 +181,9 @@ def setup_of(shape: ModelShape, setting: MemorySetting, *, backward: bool = True
         quantised=setting.storage is not None,
         backward=backward,
         training=backward,
-        masked=setting.masked,
+        # A mask that the caller has to give is given also where it hides nothing but the future.
+        masked=setting.masked or shape.mask == "given",
+        one_row=shape.attention == "math" and setting.micro_batch == 1,
         window_masked=0 < shape.sliding_window <= setting.sequence,
     )
 

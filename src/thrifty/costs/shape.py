@@ -154,9 +154,8 @@ class ModelShape:
     fused one; or ``eager`` where it cannot be used (gemma2, gpt-oss)."""
     mask: str = "positions"
     """Who makes the mask that keeps the documents of a row apart: transformers from
-    ``positions``, or the caller: it is ``given``, shared by all layers. ``always``: given, and
-    without one transformers makes one for each layer. ``alibi``: biases of every head, made once;
-    documents cannot be kept apart."""
+    ``positions``, or the caller: it is ``given``, whatever the row holds, and shared by all
+    layers. ``alibi``: biases of every head, made once; documents cannot be kept apart."""
     splits: str = ""
     """What a product for queries, keys and values at once is cut into: views; copies of the
     ``keys`` and values; or ``copies`` of all three, for all heads."""

@@ -55,5 +55,5 @@ def falcon(config: Config) -> ModelShape:
         attention="math" if single else "sdpa",
         bias_apart=True,
         splits="copies" if grouped and key_heads < heads else "keys" if single or grouped else "",
-        mask="alibi" if alibi else "always",
+        mask="alibi" if alibi else "given",
     )

@@ -9,21 +9,27 @@ listed first with the first rule that it breaks; rows of other implementations t
 stand in a table of their own, since they keep other tensors than Hugging Face's do. A row whose
 setting thrifty has no word for yet is shown with what is missing, and counts for its peers.
 
-Each number is compared with its own quantity: `allocated`, what tensors hold, is what thrifty's
-account means; `active` adds the padding of blocks, `reserved` what the caching allocator holds on
-top (2-7% seen), `device` also the CUDA context. No term is added for these here.
+Each number is compared with its own quantity: `allocated`, what tensors hold, and `active`, which
+adds the padding of blocks, with thrifty's account; `reserved` with what `costs/allocator.py` makes
+of it, its share calibrated on the other reserved rows of the same kind of implementation, never on
+the row itself; `device` with the CUDA context as well.
+
+litgpt's rows ran another model than Hugging Face's. What of it a setting or a known term can say
+is said: its GELU is one kernel, its adapters drop out 5% of their input (the mask is kept), and
+bitsandbytes before 0.43.2 kept the input of every 4-bit linear. What it keeps otherwise is not.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import re
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +37,9 @@ from typing import Any
 import peers
 from material import heading
 from thrifty import display
-from thrifty.costs.memory import MemorySetting, account
+from thrifty.core.resolve import method_class
+from thrifty.costs.allocator import RESERVED_SHARE
+from thrifty.costs.memory import RUNTIME_BYTES, MemorySetting, account
 from thrifty.costs.operations import Adapter
 from thrifty.costs.shape import ModelShape
 
@@ -67,6 +75,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 TIED = re.compile(r"Llama-3\.2-|SmolLM|Qwen(2|2\.5|3)-(0\.5|0\.6|1\.5|1\.7|3|4)B")
 """Models whose head is their embedding."""
+
+OPTIMIZERS = {
+    "adamw": "adamw",
+    "adamw_8bit": "adamw_8bit",
+    "adamw8bit": "adamw_8bit",
+    "adam8bit": "adamw_8bit",
+    "adamw_4bit": "adamw_4bit",
+    "adamw4bit": "adamw_4bit",
+    "adam-mini": "adam_mini",
+    "adafactor": "adafactor",
+    "adalomo": "adalomo",
+    "galore": "galore",
+    "galore adamw": "galore",
+    "apollo": "apollo",
+    "lion": "lion",
+    "lion8bit": "lion_8bit",
+    "lomo": "lomo",
+    "sgd": "sgd",
+}
+"""As tables name them, and the technique under ``thrifty/memory/states``."""
+
+LENGTHS = (256, 1304)
+"""Of a row that only leaves it open: a batch of Alpaca, and its longest row in Llama's tokens."""
 
 QUANTITIES = ("reserved", "allocated", "active", "device")
 
@@ -162,15 +193,21 @@ class Row:
     @cached_property
     def optimizer(self) -> str:
         """adamw, adamw_8bit, ...; empty if unstated."""
-        said = re.sub(r"\b(fused|bnb|torchao)\b", "", self["optimizer"].lower()).strip()
-        if said in ("unstated", "recipe default", "-", ""):
-            return ""
-        return {"adamw8bit": "adamw_8bit", "adamw4bit": "adamw_4bit"}.get(said, said)
+        said = re.sub(r"\b(fused|bnb|torchao|paged|per-layer)\b", "", self["optimizer"].lower())
+        said = re.sub(r"^paged_?", "", said.strip()).strip()
+        return "" if said in ("unstated", "recipe default", "-") else OPTIMIZERS.get(said, said)
 
     @cached_property
-    def recompute(self) -> bool | None:
-        said = self["activation_ckpt"]
-        return {"no": False, "full": True}.get(said, True if said.startswith("yes") else None)
+    def recompute(self) -> int | None:
+        """Every how many layers; None if unstated or of another kind."""
+        said = self["activation_ckpt"].lower()
+        if every := re.search(r"every (\d+)", said):
+            return int(every[1])
+        return {"no": 0, "full": 1}.get(said, 1 if said.startswith("yes") else None)
+
+    def tells(self, pattern: str) -> bool:
+        """Whether its method or its notes say so."""
+        return bool(re.search(pattern, f"{self['method']}; {self['notes']}", re.IGNORECASE))
 
     @cached_property
     def adapter(self) -> tuple[int, tuple[str, ...]] | None:
@@ -222,13 +259,10 @@ RULES: tuple[tuple[str, Callable[[Row], Any]], ...] = (
 
 def setting_of(row: Row) -> MemorySetting:
     """How thrifty says what a row ran."""
-    if row.adapter is None:
+    zeroth_order = row["method"].lower().startswith("mezo")
+    if row.adapter is None and not zeroth_order:
         raise NotYet(f"method {row['method']}")
-    if row.weights not in ("bfloat16", "float16", "float32"):
-        raise NotYet(f"weights {row.weights}")
-    if row.optimizer != "adamw":
-        raise NotYet(f"optimizer {row.optimizer}")
-    rank, targets = row.adapter
+    rank, targets = row.adapter or (0, ())
     if rank and not set(targets) <= set(row.shape.lora_targets):
         # litgpt adapts q and v inside its one matrix of all three, which GPT-NeoX has as well.
         targets = ("query_key_value",)
@@ -236,23 +270,109 @@ def setting_of(row: Row) -> MemorySetting:
     assert sequence is not None
     assert micro_batch is not None
     assert row.recompute is not None
-    return MemorySetting(
+    quantised = row.weights in ("int8", "nf4", "nf4-dq")
+    dtype = "bfloat16" if quantised else row.weights
+    setting = MemorySetting(
         micro_batch=micro_batch,
         sequence=sequence,
-        dtype=row.weights,
+        dtype=dtype,
         adapter=Adapter(rank=rank, targets=targets) if rank else None,
         # PEFT keeps adapters in float32; the others' follow the weights.
-        adapter_dtype="float32" if row.implementation == "hf" else row.weights,
+        adapter_dtype="float32" if row.implementation == "hf" else dtype,
+        zeroth_order=zeroth_order,
         recompute=row.recompute,
+        offload=row.tells("activation offload"),
+        loss_chunk=1024 if row.tells("chunked? ?(ce|cross|loss|nll)") else 0,
+        # Its training loop keeps the model's output while the loss goes backward.
+        holds_logits=row["source"].startswith("huggingface/peft"),
         # AdamW as torch makes it, unless said: on CUDA over all tensors at once.
         fused="fused" in row["optimizer"],
         masked="padded" in row["notes"],
         device_kind="cuda",
     )
+    if quantised:
+        kind, options = ("int8", {}) if row.weights == "int8" else ("nf4", {"double": "dq" in row.weights})
+        setting = method_class("weights", kind)(**options).rewrite(setting)
+    if zeroth_order or row.optimizer == "adamw":
+        return replace(setting, states_offloaded="paged" in row["optimizer"].lower())
+    return _with_states(row, setting)
 
 
-def thrifty_bytes(row: Row) -> float:
-    return account(row.shape, setting_of(row)).peak_memory_bytes
+def _with_states(row: Row, setting: MemorySetting) -> MemorySetting:
+    """With an optimizer's states, as its technique has them."""
+    if row.optimizer not in OPTIMIZERS.values():
+        raise NotYet(f"optimizer {row.optimizer}")
+    rank = re.search(r"\br(\d+)\b", row["method"])
+    options = {"rank": int(rank[1])} if row.optimizer in ("galore", "apollo") and rank else {}
+    technique = method_class("states", row.optimizer)(**options)
+    if reason := technique.refuses(setting):
+        raise NotYet(reason)
+    setting = technique.rewrite(setting)
+    states = setting.states
+    if row.implementation != "hf":  # only its Trainer keeps an embedding's states wide
+        states = replace(states, wide_embedding=0.0)
+    return replace(
+        setting,
+        states=states,
+        states_offloaded="paged" in row["optimizer"].lower(),
+        in_backward=setting.in_backward
+        or "per-layer" in row["optimizer"]
+        or row.tells("opt(imizer)?[- ]in[- ](backward|bwd)"),
+    )
+
+
+def beside(row: Row) -> float:
+    """Bytes that a row's version kept for the backward and no setting speaks of."""
+    if row.implementation != "litgpt" or not row.adapter:
+        return 0.0
+    hidden, inner = row.config["hidden_size"], row.config["intermediate_size"]
+    a_token = float(hidden)  # the mask of the adapters' dropout
+    if row["weights_dtype"].startswith("nf4") and "bnb 0.41" in row["notes"]:
+        inputs = 2 if row.shape.model_type == "phi" else 3  # of attention and MLP the same
+        a_token += 2.0 * (inputs * hidden + inner)
+    return a_token * row.shape.num_layers * setting_of(row).tokens
+
+
+def allocated_bytes(row: Row) -> float:
+    return account(row.shape, setting_of(row)).peak_memory_bytes + beside(row)
+
+
+def reserved_shares(rows: Iterable[Row]) -> dict[int, float]:
+    """By line, of rows that give what was reserved: how much that is over what tensors take."""
+    found = {}
+    for row in rows:
+        if row.quantity == "reserved":
+            with contextlib.suppress(NotYet):
+                assert row.bytes
+                found[row.line] = row.bytes / allocated_bytes(row) - 1.0
+    return found
+
+
+def thrifty_bytes(row: Row, shares: dict[int, float]) -> float:
+    """Of the row's own quantity; of reserved bytes the share is the other rows'."""
+    allocated = allocated_bytes(row)
+    if row.quantity not in ("reserved", "device"):
+        return allocated
+    others = [share for line, share in shares.items() if line != row.line]
+    share = statistics.mean(others) if others else RESERVED_SHARE["cuda"][0]
+    return allocated * (1.0 + share) + RUNTIME_BYTES["cuda"] * (row.quantity == "device")
+
+
+def calibration(rows: Sequence[Row], shares: dict[int, float]) -> str:
+    """What the reserved rows say about the allocator."""
+    mean, stderr = RESERVED_SHARE["cuda"]
+    told = f"costs/allocator.py takes {mean:.1%} with a standard error of {stderr:.1%}"
+    if not shares:
+        return f"no row gives reserved bytes; {told}"
+    listed = ", ".join(f"{row.title} {shares[row.line]:+.2%}" for row in rows if row.line in shares)
+    spread = ""
+    if len(shares) > 1:
+        error = statistics.stdev(shares.values()) * (1 + 1 / len(shares)) ** 0.5
+        spread = f", of one more such row ±{error:.1%}"
+    return (
+        f"Reserved over allocated, {len(shares)} rows: {listed};\n"
+        f"mean {statistics.mean(shares.values()):+.2%}{spread}; {told}"
+    )
 
 
 def job_of(row: Row) -> peers.Job | None:

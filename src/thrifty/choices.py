@@ -27,9 +27,10 @@ def combinations_of(request: Request, sequence: int) -> Combinations:
                 f"{names} ({kind}) is priced, but a run cannot train with it yet\n"
                 "hint: plan without --pool to see its price, or leave it out"
             )
-    layouts = [{"masked": True}]
+    asked = {"reference": request.task == "preference"}
+    layouts = [{"masked": True, **asked}]
     if not runs_only and request.device.kind == "cuda":
-        layouts.append({"masked": False})
+        layouts.append({"masked": False, **asked})
     return price_all(
         request.shape,
         request.device,

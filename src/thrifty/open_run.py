@@ -28,6 +28,7 @@ from thrifty.evaluation import measure_flops
 from thrifty.predictions import Predictions, predictions
 from thrifty.preparation import POOL_AS_TARGET, Say, stats_together, what_was_read
 from thrifty.run_folder import RunFolder
+from thrifty.signals.energy import energy_counter
 from thrifty.signals.models import LoadedModels, local_device, locate, weights_sha256
 
 
@@ -39,6 +40,7 @@ def at_work(run: RunFolder, say: Say, overrides: tuple[str, ...] = ()) -> Iterat
     work.check()
     with run.working() as work.ledger:
         work.ledger.set_budget(plan.budget)
+        work.ledger.energy = energy_counter()
         work.ledger.set_rates(Rates.hourly(plan.dollars_per_hour, work.ledger.rates.watts))
         yield work
 

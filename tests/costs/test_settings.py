@@ -259,3 +259,18 @@ def test_allocated_reserved_and_device_memory_are_told_apart():
     assert memory.low < memory.device < memory.high
     assert allocatable(memory.device, "cuda") == pytest.approx(20e9)
     assert device_memory(1e9, "cpu").reserved == 1e9
+
+
+def test_preference_training_counts_its_reference_model():
+    from thrifty.costs.flops import forward_flops, step_flops
+    from thrifty.costs.hardware import load_device
+    from thrifty.costs.time import step_seconds
+
+    h100 = load_device("h100")
+    for adapter in (None, Adapter()):
+        alone, asked = (setting(adapter=adapter, reference=r) for r in (False, True))
+        copies = 2 if adapter is None else 1
+        assert weight_bytes(LLAMA, asked) == copies * weight_bytes(LLAMA, alone)
+        more = step_flops(LLAMA, asked) - step_flops(LLAMA, alone)
+        assert more == forward_flops(LLAMA, 2, 2048)
+        assert step_seconds(LLAMA, asked, h100) > 1.1 * step_seconds(LLAMA, alone, h100)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -52,6 +52,8 @@ class Ledger:
         self._open_stages: set[int] = set()
         self.budget = Budget(**json.loads(self._journal.meta["budget"]))
         self.rates = Rates(**json.loads(self._journal.meta["rates"]))
+        self.energy: Callable[[], float] | None = None
+        """Joules that the devices have counted so far; None: their design power times seconds."""
 
     @classmethod
     def create(

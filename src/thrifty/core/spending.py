@@ -109,7 +109,8 @@ class Stage:
 
 
 class Lease:
-    """A reservation being spent. ``used`` is the sum of its ticks, its seconds the clock's."""
+    """A reservation being spent. ``used`` is the sum of its ticks; its seconds are the clock's, its
+    joules those that the devices counted, where they do."""
 
     def __init__(
         self,
@@ -127,6 +128,8 @@ class Lease:
         self.step = step
         self._counter = counter
         self._start = time.monotonic()
+        self._energy = stage.ledger.energy
+        self._energy_start = self._energy() if self._energy else 0.0
         self._steps = 0
         self._ticked = Cost()
         self._settled: Cost | None = None
@@ -139,7 +142,10 @@ class Lease:
     def used(self) -> Cost:
         if self._settled is not None:
             return self._settled
-        return replace(self._ticked, seconds=time.monotonic() - self._start)
+        used = replace(self._ticked, seconds=time.monotonic() - self._start)
+        if self._energy is None:
+            return used
+        return replace(used, joules=self._energy() - self._energy_start)
 
     def tick(self, cost: Cost, *, steps: int = 0) -> None:
         """Count ``cost`` (its seconds are ignored: the clock knows). Survives the process.

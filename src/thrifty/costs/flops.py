@@ -137,7 +137,7 @@ def _forward(shape: ModelShape) -> tuple[float, float, float]:
 
 def step_coefficients(shape: ModelShape, setting: MemorySetting) -> tuple[float, float]:
     """FLOPs of a step per token, and per token and key; no other size enters."""
-    return _step(
+    linear, attention = _step(
         shape,
         setting.adapter,
         setting.only_layers,
@@ -147,6 +147,10 @@ def step_coefficients(shape: ModelShape, setting: MemorySetting) -> tuple[float,
         setting.selective,
         setting.loss_chunk > 0,
     )
+    if setting.reference:
+        own, keyed, head_linear = _forward(shape)
+        linear, attention = linear + own + head_linear, attention + keyed
+    return linear, attention
 
 
 @lru_cache(maxsize=4096)

@@ -10,8 +10,9 @@ from thrifty.costs.trained import trained
 
 
 def weight_bytes(shape: ModelShape, setting: MemorySetting) -> float:
-    """Of the model's own weights as they lie in memory."""
-    return _weight_bytes(shape, setting.itemsize, setting.storage)
+    """Of the model's own weights as they lie in memory, and of a frozen copy that is asked too."""
+    copies = 2 if setting.reference and setting.adapter is None else 1
+    return copies * _weight_bytes(shape, setting.itemsize, setting.storage)
 
 
 @lru_cache(maxsize=512)

@@ -10,7 +10,7 @@ Limits: buffers inside a kernel are not seen, except the few of ``WORKSPACE``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -112,17 +112,18 @@ def _piece(operations: Sequence[Operation], given: Size) -> Piece:
     cached = {each.writes.name: each.writes.size for each in operations if each.forward}
     # What the second forward stops short of stays in the cache, unused.
     unused = total(each.writes.size for each in operations[again:] if each.forward)
+    kept = saved(operations)
     beside = tuple(p._replace(beside=total((p.beside, unused))) for p in stored)
     return Piece(
-        saved=total(tensor.size for tensor in saved(operations).values()),
+        saved=total(tensor.size for tensor in kept.values()),
         products=total(cached.values()),
-        forward=instants(_forward_points(operations, saved(operations))),
+        forward=instants(_forward_points(operations, kept)),
         forward_bare=instants(_forward_points(operations, (), waiting=Size())),
         forward_selective=instants(_forward_points(operations, cached, waiting=Size())),
         backward=instants(backward),
         offload=instants(offloaded),
-        recompute=instants(_forward_points(operations[:again], kept, waiting) + stored),
-        selective=instants(_forward_points(operations[:again], kept, waiting, cached) + beside),
+        recompute=instants(_forward_points(operations, kept, again, waiting) + stored),
+        selective=instants(_forward_points(operations, kept, again, waiting, cached) + beside),
         weight_elements=sum(each.weight_elements for each in operations if each.trained),
         input=given,
     )
@@ -130,14 +131,15 @@ def _piece(operations: Sequence[Operation], given: Size) -> Piece:
 
 def _forward_points(
     operations: Sequence[Operation],
-    num_executed: int,
+    keeping: Collection[str],
+    num_executed: int | None = None,
     waiting: Size | None = None,
     cached: Mapping[str, Size] | None = None,
 ) -> tuple[Point, ...]:
-    """``waiting``: gradients alive throughout a recomputation, whose input is stored elsewhere;
-    ``cached``: what was stored of it, handed out as it is come by."""
+    """``keeping``: names of what stays; ``waiting``: gradients alive throughout a recomputation;
+    then the input is counted elsewhere; ``cached``: what was stored of it, handed out as it is come
+    by."""
     last = {t.name: i for i, each in enumerate(operations) for t in (*each.reads, each.writes)}
-    keeping = saved(operations)
     kept: dict[str, Size] = {}
     live: dict[str, Size] = {}
     cache = dict(cached or {})
@@ -157,11 +159,12 @@ def _forward_points(
 
 
 def _backward_points(
-    operations: Sequence[Operation], *, stored: bool = False
+    operations: Sequence[Operation], *, stored: bool = False, offloaded: bool = False
 ) -> tuple[tuple[Point, ...], Size]:
     """Also the gradients alive when something saved is first needed: then a layer is recomputed.
 
-    ``stored``: its input is stored elsewhere.
+    ``stored``: its input is stored elsewhere; ``offloaded``: all that was kept is, and comes for
+    the operation that needs it.
     """
     holders: dict[str, int] = {}
     for each in operations:
@@ -186,7 +189,8 @@ def _backward_points(
         # A product's gradient of what has one already is added to it out of place.
         sums = [size for name, size in written.items() if each.forward and name in gradients]
         beside = total((*gradients.values(), *written.values(), *sums, work, unpacked))
-        points.append(Point(total(kept.values()), beside, done, fresh))
+        here = (kept[tensor.name] for tensor in each.saves) if offloaded else kept.values()
+        points.append(Point(total(here), beside, done, fresh))
         del gradients[each.writes.name]
         for name, size in written.items():
             gradients[name] = max(size, gradients.get(name, Size()))

@@ -129,6 +129,14 @@ def peaks(
     The settings may differ in their optimizer alone, which changes none of the passes.
     ``accumulating``: as if over several micro-batches.
     """
+    if shape.attention == "math" and 1 in micro_batches and len(micro_batches) > 1:
+        # A single row is a program of its own, as some kernels broadcast it without a copy.
+        rows = np.array(micro_batches)
+        one, more = (
+            peaks(shape, settings, tuple(rows[those].tolist()), accumulating=accumulating)
+            for those in (rows == 1, rows > 1)
+        )
+        return np.insert(more, np.flatnonzero(rows == 1), one, axis=1)
     passes: dict[bool, Bytes] = {}
     found = []
     for setting in settings:
@@ -161,7 +169,7 @@ class _Step:
         self, shape: ModelShape, setting: MemorySetting, micro_batches: tuple[int, ...]
     ) -> None:
         self.shape, self.setting = shape, setting
-        self.setup = setup_of(shape, setting)
+        self.setup = setup_of(shape, replace(setting, micro_batch=max(micro_batches)))
         self.passes = passes_of(shape, self.setup, micro_batches, setting.sequence)
         self.tokens, self.keys = self.passes.tokens, self.passes.keys
         self.itemsize = setting.trained_itemsize
@@ -295,17 +303,18 @@ class _Step:
         held = self._gradients(summed) + self.gathered
         return _Instant(self.kept + waiting + most + held, terms)
 
-    def _last_forward(self) -> _Instant | None:
-        """The last layer's forward, which may hold more than the head; not where it keeps nothing,
-        for then it holds less than when it runs again."""
-        if self.again[-1]:
-            return None
-        top = self.passes.kinds[self.passes.kind_of[-1]]
-        most, at = top.forward.highest(self.tokens, self.keys)
-        below = self.kept - self.stored[-1]
+    def _last_forward(self) -> _Instant:
+        """The last layer's forward, which may hold more than the head."""
+        top, setting = self.passes.kinds[self.passes.kind_of[-1]], self.setting
+        points, below = top.forward, self.kept - self.stored[-1]
+        if self.again[-1] or setting.offload:
+            selective = setting.selective and not setting.offload
+            points = top.forward_selective if selective else top.forward_bare
+            below = below + self.passes.input
+        most, at = points.highest(self.tokens, self.keys)
 
         def terms(batch: int) -> dict[str, float]:
-            kept, beside, _ = self._parts(top.forward.points[at[batch]], batch, self.tokens)
+            kept, beside, _ = self._parts(points.points[at[batch]], batch, self.tokens)
             return {
                 "activations": float(below[batch]) + kept,
                 "gradients": self._gradients(0.0),
@@ -317,7 +326,7 @@ class _Step:
     def _layers(self) -> _Instant:
         """From the last layer down, each leaving its weights' gradients."""
         passes, kinds = self.passes, self.passes.kind_of
-        modes = {"backward": ~self.again}
+        modes = {"offload" if self.setting.offload else "backward": ~self.again}
         modes["selective" if self.setting.selective else "recompute"] = self.again
         most = np.zeros_like(self.stored)
         where = np.zeros(self.stored.shape, dtype=int)

@@ -104,6 +104,9 @@ class MemorySetting:
     only_head: bool = False
     zeroth_order: bool = False
     """Two forwards and no backward (MeZO)."""
+    reference: bool = False
+    """A frozen copy is asked as well, as preference training does; under an adapter it is the model
+    without it."""
 
     # how it is held
     storage: Storage | None = None

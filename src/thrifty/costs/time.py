@@ -114,6 +114,9 @@ def seconds_by_optimizer(
     batches, first = tuple(micro_batches), settings[0]
     *factors, of_update = _factors(device, first)
     *passes, _ = _terms(shape, first, device, batches, "train")
+    if first.reference:
+        *more, _ = _terms(shape, first, device, batches, "forward")
+        passes = [one + other for one, other in zip(passes, more, strict=True)]
     fitted: Any = sum(factor * term for factor, term in zip(factors, passes, strict=True))
     fitted = fitted + _transfers(shape, first, device, batches)
     updates = [

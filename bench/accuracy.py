@@ -19,6 +19,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,18 +33,43 @@ from thrifty.calibration import measure_device
 from thrifty.core import quantities
 from thrifty.costs.flops import train_flops
 from thrifty.costs.memory import MemorySetting, account
+from thrifty.costs.operations import Adapter
 from thrifty.costs.shape import ModelShape
 from thrifty.costs.time import step_seconds
 from thrifty.signals.peak_memory import memory_bytes, peak_memory_bytes, reset_peak
 
-# dtype, hidden, layers, intermediate, vocabulary, heads, micro-batch, sequence; the fourth has
-# activations of over 300 MiB.
+
+class Case(NamedTuple):
+    """A model and how it is trained."""
+
+    dtype: str
+    hidden: int
+    layers: int
+    inner: int
+    vocabulary: int
+    heads: int
+    micro_batch: int
+    sequence: int
+    adapter: Adapter | None = None
+    recompute: int = 0
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        return self.hidden, self.layers, self.inner, self.vocabulary, self.heads
+
+    @property
+    def technique(self) -> str:
+        trained = "full" if self.adapter is None else f"lora r{self.adapter.rank}"
+        return trained + (" recompute" if self.recompute else "")
+
+
 SETTINGS = (
-    ("float32", 128, 3, 512, 2048, 4, 8, 256),
-    ("float32", 128, 4, 344, 2048, 4, 16, 256),
-    ("float32", 256, 4, 704, 4096, 4, 4, 256),
-    ("float32", 256, 6, 704, 8192, 8, 16, 256),
-    ("bfloat16", 256, 4, 704, 4096, 4, 8, 256),
+    Case("float32", 128, 3, 512, 2048, 4, 8, 256),
+    Case("float32", 128, 4, 344, 2048, 4, 16, 256),
+    Case("float32", 256, 4, 704, 4096, 4, 4, 256),
+    # Activations of over 300 MiB.
+    Case("float32", 256, 6, 704, 8192, 8, 16, 256),
+    Case("bfloat16", 256, 4, 704, 4096, 4, 8, 256),
 )
 
 
@@ -81,20 +109,36 @@ def counted_flops(sizes, batch, sequence):
     return counter.get_total_flops()
 
 
-def prepared(number, where):
-    """Model, optimizer, inputs, shape and setting of a row."""
-    dtype, *sizes, batch, sequence = SETTINGS[number]
+def prepared(case: Case, where: str):
+    """Model, optimizer, inputs, shape and setting of a case."""
     torch.manual_seed(0)
-    model = llama(*sizes, sequence).to(where, getattr(torch, dtype))
+    model = llama(*case.sizes, case.sequence).to(where, getattr(torch, case.dtype))
     shape = ModelShape.from_config(model.config.to_dict())
-    setting = MemorySetting(micro_batch=batch, sequence=sequence, dtype=dtype, device_kind=where)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    return model, optimizer, inputs_of(sizes[3], batch, sequence, where), shape, setting
+    if case.recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if case.adapter is not None:
+        from peft import LoraConfig, get_peft_model
+
+        targets = list(case.adapter.targets or shape.lora_targets)
+        model = get_peft_model(model, LoraConfig(r=case.adapter.rank, target_modules=targets))
+    model.train()
+    setting = MemorySetting(
+        micro_batch=case.micro_batch,
+        sequence=case.sequence,
+        dtype=case.dtype,
+        adapter=case.adapter,
+        recompute=case.recompute,
+        device_kind=where,
+    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    inputs = inputs_of(case.vocabulary, case.micro_batch, case.sequence, where)
+    return model, optimizer, inputs, shape, setting
 
 
 def measured_rise(number, where):
     """Bytes above the level after loading, over two steps; run in a process of its own."""
-    model, optimizer, inputs, _, _ = prepared(number, where)
+    model, optimizer, inputs, _, _ = prepared(SETTINGS[number], where)
     gc.collect()
     level = memory_bytes(where)
     reset_peak(where)
@@ -110,9 +154,9 @@ def rise_in_child(number):
     return float(done.stdout.split()[-1])
 
 
-def timed(number, where):
+def timed(case: Case, where: str) -> float:
     """Median seconds of three steps after two."""
-    model, optimizer, inputs, _, _ = prepared(number, where)
+    model, optimizer, inputs, _, _ = prepared(case, where)
     found = []
     for _ in range(5):
         start = time.perf_counter()
@@ -121,6 +165,46 @@ def timed(number, where):
             torch.cuda.synchronize()
         found.append(time.perf_counter() - start)
     return statistics.median(found[2:])
+
+
+@dataclass
+class Seconds:
+    """Of one case: a number a round."""
+
+    predicted: list[float] = field(default_factory=list)
+    measured: list[float] = field(default_factory=list)
+
+    @property
+    def off(self) -> float:
+        """Each round's prediction is from that round's calibration."""
+        pairs = zip(self.predicted, self.measured, strict=True)
+        return statistics.median(predicted / measured for predicted, measured in pairs) - 1
+
+    @property
+    def spread(self) -> float:
+        return (max(self.measured) - min(self.measured)) / statistics.median(self.measured)
+
+    @property
+    def repeats(self) -> str:
+        return f"{self.spread:.0%}" + (", machine busy" if self.spread > 0.1 else "")
+
+
+def interleaved(
+    cases: Sequence[Case], rounds: int, *, calibrate_every: int = 1
+) -> tuple[list[Seconds], bool]:
+    """Rounds of calibration and measured steps; also whether a calibration found a busy machine."""
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    found, busy = [Seconds() for _ in cases], False
+    for turn in range(rounds):
+        for number, case in enumerate(cases):
+            if number % calibrate_every == 0:
+                device = measure_device()
+                busy = busy or device.machine_busy
+            *_, shape, setting = prepared(case, where)
+            found[number].measured.append(timed(case, where))
+            found[number].predicted.append(step_seconds(shape, setting, device))
+        print(f"round {turn + 1} of {rounds}", file=sys.stderr)
+    return found, busy
 
 
 def main() -> int:
@@ -132,42 +216,25 @@ def main() -> int:
     if options.memory_of is not None:
         print(measured_rise(options.memory_of, where))
         return 0
-    numbers = range(len(SETTINGS))
-    ratios = {number: [] for number in numbers}
-    seconds = {number: [] for number in numbers}
-    told = {number: [] for number in numbers}
-    busy = False
-    for turn in range(options.rounds):
-        for number in numbers:
-            device = measure_device()
-            busy = busy or device.machine_busy
-            _, _, _, shape, setting = prepared(number, where)
-            found = timed(number, where)
-            predicted = step_seconds(shape, setting, device)
-            seconds[number].append(found)
-            told[number].append(predicted)
-            ratios[number].append(predicted / found)
-        print(f"round {turn + 1} of {options.rounds}", file=sys.stderr)
+    seconds, busy = interleaved(SETTINGS, options.rounds)
     rows = []
-    for number in numbers:
-        dtype, *sizes, batch, sequence = SETTINGS[number]
-        model, _, _, shape, setting = prepared(number, where)
+    for number, (case, found) in enumerate(zip(SETTINGS, seconds, strict=True)):
+        model, _, _, shape, setting = prepared(case, where)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         del model
-        off = train_flops(shape, batch, sequence) / counted_flops(sizes, batch, sequence) - 1
-        middle = statistics.median(seconds[number])
-        spread = (max(seconds[number]) - min(seconds[number])) / middle
+        counted = counted_flops(case.sizes, case.micro_batch, case.sequence)
+        off = train_flops(shape, case.micro_batch, case.sequence) / counted - 1
         terms = account(shape, setting)
         rise, predicted_rise = rise_in_child(number), terms.peak_memory_bytes - weights
         rows.append(
             (
-                f"{sizes[0]} x {sizes[1]}, {shape.num_parameters / 1e6:.1f}M, "
-                f"{batch} x {sequence} {dtype}",
+                f"{case.hidden} x {case.layers}, {shape.num_parameters / 1e6:.1f}M, "
+                f"{case.micro_batch} x {case.sequence} {case.dtype}",
                 f"{off:+.2%}",
-                f"{statistics.median(told[number]):.3f}",
-                f"{middle:.3f}",
-                f"{statistics.median(ratios[number]) - 1:+.0%}",
-                f"{spread:.0%}" + (", machine busy" if spread > 0.1 else ""),
+                f"{statistics.median(found.predicted):.3f}",
+                f"{statistics.median(found.measured):.3f}",
+                f"{found.off:+.0%}",
+                found.repeats,
                 quantities.format_bytes(terms.by_term["activations"]),
                 quantities.format_bytes(predicted_rise),
                 quantities.format_bytes(rise),

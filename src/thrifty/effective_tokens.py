@@ -24,14 +24,18 @@ MAX_EPOCHS = 4
 
 
 def best_repetition(
-    worth: Worth, tokens: float, pool_tokens: float, fixed_keep: float | None
+    worth: Worth,
+    tokens: float,
+    pool_tokens: float,
+    fixed_keep: float | None = None,
+    fixed_epochs: float | None = None,
 ) -> tuple[float, float, float]:
-    """Epochs, tokens to keep, and the effective tokens, at their best."""
+    """Epochs, tokens to keep and the effective tokens: at their best, or as they are fixed."""
     if fixed_keep:
         unique = min(float(fixed_keep), pool_tokens)
         return tokens / unique, unique, _effective(worth, tokens, unique, pool_tokens)
     best = (1.0, min(tokens, pool_tokens), -math.inf)
-    for epochs in range(1, MAX_EPOCHS + 1):
+    for epochs in [fixed_epochs] if fixed_epochs else range(1, MAX_EPOCHS + 1):
         unique = min(tokens / epochs, pool_tokens)
         effective = _effective(worth, tokens, unique, pool_tokens)
         if effective > best[2] * (1 + 1e-9):

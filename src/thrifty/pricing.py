@@ -225,6 +225,7 @@ class Pricing:
             return None
         accumulation = min(accumulation, held.most_accumulated)
         peak = held.peak(index, accumulation > 1)
+        runtime = float(RUNTIME_BYTES[request.device.kind])
         peak = max(device_memory(peak, request.device.kind).device, scoring.peak_memory_bytes)
         step = costs.step * accumulation
         evaluations, saves = _watch(request, costs, step, wanted / accumulation)
@@ -245,7 +246,11 @@ class Pricing:
             return Refused(held.name, replace(least, peak_memory_bytes=peak * MEMORY_MARGIN))
         tokens = steps * step.tokens * PACKING_FILL
         epochs, keep, effective = best_repetition(
-            scorer.worth, tokens, pool_tokens, request.fixed.get("selection.max_tokens")
+            scorer.worth,
+            tokens,
+            pool_tokens,
+            request.fixed.get("selection.max_tokens"),
+            request.fixed.get("training.epochs"),
         )
         training = costs.load + step * steps + costs.watching(evaluations, saves)
         stages = {
@@ -259,7 +264,7 @@ class Pricing:
             setting=replace(setting, gradient_accumulation_steps=accumulation),
             scorer=name_of(scorer),
             scorer_spec=spec,
-            scoring_bytes=scoring.peak_memory_bytes,
+            scoring_bytes=max(0.0, scoring.peak_memory_bytes - runtime),
             peak_memory_bytes=peak,
             step=request.rates.of(step),
             max_steps=steps,

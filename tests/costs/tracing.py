@@ -57,14 +57,14 @@ def build(
 def batch(
     rows: int, sequence: int, *, masked: bool = False, model: torch.nn.Module | None = None
 ) -> dict[str, torch.Tensor]:
-    """Packed rows: masked ones hold two documents each, the others one; with the mask that
-    ``model`` has to be given to keep them apart."""
+    """Packed rows: masked ones hold two documents each, the others one; with the mask that the
+    trainer gives to ``model``."""
     ids = torch.ones(rows, sequence, dtype=torch.long)
     positions = torch.arange(sequence).repeat(rows, 1)
     if masked:
         positions %= sequence // 2 + 1
     inputs = {"input_ids": ids, "labels": ids, "position_ids": positions}
-    if masked and model is not None:
+    if model is not None:
         given = pack_attention_kwargs(
             model.config.model_type,
             positions,

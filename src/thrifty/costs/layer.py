@@ -103,11 +103,12 @@ def embedding(shape: ModelShape, setup: Setup) -> tuple[Operation, ...]:
         )
         x = p.add(x, positions)
     p.dropout(x, shape.embedding_dropout)
-    if grad and not p.trained and len(p.operations) > 1:
-        # Made to require a gradient it is a leaf, which the graph holds; where nothing follows it
-        # is what the first layer stores.
-        first = p.operations[0]
-        p.operations[0] = replace(first, saves=(first.writes,))
+    if grad and not p.trained:
+        # What the embedding's module returns is made to require a gradient: a leaf, which the graph
+        # holds. Where nothing follows it is what the first layer stores.
+        leaf = p.operations[int(shape.scaled_embedding)]
+        if leaf is not p.operations[-1]:
+            p.operations[p.operations.index(leaf)] = replace(leaf, saves=(leaf.writes,))
     return tuple(p.operations)
 
 
@@ -198,10 +199,12 @@ def layer(
         x = p.norm(p.add(x, attended), hidden)
         p.norm(p.add(x, p.dropout(_mlp(p, x), shape.dropout)), hidden)
     else:
-        attended = _attention(p, p.norm(x, hidden), setup.eager)
-        x = p.add(x, p.dropout(attended, shape.dropout))
+        attended = p.dropout(_attention(p, p.norm(x, hidden), setup.eager), shape.dropout)
+        x = p.add(x, attended)
         branch = mixture_of_experts if mixture else _mlp
         p.add(x, p.dropout(branch(p, p.norm(x, hidden)), shape.dropout))
+        if shape.model_type == "gpt2":  # a variable of its own
+            p.hold(attended)
     return tuple(p.operations)
 
 
@@ -388,9 +391,11 @@ def _plain_attention(p: Program, q: Tensor, k: Tensor, v: Tensor, out: Size, eag
     if shape.sinks:
         weights = _softmax_with_sinks(p, scores)
     else:
-        scores = p.cast(scores, itemsize, 4)
-        weights = p.apply("softmax", scores, keeps="output", passes=(2.0, 2.0))
+        wide_scores = p.cast(scores, itemsize, 4)
+        weights = p.apply("softmax", wide_scores, keeps="output", passes=(2.0, 2.0))
         weights = p.cast(weights, 4, itemsize)
+    if eager:
+        p.hold(scores)
     if shape.attention_dropout and p.training:
         weights = p.dropout(weights, shape.attention_dropout)
     kept = ((v2,) if weights.grad else ()) + ((weights,) if v.grad else ())

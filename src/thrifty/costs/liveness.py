@@ -186,18 +186,22 @@ def _backward_points(
         fresh = each.weight_elements if each.trained else 0
         done += fresh
         unpacked = Size(fixed=each.unpacks if written else 0.0)
-        # A product's gradient of what has one already is added to it out of place.
-        sums = [size for name, size in written.items() if each.forward and name in gradients]
-        beside = total((*gradients.values(), *written.values(), *sums, work, unpacked))
+        beside = total((*gradients.values(), *written.values(), work, unpacked))
         here = (kept[tensor.name] for tensor in each.saves) if offloaded else kept.values()
         points.append(Point(total(here), beside, done, fresh))
         del gradients[each.writes.name]
-        for name, size in written.items():
-            gradients[name] = max(size, gradients.get(name, Size()))
         for tensor in each.saves:
             holders[tensor.name] -= 1
             if not holders[tensor.name]:
                 del kept[tensor.name]
+        # A product's gradient of what has one already is added to it out of place, once it is done.
+        sums = [size for name, size in written.items() if each.forward and name in gradients]
+        if sums:
+            beside = total((*gradients.values(), *written.values(), *sums))
+            there = Size() if offloaded else total(kept.values())
+            points.append(Point(there, beside, done, fresh))
+        for name, size in written.items():
+            gradients[name] = max(size, gradients.get(name, Size()))
     return tuple(points), waiting or Size()
 
 

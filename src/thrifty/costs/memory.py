@@ -178,6 +178,9 @@ class _Step:
         self.gradients = self.trained.num_elements * self.itemsize / self.shards
         # While gradients accumulate all exist, and a new one lives until it is added to the old.
         self.accumulating = setting.gradient_accumulation_steps > 1
+        # A tied head's new gradient waits for the embedding's before it is added or used up.
+        tied = shape.tie_word_embeddings and self.setup.trains_embedding(shape)
+        self.tied = shape.head_parameters * self.itemsize if tied else 0.0
         # Bytes of an element of the gradients that stay as the backward goes on, and of one made.
         self.left = 0.0 if self.accumulating or setting.in_backward else self.itemsize / self.shards
         self.fresh = float(self.itemsize) if not self.left or self.shards > 1 else 0.0
@@ -337,9 +340,11 @@ class _Step:
         # What a recomputed layer starts from waits beside its second forward.
         waiting = np.where(self.again[:, None], passes.input, 0.0)
         below = passes.before + np.cumsum(self.stored, axis=0) - self.stored + waiting
+        below[0] -= passes.lone  # the lowest layer is of the other kind
         held = below + most + passes.done[:, None] * self.left
         layer = np.argmax(held, axis=0)
         batches = np.arange(len(self.tokens))
+        pending = 0.0 if self.left else self.tied
 
         def terms(batch: int) -> dict[str, float]:
             index = layer[batch]
@@ -349,11 +354,11 @@ class _Step:
             return {
                 "activations": float(below[index, batch]) + kept,
                 "logits": float(self.logits[batch]),
-                "gradients": self._gradients(made, float(passes.done[index])),
+                "gradients": self._gradients(made + pending, float(passes.done[index])),
                 "temporaries": beside + self.gathered,
             }
 
-        rest = self.logits + self._gradients(0.0) + self.gathered
+        rest = self.logits + self._gradients(pending) + self.gathered
         return _Instant(held[layer, batches] + rest, terms)
 
     def _embedding(self) -> _Instant | None:

@@ -258,14 +258,14 @@ class Program:
             return out
         itemsize = self.adapter_itemsize
         # PEFT casts the input of each adapted linear on its own, and autograd keeps every copy.
-        x = self.cast(x, self.itemsize, itemsize)
-        low = self.product(x, inputs, self.adapter.rank, trained=True, itemsize=itemsize)
+        wide = self.cast(x, self.itemsize, itemsize)
+        low = self.product(wide, inputs, self.adapter.rank, trained=True, itemsize=itemsize)
         high = self.product(low, self.adapter.rank, outputs, trained=True, itemsize=itemsize)
         high, same = self.apply("scale", high), out
         if self.on_cpu:  # a CPU kernel of mixed dtypes makes a wide copy first, CUDA does not
             same = self.cast(out, self.itemsize, max(itemsize, self.itemsize))
         both = self.add(same, high)
-        self.hold(out)
+        self.hold(x, wide, out)
         return self.cast(both, max(itemsize, self.itemsize), self.itemsize)
 
     def norm(self, x: Tensor, width: int, *, weighed: bool = True) -> Tensor:

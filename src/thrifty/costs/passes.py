@@ -34,6 +34,7 @@ class Passes:
         place = {id(piece): number for number, piece in enumerate(self.kinds)}
         self.kind_of = np.array([place[id(piece)] for piece in body])  # [num_layers]
         self.before = self.bytes(total((self.first.saved, shared_bytes(shape, setup))))
+        self.lone = self.bytes(lone_bytes(shape, setup))
         self.input = self.bytes(self.last.input)
         self.saved = np.stack([self.bytes(kind.saved) for kind in self.kinds])  # [kinds, batches]
         self.products = np.stack([self.bytes(kind.products) for kind in self.kinds])
@@ -69,25 +70,36 @@ def passes_of(
 
 def shared_bytes(shape: ModelShape, setup: Setup, *, held: bool = False) -> Size:
     """What all layers share: rotary cos and sin, and the masks where something holds them;
-    ``held``: during the forward."""
-    kinds = 2 if 0 < shape.num_sliding_layers < shape.num_layers else 1
-    tables = kinds if shape.rotary_per_kind else 1
+    ``held``: during the forward. A mask that is handed over is alive all along."""
+    tables = Size() if shape.rotary_per_kind else _tables(shape, setup)
+    kinds = _num_kinds(shape)
+    if shape.mask == "alibi":
+        masks = float(shape.num_attention_heads * setup.itemsize)
+    else:
+        masks = float(kinds * setup.itemsize) if setup.masked and shape.mask == "given" else 0.0
+    return total((tables, Size(0.0, masks), *[_of_a_kind(shape, setup, held)] * kinds))
+
+
+def lone_bytes(shape: ModelShape, setup: Setup) -> Size:
+    """What one of two kinds of layers shares: it goes with the lowest of them."""
+    return _of_a_kind(shape, setup, held=False) if _num_kinds(shape) == 2 else Size()
+
+
+def _num_kinds(shape: ModelShape) -> int:
+    """Layers that slide and layers that do not."""
+    return 2 if 0 < shape.num_sliding_layers < shape.num_layers else 1
+
+
+def _tables(shape: ModelShape, setup: Setup) -> Size:
     itemsize = 4 if shape.wide_rotary else setup.itemsize
     channels = shape.rotary_dim // 2 if shape.paired_rotary else shape.rotary_dim
-    token = tables * 2.0 * channels * itemsize if setup.backward else 0.0
-    return Size(token, _masks(shape, setup, kinds, held))
+    return Size(2.0 * channels * itemsize if setup.backward else 0.0)
 
 
-def _masks(shape: ModelShape, setup: Setup, kinds: int, held: bool) -> float:
-    """Bytes of a token and key. A mask that is handed over is alive all along, and so is what every
-    layer keeps; the model holds those it makes during the forward, and a recomputation to its
-    end."""
-    if shape.mask == "alibi":
-        return float(shape.num_attention_heads * setup.itemsize)
-    if setup.masked and shape.mask != "positions":
-        return float(kinds * setup.itemsize)
+def _of_a_kind(shape: ModelShape, setup: Setup, held: bool) -> Size:
+    """The model holds the masks that it makes during the forward, and a recomputation to its end."""
+    tables = _tables(shape, setup) if shape.rotary_per_kind else Size()
     eager = shape.attention == "eager"
-    builds = setup.masked or setup.window_masked or eager
-    if not (builds and (held or setup.recompute)):
-        return 0.0
-    return float(kinds * (setup.itemsize if eager else 1))
+    builds = shape.mask == "positions" and (setup.masked or setup.window_masked or eager)
+    kept = builds and (held or setup.recompute)
+    return tables._replace(map=float(setup.itemsize if eager else 1) if kept else 0.0)

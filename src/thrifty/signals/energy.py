@@ -1,7 +1,7 @@
 """Joules as the device counts them itself, where it does: NVML's energy counter.
 
-Needs the package ``nvidia-ml-py`` and a GPU since Volta. Where either is missing, joules follow from
-the device's design power instead.
+Needs the package ``nvidia-ml-py`` and a GPU since Volta. Where either is missing, joules follow
+from the device's design power instead.
 """
 
 from __future__ import annotations

@@ -263,6 +263,12 @@ class BudgetCallback(TrainerCallback):
         assert self._steps is not None
         return self._steps.priced(self._step_cost.mean())
 
+    def steps_left(self, step: int) -> float:
+        """That the budget still pays for, at the mean so far, with what comes after them."""
+        assert self._steps is not None
+        spent = self._steps.spent() + self._after(step)
+        return self._steps.stage.budget.binding(spent, self.step_cost())[1]
+
     # -- before the first step -------------------------------------------------------------------
 
     def _open_stage(self, output_dir: Path, step: int) -> Stage:

@@ -7,8 +7,10 @@ or signal after which the same command goes on.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -28,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Small models run several times slower with more threads than free cores; the user may say.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(_unrecognised(unknown))
     if options.command is None:
         parser.print_help(sys.stderr)
         return USAGE
@@ -38,8 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return DONE  # the reader had enough
     except KeyboardInterrupt:
-        return _fail("interrupted\nhint: the same command goes on where it stopped", RESUMABLE)
+        return _stopped("interrupted\nhint: the same command goes on where it stopped")
     except Exception as error:
+        if type(error).__name__ == "Interrupted":  # by name: a mistake loads no torch
+            return _stopped(str(error))
         return _fail(*_explain(error))
     return DONE
 
@@ -65,11 +71,10 @@ def _explain(error: Exception) -> tuple[str, int]:
     """What went wrong, in words, and the exit code."""
     from thrifty.core.ledger import BudgetExceeded
 
-    # By name, so that a mistake on the command line loads no torch.
     kinds = {cls.__name__ for cls in type(error).__mro__}
     if "NoPlanFits" in kinds or isinstance(error, BudgetExceeded):
         return str(error), NO_PLAN
-    if kinds & {"Interrupted", "NonFiniteGradient", "Diverged"}:
+    if kinds & {"NonFiniteGradient", "Diverged"}:
         return str(error), RESUMABLE
     if isinstance(error, OSError):
         what = error.strerror or str(error)
@@ -90,11 +95,17 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _stopped(message: str) -> int:
+    """The user's own wish, done: no error, though there is more to do."""
+    print(message, file=sys.stderr)
+    return RESUMABLE
+
+
 # -- commands -----------------------------------------------------------------------------------
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from thrifty import display, plan_display, preparation
+    from thrifty import display, notes, plan_display, preparation
 
     asked = _asked(options)
     if asked.pool:
@@ -102,6 +113,8 @@ def _plan(options: argparse.Namespace) -> None:
         planned, request, _ = preparation.plan_run(asked, folder, display.say)
     else:
         planned, request = preparation.quick_plan(asked)
+        for note in notes.of_device(request.device, request.budget):
+            display.say(note)
     if options.json:
         _print_json(plan_display.plan_json(planned, request, preparation.model_facts(asked)))
         return
@@ -282,8 +295,52 @@ def _print_json(value: Any) -> None:
 # -- options ------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """Options are written out, a misspelt one is told with the nearest that there is, and a value
+    may begin with a minus (``--hours -1h``), to be refused for what it is."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        arguments = list(sys.argv[1:] if args is None else args)
+        if self._subparsers is None:  # a command's own: all options are known here
+            arguments = self._mended(arguments)
+        return super().parse_known_args(arguments, namespace)
+
+    def _mended(self, arguments: list[str]) -> list[str]:
+        known = self._option_string_actions
+        mended: list[str] = []
+        for argument in arguments:
+            before = mended[-1] if mended else ""
+            takes_value = before in known and known[before].nargs is None
+            if takes_value and re.match(r"-[\d.$]", argument):
+                mended[-1] = f"{before}={argument}"
+                continue
+            name = argument.partition("=")[0]
+            if name.startswith("--") and name != "--" and name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                meant = f"did you mean {close[0]}?" if close else f"`{self.prog} --help` lists all"
+                self.error(f"there is no option {name}: {meant}")
+            mended.append(argument)
+        return mended
+
+
+def _unrecognised(arguments: Sequence[str]) -> str:
+    message = f"unrecognised: {' '.join(arguments)}"
+    if any("=" in argument for argument in arguments):
+        message += "\nhint: --set once per key: --set training.seed=1 --set training.method=lora"
+    return message
+
+
+_SET_HELP = (
+    "fix a plan.yaml value, once per key: training.method=lora, training.lora.rank=8, "
+    "training.learning_rate=1e-4, selection.scorer=bm25, ..."
+)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="thrifty", description=(thrifty.__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--version", action="version", version=f"thrifty {thrifty.__version__}")
@@ -319,7 +376,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--control", action="store_true", help="also train on a uniform choice")
     plan.add_argument("-o", "--output", metavar="RUN", help="the run folder to make")
     plan.add_argument("--json", action="store_true", help="print JSON")
-    plan.add_argument("--set", action="append", metavar="KEY=VALUE", help="fix a plan.yaml value")
+    plan.add_argument("--set", action="append", metavar="KEY=VALUE", help=_SET_HELP)
     plan.set_defaults(do=_plan)
 
     for name, do, what in (
@@ -329,7 +386,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=what)
         command.add_argument("run", metavar="RUN", help="a folder made by `thrifty plan`")
-        command.add_argument("--set", action="append", metavar="KEY=VALUE", help="for this time")
+        command.add_argument(
+            "--set", action="append", metavar="KEY=VALUE", help=f"for this time: {_SET_HELP}"
+        )
         command.set_defaults(do=do)
 
     report = commands.add_parser("report", help="write RUN/report.html, or print it as JSON")

@@ -14,8 +14,9 @@ byte an element, attention stays fused under dropout and over values narrower th
 AdamW that is not fused is foreach. Otherwise the CPU's fused attention keeps what CUDA's keeps.
 
 Limits: what a kernel allocates inside is not seen (attention's backward over grouped keys; on a CPU
-the wide copy of a mixed sum under a float32 adapter); eager PyTorch, one device, AdamW. Experts are
-traced as one grouped product, which has no fake form in float32.
+the wide copy of a mixed sum under a float32 adapter); eager PyTorch, one device; of the optimizers those
+of ``fake_techniques``. Experts are traced as one grouped product, which has no fake form in float32.
+What waits on the host is not on the tape.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +36,11 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from thrifty import fake_techniques as techniques
+from thrifty.costs.families import FAMILIES, TEXT_PARTS
 from thrifty.costs.operations import Adapter
 from thrifty.costs.setting import MemorySetting
+from thrifty.costs.shape import ModelShape
 from thrifty.data.packed_attention import pack_attention_kwargs
 
 _TRACED = (
@@ -49,8 +54,15 @@ _TRACED = (
     "adapter_dtype",
     "only_layers",
     "only_head",
+    "zeroth_order",
+    "storage",
+    "states",
     "fused",
+    "in_backward",
     "recompute",
+    "selective",
+    "offload",
+    "loss_chunk",
     "holds_logits",
 )
 """The fields of a setting that a trace follows; the others must be at their defaults."""
@@ -79,6 +91,7 @@ class Tape(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.instant = Instant("setup")
+        self.paused = False
         self.events: list[tuple[Instant, int, Buffer]] = []
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -94,7 +107,7 @@ class Tape(TorchDispatchMode):
     def _see(self, tensor: torch.Tensor, func: Any) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._alive or not size:
+        if key in self._alive or not size or self.paused:
             return
         buffer = Buffer(str(func), tuple(tensor.shape), tensor.dtype, self.instant)
         self._alive[key] = weakref.ref(storage, partial(self._lose, key, size, buffer))
@@ -103,6 +116,14 @@ class Tape(TorchDispatchMode):
     def _lose(self, key: int, size: int, buffer: Buffer, _: object) -> None:
         del self._alive[key]
         self.events.append((self.instant, -size, buffer))
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy elsewhere, which takes no memory here."""
+        self.paused = True
+        try:
+            return tensor.detach().clone()
+        finally:
+            self.paused = False
 
     def peaks(self) -> dict[Instant, int]:
         """The most bytes alive in each instant."""
@@ -149,39 +170,68 @@ def record(
 
 def _step(model: Any, setting: MemorySetting, tape: Tape) -> None:
     """Forward, backward and optimizer as the Trainer runs them, in a steady state."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    foreach = None if setting.fused else setting.device_kind == "cuda"
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=setting.fused, foreach=foreach)
-    for parameter in trained:
-        parameter.grad = torch.empty_like(parameter)
-    optimizer.step()  # makes its states
-    if setting.gradient_accumulation_steps == 1:
-        optimizer.zero_grad()
-    _mark_layers(layers_of(model), tape)
     shape = setting.micro_batch, setting.sequence
     names = ("input_ids", "labels", "position_ids")
+    if setting.zeroth_order:
+        _zeroth_order_step(model, {name: torch.ones(shape, dtype=torch.long) for name in names}, tape)
+        return
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [[each] for each in trained] if setting.in_backward else [trained]
+    optimizers = [techniques.optimizer_of(group, setting) for group in groups]
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()  # makes its states
+        if setting.gradient_accumulation_steps == 1:
+            optimizer.zero_grad()
+    if setting.in_backward:
+        techniques.update_in_backward(dict(zip(trained, optimizers, strict=True)))
+    _mark_layers(layers_of(model), tape)
+    if setting.offload:
+        techniques.offload(_plain(model).base_model, tape.to_host)
     batch = {name: torch.ones(shape, dtype=torch.long) for name in names}
 
     tape.instant = Instant("loss")
-    out = _forward(model, batch)
+    out = _forward(model, batch, setting.loss_chunk)
     loss = out.loss
     if not setting.holds_logits:
         del out
     loss.backward()
     del loss  # and with it the graph, whose leaves may be activations with a gradient
     tape.instant = Instant("optimizer")
-    torch.nn.utils.clip_grad_norm_(trained, 1.0)
-    optimizer.step()
+    if not setting.in_backward:
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizers[0].step()
 
 
-def _forward(model: Any, batch: dict[str, torch.Tensor]) -> Any:
+def _zeroth_order_step(model: Any, batch: dict[str, torch.Tensor], tape: Tape) -> None:
+    """The loss on both sides of a random direction, and the noise on the weights."""
+    model.eval()
+    tape.instant = Instant("loss")
+    with torch.no_grad():
+        for _ in range(2):
+            _forward(model, batch)
+        tape.instant = Instant("optimizer")
+        techniques.perturb(model.parameters())
+
+
+def _forward(model: Any, batch: dict[str, torch.Tensor], loss_chunk: int = 0) -> Any:
     apart = pack_attention_kwargs(
         model.config.model_type,
         batch["position_ids"],
         attn_implementation=model.config._attn_implementation or "eager",
         dtype=model.dtype,
     )
-    return model(**batch, **apart)
+    if not loss_chunk:
+        return model(**batch, **apart)
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"} | apart
+    loss = techniques.chunked_loss(_plain(model), batch["labels"], inputs, loss_chunk)
+    return SimpleNamespace(loss=loss)
+
+
+def _plain(model: Any) -> Any:
+    """The model inside PEFT's."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _mark_layers(layers: torch.nn.ModuleList, tape: Tape) -> None:
@@ -219,15 +269,21 @@ def skeleton(config: Mapping[str, Any], setting: MemorySetting, num_layers: int 
     if num_layers is not None:
         del layers_of(model)[num_layers:]
     if setting.adapter is not None:
-        model = _adapted(model, setting.adapter)
+        model = _adapted(model, setting.adapter, _lora_targets(config, model))
     elif setting.only_head:
         model.requires_grad_(False).get_output_embeddings().requires_grad_(True)
     elif setting.only_layers is not None:
         model.requires_grad_(False)
         for index, layer in enumerate(layers_of(model)):
             layer.requires_grad_(index in setting.only_layers)
+    if setting.storage is not None:
+        shape = ModelShape.from_config(config)
+        techniques.pack_linears(layers_of(model), shape, setting.storage)
     if setting.recompute:
-        model.activation_checkpointing_enable(every_n_layers=int(setting.recompute))
+        options: dict[str, Any] = {"use_reentrant": False}
+        if setting.selective:
+            options["context_fn"] = techniques.selective_contexts
+        model.activation_checkpointing_enable(options, every_n_layers=int(setting.recompute))
     return model.train()
 
 
@@ -239,6 +295,11 @@ def _check(setting: MemorySetting) -> None:
                 f"a step with {field.name} {value} cannot be traced\n"
                 "hint: verify the plan without it, or take its prediction as it is"
             )
+    if setting.states.name not in techniques.STATES:
+        raise ValueError(
+            f"a step of {setting.states.name} cannot be traced\n"
+            f"hint: those that can are {', '.join(techniques.STATES)}"
+        )
 
 
 def base_model(config: Mapping[str, Any], dtype: str) -> Any:
@@ -253,20 +314,28 @@ def base_model(config: Mapping[str, Any], dtype: str) -> Any:
         )
 
 
-def _adapted(model: Any, adapter: Adapter) -> Any:
-    from peft import LoraConfig, get_peft_model
+def has_closed_form(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") in (*FAMILIES, *TEXT_PARTS)
+
+
+def _lora_targets(config: Mapping[str, Any], model: Any) -> Sequence[str]:
+    """What is adapted where no names are given: as priced, or every linear of the layers. PEFT's
+    own ``all-linear`` takes routers and experts with it."""
     from transformers.pytorch_utils import Conv1D
 
-    targets: str | list[str] = "all-linear"
-    if adapter.targets is not None:
-        targets = list(adapter.targets)
-    elif adapter.layers is not None:  # which PEFT takes along with names only
-        linears = (torch.nn.Linear, Conv1D)
-        named = layers_of(model).named_modules()
-        targets = sorted({name.split(".")[-1] for name, m in named if isinstance(m, linears)})
+    if has_closed_form(config):
+        return ModelShape.from_config(config).lora_targets
+    named = layers_of(model).named_modules()
+    linears = (torch.nn.Linear, Conv1D)
+    return sorted({name.split(".")[-1] for name, module in named if isinstance(module, linears)})
+
+
+def _adapted(model: Any, adapter: Adapter, default_targets: Sequence[str]) -> Any:
+    from peft import LoraConfig, get_peft_model
+
     options = LoraConfig(
         r=adapter.rank,
-        target_modules=targets,
+        target_modules=list(adapter.targets or default_targets),
         layers_to_transform=None if adapter.layers is None else list(adapter.layers),
         task_type="CAUSAL_LM",
     )

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from thrifty.costs.memory import MemoryAccount
-from thrifty.costs.operations import Adapter
 from thrifty.costs.setting import MemorySetting
 from thrifty.costs.shape import PARTS
 
@@ -126,7 +126,7 @@ class Measured:
             return verify(self.config, MemorySetting(micro_batch=1, sequence=LENGTHS[0])).depths
 
     def _refuse_loops(self) -> None:
-        few, many = (_num_kernels(self.model, length) for length in (16, 32))
+        few, many = (_num_kernels(self.config, length) for length in (16, 32))
         if many - few >= 16:
             raise NotTraced(
                 "it runs a loop over tokens, kernel by kernel, in place of a fused kernel that is "
@@ -190,15 +190,15 @@ class Measured:
         return Flops(token, pair, u * (token + pair * u) / longest - 1.0)
 
 
-class _traced:
+@contextmanager
+def _traced() -> Iterator[None]:
     """Whatever a model's own code raises on tensors without data is a reason, not a fault."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, NotTraced):
-            raise NotTraced(_first_line(error)) from error
+    try:
+        yield
+    except NotTraced:
+        raise
+    except Exception as error:
+        raise NotTraced(_first_line(error)) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -279,33 +279,22 @@ def _tensors(model: Any, setting: MemorySetting) -> list[tuple[int, bool]]:
 
 def _count(config: Mapping[str, Any], setting: MemorySetting, depth: int) -> list[float]:
     """FLOPs of forward and backward of a row of each of ``LENGTHS``."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
-    from thrifty.fake_step import skeleton
-
-    model = skeleton(config, setting, depth)
-    model.set_attn_implementation("eager")  # of fused attention the counter sees no product
-    model.set_experts_implementation("batched_mm")  # nor of a grouped one
     counts = []
-    for length in LENGTHS:
-        with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
-            _run(model, length).loss.backward()
-        counts.append(float(counter.get_total_flops()))
+    with _on_fake_tensors(config, setting, depth) as model:
+        model.set_attn_implementation("eager")  # of fused attention the counter sees no product
+        model.set_experts_implementation("batched_mm")  # nor of a grouped one
+        for length in LENGTHS:
+            with FlopCounterMode(display=False) as counter:
+                _run(model, length).loss.backward()
+            counts.append(float(counter.get_total_flops()))
     return counts
 
 
-def _run(model: Any, length: int) -> Any:
-    import torch
-
-    ids = torch.ones(1, length, dtype=torch.long, device="meta")
-    return model(input_ids=ids, labels=ids, use_cache=False)
-
-
-def _num_kernels(model: Any, length: int) -> int:
+def _num_kernels(config: Mapping[str, Any], length: int) -> int:
     """Of a forward."""
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Counter(TorchDispatchMode):
@@ -317,10 +306,32 @@ def _num_kernels(model: Any, length: int) -> int:
             self.kernels += 1
             return func(*args, **(kwargs or {}))
 
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
+    with (
+        torch.no_grad(),
+        _on_fake_tensors(config, MemorySetting(), None) as model,
+        Counter() as counter,
+    ):
         _run(model, length)
     return counter.kernels
 
 
-LORA = Adapter(rank=16)
-"""On every linear of the layers, in float32, as PEFT does where nothing else is said."""
+@contextmanager
+def _on_fake_tensors(
+    config: Mapping[str, Any], setting: MemorySetting, depth: int | None
+) -> Iterator[Any]:
+    """What trains, its tensors and all that is made meanwhile without data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from thrifty.fake_step import _materialise, skeleton
+
+    model = skeleton(config, setting, depth)
+    with FakeTensorMode():
+        _materialise(model, setting)
+        yield model
+
+
+def _run(model: Any, length: int) -> Any:
+    import torch
+
+    ids = torch.ones(1, length, dtype=torch.long)
+    return model(input_ids=ids, labels=ids, use_cache=False)

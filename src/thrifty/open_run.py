@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from thrifty import notes
 from thrifty.core.budget import PRICED, Budget, Cost, Rates
 from thrifty.core.contracts import Held, Rows
 from thrifty.core.durable import write_atomically
@@ -39,6 +40,8 @@ def at_work(run: RunFolder, say: Say, overrides: tuple[str, ...] = ()) -> Iterat
     work = Work(run, plan, say)
     work.check()
     with run.working() as work.ledger:
+        for note in notes.of_device(work.device, plan.budget):
+            say(note)
         work.ledger.set_budget(plan.budget)
         work.ledger.energy = energy_counter()
         work.ledger.set_rates(Rates.hourly(plan.dollars_per_hour, work.ledger.rates.watts))
@@ -101,6 +104,7 @@ class Work:
     @cached_property
     def base_sha256(self) -> str:
         """Of the base weights. Raises ValueError where they are not those the run began with."""
+        self.say("looking at the base model's weights ...")
         found = weights_sha256(self.base)
         known_file = self.run.path / "base.sha256"
         known = self.plan.model.sha256
@@ -173,7 +177,7 @@ class Work:
 
     @cached_property
     def models(self) -> LoadedModels:
-        return LoadedModels(self.base, self.plan.training.dtype, local_device())
+        return LoadedModels(self.base, self.plan.training.dtype, local_device(), self.say)
 
     def planned(self, stage: str) -> Cost:
         """A stage's cost as planned, at the price that there is now."""

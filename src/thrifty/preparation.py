@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from thrifty import planner
+from thrifty import notes, planner
 from thrifty.core import plan as plans
 from thrifty.core import quantities
 from thrifty.core.budget import Budget, PoolStats
@@ -24,6 +24,7 @@ from thrifty.core.ledger import Ledger, Rates
 from thrifty.core.plan import ModelSource, Objective, Plan, PoolSource, Target
 from thrifty.costs.hardware import Device, dollars_per_hour, load_device
 from thrifty.costs.shape import ModelShape, read_shape
+from thrifty.progress import counted
 from thrifty.run_folder import RunFolder
 from thrifty.signals.models import locate
 from thrifty.signals.weight_files import check_weights
@@ -31,7 +32,7 @@ from thrifty.signals.weight_files import check_weights
 # Imported where data are read: a plan of a config alone answers before pyarrow would have loaded.
 if TYPE_CHECKING:
     from thrifty.data.pool import BadRow, Row
-    from thrifty.data.store import StoreManifest
+    from thrifty.data.store import Store, StoreManifest
 
 DEFAULT_MAX_LENGTH = 2048
 HELD_OUT_ROWS = 256
@@ -92,7 +93,10 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
     small; ``folder`` is then as it was.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is in use\nhint: choose another -o, or delete it first")
+        goes_on = f"`thrifty run {folder}` goes on with it; " * (folder / "plan.yaml").is_file()
+        raise ValueError(
+            f"{folder} exists already\nhint: {goes_on}choose another -o, or delete it first"
+        )
     _check_fixed(asked)
     model_folder, revision = locate(asked.model, asked.revision, weights=False)
     shape = read_shape(model_folder)
@@ -111,6 +115,8 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
 
             measure_once(say)
         request = _request(asked, shape, stores)
+        for note in notes.of_device(request.device, request.budget):
+            say(note)
         planned = planner.search(request)
         plan = _plan(asked, revision, planned, request, stores)
         draft.plan_file.write_text(plans.dump(plan), encoding="utf-8")
@@ -187,9 +193,10 @@ def stats_together(manifests: list[StoreManifest]) -> PoolStats | None:
 
 
 def _read(asked: Asked, shape: ModelShape, model_folder: Path, run: RunFolder, say: Say) -> _Stores:
+    from thrifty.data import store_cache
     from thrifty.data.pool import read_rows
     from thrifty.data.sources import shown
-    from thrifty.data.store import build_store
+    from thrifty.data.store import build_store, open_store
     from thrifty.data.tokens import load_tokenizer, tokenizer_fingerprint
 
     tokenizer = load_tokenizer(str(model_folder))
@@ -198,7 +205,23 @@ def _read(asked: Asked, shape: ModelShape, model_folder: Path, run: RunFolder, s
     mark = tokenizer_fingerprint(tokenizer)
 
     def store(rows: Iterable[Row | BadRow], directory: Path) -> StoreManifest:
-        return build_store(iter(rows), directory, tokenizer, max_length, tokenizer_fingerprint=mark)
+        told = counted(rows, say)
+        return build_store(told, directory, tokenizer, max_length, tokenizer_fingerprint=mark)
+
+    def large_store(sources: tuple[str, ...], directory: Path) -> StoreManifest:
+        """Of rows that may take minutes to read: kept for the next plan."""
+        rows = read_rows(sources, task=asked.task)  # looks at the sources at once
+        # Of a slow tokenizer the fingerprint is not all that decides.
+        parts = (mark, max_length, asked.task) if tokenizer.is_fast else None
+        key = store_cache.key_of(sources, *parts) if parts else None
+        found = store_cache.fetch(key, directory)
+        if found is not None:
+            say(f"  as read and tokenised before ({store_cache.VARIABLE}=0 reads anew)")
+            return found
+        found = store(rows, directory)
+        if parts and key == store_cache.key_of(sources, *parts):  # else written to meanwhile
+            store_cache.keep(key, directory)
+        return found
 
     targets: dict[str, dict[str, StoreManifest]] = {}
     for name, target in asked.targets.items():  # first: they are small, and may be amiss too
@@ -208,17 +231,20 @@ def _read(asked: Asked, shape: ModelShape, model_folder: Path, run: RunFolder, s
                 targets[name][part] = store(rows, run.target(name, part))
     say(f"reading the pool: {', '.join(map(shown, asked.pool))}")
     with _naming("the pool"):
-        pool = store(read_rows(asked.pool, task=asked.task), run.pool)
+        pool = large_store(asked.pool, run.pool)
     num_bad = sum(pool.num_bad.values())
     if num_bad:
         say(f"set aside {num_bad:,} bad rows, see pool/quarantine.jsonl: {_counts(pool.num_bad)}")
     say(f"{pool.num_examples:,} rows, {pool.num_tokens:,} tokens")
     if not targets:
-        dev = _held_out(asked, pool.num_examples)
+        dev = _held_out(open_store(run.pool))
         targets[POOL_AS_TARGET] = {"dev": store(dev, run.target(POOL_AS_TARGET, "dev"))}
     if asked.fixed.get("training.replay"):
         with _naming("the replay rows"):
-            store(read_rows(asked.fixed["training.replay"], task=asked.task), run.replay)
+            large_store(tuple(asked.fixed["training.replay"]), run.replay)
+    num_dev = {name: parts["dev"].num_examples for name, parts in targets.items()}
+    for note in notes.of_rows(asked.targets, num_dev):
+        say(note)
     return _Stores(pool, targets)
 
 
@@ -255,6 +281,7 @@ def _target_rows(name: str, target: Target, task: str, say: Say) -> dict[str, li
                 half = part_of(row.fingerprint, {"signal": 0.5, "dev": 0.5}, seed=0)
                 halves[half].append(row)
         if halves["signal"] and halves["dev"]:
+            say(f"no --dev for {name}: {len(halves['dev']):,} of its rows steer training instead")
             parts = halves
         elif any(isinstance(row, Row) for row in signal):
             say(f"target {name} has too few rows to split: the same steer selection and training")
@@ -264,27 +291,29 @@ def _target_rows(name: str, target: Target, task: str, say: Say) -> dict[str, li
     return parts
 
 
-def _held_out(asked: Asked, num_rows: int) -> Iterable[Row]:
+def _held_out(pool: Store) -> Iterable[Row]:
     """Dev rows from the pool itself, by hash; the overlap filter keeps them out of training."""
-    from thrifty.data.pool import Row, read_rows
     from thrifty.data.splits import part_of
 
+    num_rows = len(pool)
     if num_rows < 2:
         raise ValueError(
             "one row cannot be trained on and measured on\n"
             "hint: give more rows, or --target ROWS to measure on"
         )
     share = min(0.1, HELD_OUT_ROWS / num_rows)
-    rows = (row for row in read_rows(asked.pool, task=asked.task) if isinstance(row, Row))
+    rows = (
+        (row_id, mark)
+        for shard in pool.shards()
+        for row_id, mark in zip(shard.ids, shard.fingerprints, strict=True)
+    )
     if num_rows < 20:  # a share by hash could be nothing, or all
-        yield from islice(rows, num_rows // 2)
-        return
-    taken = 0
-    for row in rows:
-        part = part_of(row.fingerprint, {"dev": share, "train": 1 - share}, seed=0)
-        if part == "dev" and taken < 2 * HELD_OUT_ROWS:
-            taken += 1
-            yield row
+        taken = [row_id for row_id, _ in islice(rows, num_rows // 2)]
+    else:
+        parts = {"dev": share, "train": 1 - share}
+        held_out = (row_id for row_id, mark in rows if part_of(mark, parts, seed=0) == "dev")
+        taken = list(islice(held_out, 2 * HELD_OUT_ROWS))
+    return pool.take(taken).rows
 
 
 def _request(asked: Asked, shape: ModelShape, stores: _Stores | None = None) -> planner.Request:

@@ -69,7 +69,10 @@ class Request:
 
     @property
     def memory_limit(self) -> float:
-        return self.budget.memory_bytes or self.device.memory_bytes
+        """A GPU holds no more than it has, whatever the budget allows; a machine's memory without a
+        GPU stands for any other's."""
+        asked = self.budget.memory_bytes or self.device.memory_bytes
+        return min(asked, self.device.memory_bytes) if self.device.kind == "cuda" else asked
 
     @property
     def most_allocated(self) -> float:

@@ -17,6 +17,7 @@ from thrifty.core.budget import Budget, Cost
 from thrifty.core.contracts import Rows, Tokens
 from thrifty.core.ledger import BudgetExceeded, Ledger, Stage
 from thrifty.core.ordering import best_first, fill
+from thrifty.core.plan import Training
 from thrifty.core.resolve import parse_spec, resolve
 from thrifty.data.packing import PackedDataset
 from thrifty.data.store import open_store
@@ -77,7 +78,7 @@ def train(work: Work, branch: Branch) -> None:
     done = training.is_done(folder, mark)
     if done and _is_closed(work.ledger, name):
         return
-    work.say(f"{name}: {plan.training.max_steps:,} steps at most, {plan.training.method}")
+    work.say(f"{name}: {plan.training.method}, {_steps(plan.training, predicted)}")
     with work.ledger.stage(
         name, plan.training.method, predicted=predicted, account=branch.account, limit=branch.limit
     ) as stage:
@@ -106,6 +107,16 @@ def train(work: Work, branch: Branch) -> None:
             say=work.say,
         )
         training.train(job, stage)
+
+
+def _steps(settings: Training, predicted: Cost) -> str:
+    """How many steps there will be, as predicted; a plan allows for more where a clock ends it."""
+    most = settings.max_steps
+    per_step = settings.micro_batch_tokens * settings.gradient_accumulation_steps
+    likely = min(most, round(predicted.tokens / per_step))
+    if not 0 < likely < most:
+        return f"up to {most:,} steps"
+    return f"about {likely:,} steps, as planned, and up to {most:,} if they turn out faster"
 
 
 def _is_closed(ledger: Ledger, name: str) -> bool:
@@ -179,6 +190,9 @@ def test(work: Work, branch: Branch) -> None:
 def _test(work: Work, branch: Branch, stage: Stage, part: str, upper: Cost) -> None:
     rows, most = work.rows(part), branch.plan.training.micro_batch_tokens
     weights, kept = work.weights(rows), work.run.path / "test_losses.npz"
+    which = "the base and the trained model" if branch is work.main else "its model"
+    num_rows = sum(len(some.ids) for some in rows.values())
+    work.say(f"{branch.stage_name('test')}: measuring {which} on {num_rows:,} {part} rows")
     with stage.spending("test", upper) as lease, peak_noted(lease, local_device()):
         model = _trained(work, branch)
         after = measure(model, work.shape, rows, weights, lease, most)

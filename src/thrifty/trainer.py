@@ -32,6 +32,7 @@ from thrifty.interruption import PauseCallback
 from thrifty.reporters import Fenced, is_reporter
 from thrifty.schedule import WarmupStableDecay
 from thrifty.signals.models import load_model
+from thrifty.training_progress import TrainingProgress
 
 ACTIVITY_MARGIN = 1.5
 """Reserved for an evaluation or a checkpoint over what the last one took."""
@@ -103,6 +104,7 @@ class BudgetedTrainer(Trainer):
             stage=stage, governor=self.governor, predicted_step=job.predicted_step
         )
         self.pause = PauseCallback()
+        self.progress = TrainingProgress(job.say, self._steps_left)
         super().__init__(
             model=build_model(job.training, job.base, job.device),
             args=_arguments(job, resumed=newest is not None),
@@ -110,7 +112,7 @@ class BudgetedTrainer(Trainer):
             eval_dataset=job.data,  # asked for by the Trainer; ``evaluate`` measures the dev rows
             data_collator=default_data_collator,
             processing_class=job.tokenizer,
-            callbacks=[self.budget, self.pause],
+            callbacks=[self.budget, self.pause, self.progress],
         )
         self.remove_callback(PrinterCallback)
         self._shape = ModelShape.from_config(self._inner().config.to_dict())
@@ -122,6 +124,10 @@ class BudgetedTrainer(Trainer):
     def over(self) -> bool:
         """Whether the run came to its end, rather than being interrupted."""
         return self.governor.is_over(self.state.global_step)
+
+    def _steps_left(self, step: int) -> float:
+        """By the schedule or by the budget, whichever is less."""
+        return min(self._schedule.end - step, self.budget.steps_left(step))
 
     def _inner(self) -> Any:
         model: Any = self.model
@@ -189,6 +195,8 @@ class BudgetedTrainer(Trainer):
         """The objective on the dev rows, charged, journalled, and put to the governor."""
         step = self.state.global_step
         upper = self._cost_of("evaluate", self.job.predicted_evaluation)
+        if step == 0:  # the first line of a run that may otherwise be long in coming
+            self.job.say(f"  evaluating the base model on {self._num_dev():,} dev rows ...")
         with self.budget.activity("evaluate", upper, step=step) as lease:
             found = measure(
                 self.model,
@@ -221,6 +229,9 @@ class BudgetedTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _num_dev(self) -> int:
+        return sum(len(rows.ids) for rows in self.job.dev.values())
 
     def _line(self, step: int, found: Measured, stderr: float) -> str:
         spent = self._stage.spent()

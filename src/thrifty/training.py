@@ -54,6 +54,7 @@ def _go_on(job: TrainingJob, stage: Stage, newest: checkpoints.Checkpoint | None
         job.say(f"resuming from step {step}")
     if lost.flops:
         job.say(f"lost with the interruption, and charged: {lost}")
+    job.say("  loading the model ...")
     with stage.spending("load", job.predicted_load, step=max(step, 0)):
         release_free_memory()
         trainer = BudgetedTrainer(job, stage, newest)
@@ -67,6 +68,7 @@ def _go_on(job: TrainingJob, stage: Stage, newest: checkpoints.Checkpoint | None
         # Lost work used up what the rest of the run needed: end here, with what there is.
         stage.decide("train on or stop", "stop now", str(refusal).partition("\n")[0], step=step)
     finally:
+        trainer.progress.close()
         trainer.budget.close()
     if trainer.pause.asked and not trainer.over:
         raise Interrupted(

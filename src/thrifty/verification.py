@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from thrifty.core import quantities
-from thrifty.costs.families import FAMILIES, TEXT_PARTS
 from thrifty.costs.memory import account
 from thrifty.costs.setting import MemorySetting
 from thrifty.costs.shape import ModelShape
-from thrifty.fake_step import Instant, base_model, layers_of, record
+from thrifty.fake_step import Instant, base_model, has_closed_form, layers_of, record
 
 PHASES = ("loss", "backward", "optimizer")
+_ZEROTH_ORDER = {"layers": "loss", "perturbation": "optimizer"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +79,8 @@ def verify(
     """
     start = time.perf_counter()
     predicted = None
-    if config.get("model_type") in (*FAMILIES, *TEXT_PARTS):
-        closed = account(ModelShape.from_config(config), setting)
-        predicted = {phase: closed.phase_bytes(phase) for phase in PHASES}
+    if has_closed_form(config):
+        predicted = _predicted(ModelShape.from_config(config), setting)
     kinds = _kinds(base_model(config, setting.dtype), setting)
     depth = len(kinds)
     depths = (depth,) if full_depth else _depths(kinds)
@@ -91,6 +90,16 @@ def verify(
         traced = _carried_on(peaks[0], peaks[1], depths, depth)
     seconds = time.perf_counter() - start
     return Verification(predicted=predicted, traced=traced, depths=depths, seconds=seconds)
+
+
+def _predicted(shape: ModelShape, setting: MemorySetting) -> dict[str, float]:
+    """The account, in the phases of a trace."""
+    closed = account(shape, setting)
+    phases = dict.fromkeys(PHASES, 0.0)
+    for name in closed.phases:
+        phase = _ZEROTH_ORDER.get(name, name)
+        phases[phase] = max(phases[phase], closed.phase_bytes(name))
+    return phases
 
 
 def trace(

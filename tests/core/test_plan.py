@@ -56,7 +56,7 @@ def file(tmp_path):
 
 # -- there and back --------------------------------------------------------------------------------
 
-amounts = st.floats(1e-6, 1e30)
+amounts = st.floats(1e-6, 1e9)
 plans = st.builds(
     Plan,
     task=st.sampled_from(["sft", "continued"]),
@@ -72,7 +72,10 @@ plans = st.builds(
         max_size=2,
     ),
     budget=st.builds(
-        Budget, **dict.fromkeys(("flops", "seconds", "memory_bytes"), st.none() | amounts)
+        Budget,
+        flops=st.none() | st.floats(1e-6, 1e30),
+        seconds=st.none() | amounts,
+        memory_bytes=st.none() | st.floats(1e6, 1e18),  # fewer are taken for a forgotten unit
     ),
     objective=st.builds(Objective, dollars_per_unit=st.none() | amounts),
     selection=st.builds(

@@ -39,6 +39,12 @@ class _Notation:
     examples: str
     sums: bool = False
     """Whether several terms add up, as in ``1h30m``."""
+    listed: str = ""
+    """The units as a hint names them, where they are too many to go through."""
+    most: float = math.inf
+    """More than this is a slip of the keyboard, and would only make numbers that nobody can read."""
+    forgotten: tuple[float, str] = (0.0, "")
+    """Below this a bare number lacks its unit, probably this one."""
 
     def parse(self, value: str | int | float) -> float:
         if isinstance(value, bool) or not isinstance(value, (str, Real)):
@@ -49,6 +55,14 @@ class _Notation:
             total = _float(value) * self.units[""]
         if not 0 < total < math.inf:
             raise self._error(f"{self.what} must be more than zero and finite, not {show(value)}")
+        if total > self.most:
+            raise self._error(f"{show(value)} is more {self.what} than any run can use")
+        least, unit = self.forgotten
+        if total < least and _is_bare(value):
+            raise ValueError(
+                f"{show(value)} is too little {self.what} to be meant without a unit\n"
+                f"hint: did you mean {str(value).strip()}{unit}?"
+            )
         return total
 
     def _terms(self, value: str) -> list[float]:
@@ -70,7 +84,7 @@ class _Notation:
         sizes = {name.lower(): size for name, size in self.units.items()}
         for _, unit in terms:
             if unit not in sizes:
-                known = ", ".join(filter(None, self.units))
+                known = self.listed or ", ".join(filter(None, self.units))
                 raise ValueError(
                     f"unknown unit {unit[:20]!r} in {show(value)} for {self.what}\n"
                     f"hint: units are {known}; for example {self.examples}"
@@ -79,6 +93,10 @@ class _Notation:
 
     def _error(self, message: str) -> ValueError:
         return ValueError(f"{message}\nhint: write {self.what} like {self.examples}")
+
+
+def _is_bare(value: str | int | float) -> bool:
+    return not isinstance(value, str) or not any(map(str.isalpha, value.lower().replace("e", "")))
 
 
 def _float(number: str | int | float) -> float:
@@ -98,8 +116,17 @@ def show(value: object) -> str:
 
 _MEMORY = _Notation(
     "memory",
-    {"": 1.0, "B": 1.0, **{f"{p}B": _DECIMAL[p] for p in "kMGTP"}, **_BINARY},
+    {
+        "": 1.0,
+        "B": 1.0,
+        **{f"{p}B": _DECIMAL[p] for p in "kMGTP"},
+        **_BINARY,
+        # The smaller of its two readings, so that no limit is ever passed for want of two letters.
+        **{p: _DECIMAL[p] for p in "kMGTP"},
+    },
     "24GiB or 800MB",
+    most=1e18,
+    forgotten=(1e6, "GiB"),
 )
 _FLOPS = _Notation(
     "FLOPs",
@@ -110,7 +137,10 @@ _FLOPS = _Notation(
         **{f"{p}FLOPs": size for p, size in {"": 1.0, **_DECIMAL}.items()},
     },
     "3e17 or 300PFLOP",
+    listed="FLOP with k, M, G, T, P, E or Z before it (all but E also alone: 3E could be 3e18)",
+    most=1e30,
 )
+_CENTURY = 100 * 365.25 * 86400
 _TIME = _Notation(
     "time",
     {
@@ -122,16 +152,27 @@ _TIME = _Notation(
     },
     "90s, 45m or 1h30m",
     sums=True,
+    most=_CENTURY,
 )
-_HOURS = _Notation("hours", {**_TIME.units, "": 3600.0}, "2, 2h or 1h30m", sums=True)
+_HOURS = _Notation(
+    "hours", {**_TIME.units, "": 3600.0}, "2, 2h or 1h30m", sums=True, most=_CENTURY
+)
 _DOLLARS = _Notation(
-    "dollars", {"": 1.0, "k": 1e3, "USD": 1.0, "dollar": 1.0, "dollars": 1.0}, "$20 or 7.50"
+    "dollars",
+    {"": 1.0, "k": 1e3, "USD": 1.0, "dollar": 1.0, "dollars": 1.0},
+    "$20 or 7.50",
+    most=1e15,
 )
-_TOKENS = _Notation("tokens", {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}, "20M or 500k")
+_TOKENS = _Notation(
+    "tokens",
+    {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12},
+    "20M or 500k",
+    most=1e18,
+)
 
 
 def parse_bytes(value: str | int | float) -> float:
-    """``"24GiB"`` -> bytes. A bare number is bytes."""
+    """``"24GiB"`` -> bytes. A bare number is bytes, unless so few that its unit was forgotten."""
     return _MEMORY.parse(value)
 
 

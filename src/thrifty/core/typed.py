@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import math
 import types
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from thrifty.core.quantities import show
@@ -20,10 +20,14 @@ from thrifty.core.quantities import show
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a misspelt name: the nearest known one, or all of them."""
     known = sorted(known)
-    close = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1)
+    close = _close(name, known)
     if close:
-        return f"did you mean {close[0]}?"
+        return f"did you mean {close}?"
     return f"known: {', '.join(known)}" if known else "there is none"
+
+
+def _close(name: str, known: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1)), None)
 
 
 def read(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
@@ -42,7 +46,9 @@ def read(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
     if origin is Literal:
         if any(value == known and type(value) is type(known) for known in args):
             return value
-        return _wrong(f"one of {', '.join(map(str, args))}", value, where, problems)
+        close = _close(value, map(str, args)) if isinstance(value, str) else None
+        meant = f"; did you mean {close}?" if close else ""
+        return _wrong(f"one of {', '.join(map(str, args))}", value, where, problems, meant)
     if dataclasses.is_dataclass(hint):
         return read_fields(hint, value, where, problems)
     kind = origin or hint
@@ -53,7 +59,8 @@ def read(hint: Any, value: Any, where: str, problems: list[str]) -> Any:
         return {k: read(inner, v, f"{where}.{k}", problems) for k, v in value.items()}
     if isinstance(kind, type) and issubclass(kind, Collection) and kind is not str:
         if not isinstance(value, (list, tuple)):
-            return _wrong("a list", value, where, problems)
+            written = f"; write [{value}]" if isinstance(value, str) and len(value) < 100 else ""
+            return _wrong("a list", value, where, problems, written)
         inner = args[0] if args else Any
         items = [read(inner, v, f"{where}[{i}]", problems) for i, v in enumerate(value)]
         return items if kind is list else tuple(items)
@@ -70,7 +77,9 @@ def read_fields(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
     prefix = f"{where}." if where else ""
     for key in values:
         if key not in fields:
-            problems.append(f"unknown key {prefix}{key!s:.80}: {nearest(str(key), fields)}")
+            deeper = _deeper(cls, str(key), values[key])
+            hint = f"did you mean {prefix}{deeper}?" if deeper else nearest(str(key), fields)
+            problems.append(f"unknown key {prefix}{key!s:.80}: {hint}")
     read_values = {}
     for name, field in fields.items():
         if name in values:
@@ -84,6 +93,22 @@ def read_fields(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
     except ValueError as error:
         problems.append(f"{where}: {_one_line(error)}" if where else _one_line(error))
         return None
+
+
+def _deeper(cls: Any, key: str, value: Any) -> str | None:
+    """The path below ``cls`` of the one field called ``key`` that stands deeper: for ``lora``, and
+    what is set in it, ``training.lora.rank``."""
+    if isinstance(value, Mapping) and len(value) == 1:
+        key = f"{key}.{next(iter(value))}"
+    found = [path for path in _paths(cls) if path.endswith(f".{key}")]
+    return found[0] if len(found) == 1 else None
+
+
+def _paths(cls: Any) -> Iterator[str]:
+    for name, hint in get_type_hints(cls).items():
+        yield name
+        if dataclasses.is_dataclass(hint):
+            yield from (f"{name}.{path}" for path in _paths(hint))
 
 
 def _read_union(hints: tuple[Any, ...], value: Any, where: str, problems: list[str]) -> Any:

@@ -62,19 +62,29 @@ UNFUSED_ADAMW = {
 """``foreach`` on CUDA makes a copy of everything, the loop on a CPU two of the largest tensor."""
 
 
+def step_bytes(setting: MemorySetting) -> float:
+    """Of an element of the tensor at work, what an optimizer's step allocates for it."""
+    states = setting.states
+    if states is ADAMW and not setting.fused and setting.device_kind == "cpu":
+        return UNFUSED_ADAMW["cpu"].step_largest * setting.trained_itemsize
+    narrow = setting.trained_itemsize < 4
+    return states.step_largest + (4.0 * states.step_casts if narrow else 0.0)
+
+
 def update_bytes(shape: ModelShape, setting: MemorySetting) -> tuple[float, float]:
-    """While the optimizer steps: the gradients, and what the step allocates."""
+    """While the optimizer steps: the gradients, and what the step allocates. Nothing where the
+    backward has used up all of them."""
+    if setting.in_backward:
+        return 0.0, 0.0
     found, states, itemsize = trained(shape, setting), setting.states, setting.trained_itemsize
     gradients = found.num_elements * itemsize / setting.num_devices
     if states is ADAMW and not setting.fused:
         states = UNFUSED_ADAMW[setting.device_kind]
     largest = float(found.largest)
-    allocated = states.step_all * gradients + states.step_largest * largest
-    if states is UNFUSED_ADAMW["cpu"]:
-        allocated *= itemsize
+    allocated = states.step_all * gradients + step_bytes(setting) * largest
     if setting.states_offloaded:  # one tensor's states visit at a time
         allocated += states.relative * itemsize * largest
-    return (largest * itemsize if setting.in_backward else gradients), allocated
+    return gradients, allocated
 
 
 def num_trained(shape: ModelShape, setting: MemorySetting) -> int:

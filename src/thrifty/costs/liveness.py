@@ -34,6 +34,9 @@ WORKSPACE = {
 """Buffers that a backward made of several kernels needs beside the gradients, in outputs."""
 
 
+NO_GRADIENTS = (0.0, 0.0, 0.0)
+
+
 class Point(NamedTuple):
     """An instant of a pass."""
 
@@ -45,27 +48,31 @@ class Point(NamedTuple):
     """Elements of the weights whose gradient the backward has left by now."""
     fresh: int = 0
     """Those of them whose gradient is made at this instant."""
+    updated: int = 0
+    """Those that are updated, where a weight is as soon as its gradient is there."""
 
 
 class Instants(NamedTuple):
     """The points of a pass as columns, to be looked at for many batches at once."""
 
     points: tuple[Point, ...]
-    columns: NDArray[np.float64]  # [num_points, 5]: token, map, fixed, done, fresh
+    columns: NDArray[np.float64]  # [num_points, 6]: token, map, fixed, done, fresh, updated
 
     def highest(
-        self, tokens: NDArray[Any], keys: float, done: float = 0.0, fresh: float = 0.0
+        self, tokens: NDArray[Any], keys: float, gradients: tuple[float, float, float] = NO_GRADIENTS
     ) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-        """For each batch the most bytes held and the instant at which they are; ``done``,
-        ``fresh``: bytes of an element of their gradients."""
-        token, keyed, fixed, left, made = self.columns.T[:, :, None]
-        held = tokens * (token + keyed * keys) + fixed + left * done + made * fresh
+        """For each batch the most bytes held and the instant at which they are; ``gradients``:
+        bytes of an element that is done, fresh, updated."""
+        token, keyed, fixed, *elements = self.columns.T[:, :, None]
+        held = tokens * (token + keyed * keys) + fixed
+        for number, each in zip(elements, gradients, strict=True):
+            held = held + number * each
         at = np.argmax(held, axis=0)
         return held[at, np.arange(held.shape[1])], at
 
 
 def instants(points: Sequence[Point]) -> Instants:
-    rows = [(*total((p.kept, p.beside)), p.done, p.fresh) for p in points]
+    rows = [(*total((p.kept, p.beside)), p.done, p.fresh, p.updated) for p in points]
     return Instants(tuple(points), np.array(rows, dtype=float))
 
 
@@ -196,10 +203,10 @@ def _backward_points(
                 del kept[tensor.name]
         # A product's gradient of what has one already is added to it out of place, once it is done.
         sums = [size for name, size in written.items() if each.forward and name in gradients]
-        if sums:
+        if sums or fresh:
             beside = total((*gradients.values(), *written.values(), *sums))
             there = Size() if offloaded else total(kept.values())
-            points.append(Point(there, beside, done, fresh))
+            points.append(Point(there, beside, done, fresh, fresh))
         for name, size in written.items():
             gradients[name] = max(size, gradients.get(name, Size()))
     return tuple(points), waiting or Size()

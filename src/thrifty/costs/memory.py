@@ -34,6 +34,7 @@ from thrifty.costs.held import (
     largest_tensor,
     num_trained,
     state_bytes,
+    step_bytes,
     update_bytes,
     weight_bytes,
 )
@@ -137,18 +138,19 @@ def peaks(
             for those in (rows == 1, rows > 1)
         )
         return np.insert(more, np.flatnonzero(rows == 1), one, axis=1)
-    passes: dict[bool, Bytes] = {}
+    passes: dict[float, Bytes] = {}
     found = []
     for setting in settings:
-        if setting.in_backward not in passes:
+        key = step_bytes(setting) if setting.in_backward else -1.0
+        if key not in passes:
             run = replace(setting, gradient_accumulation_steps=2) if accumulating else setting
             step = _Step(shape, run, tuple(micro_batches))
             *most, last = [instant.bytes for instant in step.instants().values()]
-            passes[setting.in_backward] = np.maximum.reduce(most)
+            passes[key] = np.maximum.reduce(most)
             held = step.held - step.states["optimizer_states"]
         states = 0.0 if setting.states_offloaded else state_bytes(shape, setting)
         update = last if setting.zeroth_order else sum(update_bytes(shape, setting))
-        most_beside = np.maximum(passes[setting.in_backward], update)
+        most_beside = np.maximum(passes[key], update)
         found.append(held + states / setting.num_devices + most_beside)
     return np.stack(found)
 
@@ -184,6 +186,9 @@ class _Step:
         # Bytes of an element of the gradients that stay as the backward goes on, and of one made.
         self.left = 0.0 if self.accumulating or setting.in_backward else self.itemsize / self.shards
         self.fresh = float(self.itemsize) if not self.left or self.shards > 1 else 0.0
+        # And of one that an update uses up in the backward, beside what the update makes.
+        self.update = step_bytes(setting) if setting.in_backward else 0.0
+        self.per_element = (self.left, self.fresh, self.update)
         every = int(setting.recompute)
         depth = len(self.passes.kind_of)
         self.again = np.array([every > 0 and index % every == 0 for index in range(depth)])
@@ -239,7 +244,7 @@ class _Step:
         if self.setting.zeroth_order:
             return self._forwards() | {"perturbation": self.last()}
         return {
-            "loss": _highest_of(self._head(), self._last_forward()),
+            "loss": _highest_of(_highest_of(self._head(), self._last_forward()), self._chunks()),
             "backward": _highest_of(self._layers(), self._embedding()),
             "optimizer": self.last(),
         }
@@ -273,7 +278,8 @@ class _Step:
     def _parts(self, point: Point, batch: int, tokens: Bytes) -> tuple[float, float, float]:
         """At an instant: what autograd keeps, what lives beside it, and the gradients made."""
         kept, beside = (float(size.at(tokens[batch], self.keys)) for size in point[:2])
-        return kept, beside, point.done * self.left + point.fresh * self.fresh
+        left, fresh, update = self.per_element
+        return kept, beside, point.done * left + point.fresh * fresh + point.updated * update
 
     def _gradients(self, fresh: float, done: float = 0.0) -> float:
         whole = self.gradients if self.accumulating else 0.0
@@ -289,7 +295,7 @@ class _Step:
         tokens = np.minimum(self.tokens, float(chunk)) if chunk else self.tokens
         both = last.forward.points + last.backward.points
         columns = np.concatenate([last.forward.columns, last.backward.columns])
-        most, at = Instants(both, columns).highest(tokens, self.keys, self.left, self.fresh)
+        most, at = Instants(both, columns).highest(tokens, self.keys, self.per_element)
         # The hidden states and their gradient wait for the chunks.
         waiting = 2.0 * passes.input if chunk else np.zeros_like(self.tokens)
         summed = last.weight_elements * self.itemsize if chunk else 0.0
@@ -305,6 +311,23 @@ class _Step:
 
         held = self._gradients(summed) + self.gathered
         return _Instant(self.kept + waiting + most + held, terms)
+
+    def _chunks(self) -> _Instant | None:
+        """The head's gradient of a chunk is added to that of the others, out of place."""
+        elements, chunk = self.passes.last.weight_elements, self.setting.loss_chunk
+        if not (elements and chunk):
+            return None
+        gradients = self._gradients(3.0 * elements * self.itemsize)
+        held = np.where(self.tokens > chunk, self.kept + 2.0 * self.passes.input, 0.0)
+
+        def terms(batch: int) -> dict[str, float]:
+            return {
+                "activations": float(held[batch]),
+                "gradients": gradients,
+                "temporaries": self.gathered,
+            }
+
+        return _Instant(held + gradients * (held > 0) + self.gathered, terms)
 
     def _last_forward(self) -> _Instant:
         """The last layer's forward, which may hold more than the head."""
@@ -335,7 +358,7 @@ class _Step:
         where = np.zeros(self.stored.shape, dtype=int)
         for mode, chosen in modes.items():
             if chosen.any():
-                highest, at = passes.highest(mode, self.left, self.fresh)
+                highest, at = passes.highest(mode, self.per_element)
                 most[chosen], where[chosen] = highest[kinds[chosen]], at[kinds[chosen]]
         # What a recomputed layer starts from waits beside its second forward.
         waiting = np.where(self.again[:, None], passes.input, 0.0)
@@ -370,6 +393,7 @@ class _Step:
         copies = (2.0 if self.shape.tie_word_embeddings else 0.0) + self.accumulating
         gradients = table if self.setting.in_backward else self.gradients
         beside = copies * table + self.passes.input
+        beside = np.maximum(beside, self.update * self.shape.head_parameters)
 
         def terms(batch: int) -> dict[str, float]:
             return {

@@ -43,18 +43,20 @@ class Passes:
         self.elements = per_layer.sum() + self.last.weight_elements
         # Of weights whose gradients exist when the backward comes to a layer.
         self.done = self.last.weight_elements + (per_layer.sum() - np.cumsum(per_layer))
-        self._highest: dict[tuple[str, float, float], tuple[Bytes, Any]] = {}
+        self._highest: dict[tuple[str, tuple[float, float, float]], tuple[Bytes, Any]] = {}
 
     def bytes(self, size: Size, tokens: Bytes | None = None) -> Bytes:
         tokens = self.tokens if tokens is None else tokens
         return size.at(tokens, self.keys) + np.zeros_like(tokens)
 
-    def highest(self, mode: str, done: float, fresh: float) -> tuple[Bytes, Any]:
+    def highest(
+        self, mode: str, gradients: tuple[float, float, float]
+    ) -> tuple[Bytes, Any]:
         """The most that each kind of layer holds in ``mode``, and when, [num_kinds, batches]."""
-        key = mode, done, fresh
+        key = mode, gradients
         if key not in self._highest:
             found = [
-                getattr(kind, mode).highest(self.tokens, self.keys, done, fresh)
+                getattr(kind, mode).highest(self.tokens, self.keys, gradients)
                 for kind in self.kinds
             ]
             self._highest[key] = tuple(np.stack(each) for each in zip(*found, strict=True))  # type: ignore[assignment]

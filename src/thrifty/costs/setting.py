@@ -57,6 +57,8 @@ class States:
     """Copies of all that is trained, which the step makes; 1 for AdamW's ``foreach`` on CUDA."""
     step_largest: float = 0.0
     """Bytes an element of the largest trained tensor."""
+    step_casts: float = 0.0
+    """Float32 copies of it, where it is narrower itself."""
     moved: float = 7.0
     """Times that the trained weights' bytes go through memory in a step."""
     cpu_factor: float = 1.0
@@ -195,4 +197,11 @@ def only_frozen(setting: MemorySetting, what: str) -> str | None:
     """Why weights in few bits cannot be combined with a setting that trains them."""
     if setting.adapter is None and not setting.zeroth_order:
         return f"weights in {what} cannot be trained themselves, only adapters on them"
+    return None
+
+
+def needs_a_gradient(setting: MemorySetting) -> str | None:
+    """Why an optimizer with states cannot be combined with a setting that makes no gradient."""
+    if setting.zeroth_order:
+        return "a zeroth-order update is plain descent, without states"
     return None

@@ -301,6 +301,11 @@ class ModelShape:
 
 def read_shape(path: str | Path) -> ModelShape:
     """Shape of a model folder, or of its ``config.json``."""
+    return ModelShape.from_config(read_config(path))
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The ``config.json`` of a model folder. Raises ValueError where it is none."""
     file = Path(path)
     if file.is_dir():
         file = file / "config.json"
@@ -316,4 +321,4 @@ def read_shape(path: str | Path) -> ModelShape:
         ) from None
     if not isinstance(config, dict):
         raise ValueError(f"{file} holds no object\nhint: it must be a Hugging Face config.json")
-    return ModelShape.from_config(config)
+    return config

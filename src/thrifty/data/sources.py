@@ -53,7 +53,7 @@ class SourceFile:
     def open(self) -> Iterator[BinaryIO]:
         """The (decompressed) bytes, as a buffered stream."""
         with ExitStack() as stack:
-            if _is_url(self.location):
+            if is_url(self.location):
                 import fsspec
 
                 raw: Any = stack.enter_context(fsspec.open(self.location, "rb"))
@@ -80,7 +80,7 @@ def expand(sources: Sequence[str] | str) -> list[SourceFile]:
         except ValueError:
             raise
         except Exception as error:  # each protocol has its own: no network, no credentials...
-            if not _is_url(source):
+            if not is_url(source):
                 raise
             detail = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(
@@ -88,14 +88,14 @@ def expand(sources: Sequence[str] | str) -> list[SourceFile]:
                 "hint: check the network and the credentials, or copy the data to this machine"
             ) from error
         for location in locations:
-            key = location if _is_url(location) else str(Path(location).resolve())
+            key = location if is_url(location) else str(Path(location).resolve())
             if key not in found:
                 found[key] = _source_file(location)
     return list(found.values())
 
 
 def _locations(source: str) -> Iterator[str]:
-    tree: _Local | _Remote = _Remote(source) if _is_url(source) else _Local()
+    tree: _Local | _Remote = _Remote(source) if is_url(source) else _Local()
     if tree.is_file(source):
         yield source
     elif tree.is_folder(source):
@@ -125,9 +125,9 @@ def _matches(tree: _Local | _Remote, pattern: str) -> list[str]:
 
 
 def _hint(source: str) -> str:
-    if not _is_url(source) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if not is_url(source) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         return f"hint: for a dataset on the Hugging Face hub write hf://datasets/{source}"
-    if not _is_url(source):
+    if not is_url(source):
         parent = Path(source).parent
         if not parent.exists():
             return f"hint: the folder {str(parent)!r} does not exist either"
@@ -212,13 +212,13 @@ class _Remote:
         return self._fs.cat_file(path)
 
 
-def _is_url(location: str) -> bool:
+def is_url(location: str) -> bool:
     return "://" in location
 
 
 def shown(location: str) -> str:
     """Without user, password and query: names end up in files and reports."""
-    if not _is_url(location):
+    if not is_url(location):
         return location
     parts = urlsplit(location)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

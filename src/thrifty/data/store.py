@@ -191,6 +191,12 @@ class _Totals:
         if not self._first_bad:
             return "the data holds no rows at all\nhint: check that the files are not empty"
         reasons = "; ".join(f"{row.file}:{row.number}: {row.reason}" for row in self._first_bad)
+        if set(self._bad) == {"unreadable"}:  # not one row was seen, so its fields are not to blame
+            return (
+                f"nothing can be read: {reasons}\n"
+                "hint: is the file whole, and of the format that its name ends in? a download that "
+                "broke off, or a page saved in its place, looks like this"
+            )
         return (
             f"none of the {sum(self._bad.values()):,} rows can be used: {reasons}\n"
             "hint: rows need text, prompt and completion, messages, or a pair such as "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -118,6 +119,8 @@ class LoadedModels:
     folder: Path
     dtype: str
     device: str = "cpu"
+    say: Callable[[str], None] | None = None
+    """Takes a line when a model is loaded, which may take minutes."""
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -125,6 +128,8 @@ class LoadedModels:
 
     @cached_property
     def _base(self) -> Any:
+        if self.say is not None:
+            self.say("  loading the base model ...")
         return load_model(self.folder, self.dtype, self.device).eval()
 
     def base(self) -> Any:

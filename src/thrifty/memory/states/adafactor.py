@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from thrifty.core.contracts import MemoryTechnique, Worth
-from thrifty.costs.setting import MemorySetting, States
+from thrifty.costs.setting import MemorySetting, States, needs_a_gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +21,7 @@ class Adafactor(MemoryTechnique):
     worth = Worth(0.9, 0.1, "no momentum; arXiv:1804.04235 section 9")
 
     def refuses(self, setting: MemorySetting) -> str | None:
-        if setting.zeroth_order:
-            return "a zeroth-order update is plain descent, without states"
-        return None
+        return needs_a_gradient(setting)
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(
@@ -32,7 +30,8 @@ class Adafactor(MemoryTechnique):
                 name="adafactor",
                 edge=4.0,
                 vector=4.0,
-                step_largest=12.0,
+                step_largest=8.0,
+                step_casts=2.0,
                 moved=9.0,
                 cpu_factor=13.0,
             ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from thrifty.core.contracts import MemoryTechnique, Worth
-from thrifty.costs.setting import MemorySetting, States
+from thrifty.costs.setting import MemorySetting, States, needs_a_gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +18,8 @@ class AdaLomo(MemoryTechnique):
     worth = Worth(0.9, 0.1, "arXiv:2310.10195: on par with AdamW in instruction tuning")
 
     def refuses(self, setting: MemorySetting) -> str | None:
-        if setting.zeroth_order:
-            return "a zeroth-order update is plain descent, without states"
+        if reason := needs_a_gradient(setting):
+            return reason
         if setting.gradient_accumulation_steps > 1:
             return "a gradient that is used up at once cannot be accumulated"
         return None if setting.adapter is None else "an adapter's gradients are small as they are"
@@ -28,7 +28,13 @@ class AdaLomo(MemoryTechnique):
         return replace(
             setting,
             states=States(
-                name="adalomo", edge=4.0, vector=4.0, step_largest=12.0, moved=9.0, cpu_factor=13.0
+                name="adalomo",
+                edge=4.0,
+                vector=4.0,
+                step_largest=8.0,
+                step_casts=2.0,
+                moved=9.0,
+                cpu_factor=13.0,
             ),
             in_backward=True,
         )

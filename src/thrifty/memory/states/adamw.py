@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from thrifty.core.contracts import MemoryTechnique, Worth
-from thrifty.costs.setting import ADAMW, MemorySetting
+from thrifty.costs.setting import ADAMW, MemorySetting, needs_a_gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +18,7 @@ class AdamW(MemoryTechnique):
     worth = Worth(1.0, 0.0, "reference")
 
     def refuses(self, setting: MemorySetting) -> str | None:
-        if setting.zeroth_order:
-            return "a zeroth-order update is plain descent, without states"
-        return None
+        return needs_a_gradient(setting)
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(setting, states=ADAMW)

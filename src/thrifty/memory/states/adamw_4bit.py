@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from thrifty.core.contracts import MemoryTechnique, Worth
-from thrifty.costs.setting import MemorySetting, States
+from thrifty.costs.setting import MemorySetting, States, needs_a_gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +19,7 @@ class AdamW4bit(MemoryTechnique):
     worth = Worth(0.98, 0.03, "arXiv:2309.01507; 42.3 against 42.6 accuracy in torchao's README")
 
     def refuses(self, setting: MemorySetting) -> str | None:
-        if setting.zeroth_order:
-            return "a zeroth-order update is plain descent, without states"
-        return None
+        return needs_a_gradient(setting)
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from thrifty.core.contracts import MemoryTechnique, Worth
-from thrifty.costs.setting import MemorySetting, States
+from thrifty.costs.setting import MemorySetting, States, needs_a_gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +22,7 @@ class AdamW8bit(MemoryTechnique):
     worth = Worth(1.0, 0.02, "arXiv:2110.02861 matches 32-bit")
 
     def refuses(self, setting: MemorySetting) -> str | None:
-        if setting.zeroth_order:
-            return "a zeroth-order update is plain descent, without states"
-        return None
+        return needs_a_gradient(setting)
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from thrifty.core.contracts import MemoryTechnique, Worth
-from thrifty.costs.setting import ADAMW, MemorySetting
+from thrifty.costs.setting import ADAMW, MemorySetting, needs_a_gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +18,8 @@ class AdamWOffload(MemoryTechnique):
     worth = Worth(1.0, 0.0, "the same arithmetic")
 
     def refuses(self, setting: MemorySetting) -> str | None:
-        if setting.zeroth_order:
-            return "a zeroth-order update is plain descent, without states"
+        if reason := needs_a_gradient(setting):
+            return reason
         return "there is no other place to put them" if setting.device_kind == "cpu" else None
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:

@@ -7,7 +7,7 @@ from math import inf
 
 from thrifty.core.contracts import MemoryTechnique, Worth
 from thrifty.core.ranges import check_ranges
-from thrifty.costs.setting import MemorySetting, States
+from thrifty.costs.setting import MemorySetting, States, needs_a_gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +25,7 @@ class Apollo(MemoryTechnique):
         check_ranges(self, rank=(1, inf))
 
     def refuses(self, setting: MemorySetting) -> str | None:
-        if setting.zeroth_order:
-            return "a zeroth-order update is plain descent, without states"
-        return None
+        return needs_a_gradient(setting)
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(

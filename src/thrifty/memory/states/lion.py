@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from thrifty.core.contracts import MemoryTechnique, Worth
-from thrifty.costs.setting import MemorySetting, States
+from thrifty.costs.setting import MemorySetting, States, needs_a_gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +19,7 @@ class Lion(MemoryTechnique):
     worth = Worth(0.97, 0.05, "arXiv:2302.06675: on par, less at small batches")
 
     def refuses(self, setting: MemorySetting) -> str | None:
-        if setting.zeroth_order:
-            return "a zeroth-order update is plain descent, without states"
-        return None
+        return needs_a_gradient(setting)
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(setting, states=States(name="lion", relative=1.0, moved=5.0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from thrifty.core.contracts import MemoryTechnique, Worth
-from thrifty.costs.setting import MemorySetting, States
+from thrifty.costs.setting import MemorySetting, States, needs_a_gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +18,8 @@ class LOMO(MemoryTechnique):
     worth = Worth(0.3, 0.2, "as sgd")
 
     def refuses(self, setting: MemorySetting) -> str | None:
-        if setting.zeroth_order:
-            return "a zeroth-order update is plain descent, without states"
+        if reason := needs_a_gradient(setting):
+            return reason
         if setting.gradient_accumulation_steps > 1:
             return "a gradient that is used up at once cannot be accumulated"
         return None if setting.adapter is None else "an adapter's gradients are small as they are"

@@ -1,0 +1,465 @@
+"""What of a measured model fits: the largest micro-batch of each way to train it, its memory by
+phase and term, its FLOPs and its time.
+
+Bytes of a phase are affine in the micro-batch but for what overtakes what within it. A line through
+two micro-batches names the largest that fits; that one is then measured itself, and where it lies
+off the line the answer says so. Time is a plain roofline: FLOPs over the device's rate.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from thrifty.core import quantities
+from thrifty.core.budget import Budget
+from thrifty.costs.allocator import allocatable, device_memory
+from thrifty.costs.flops import step_coefficients
+from thrifty.costs.hardware import Device, dollars_per_hour, load_device
+from thrifty.costs.memory import MemoryAccount, account
+from thrifty.costs.operations import Adapter
+from thrifty.costs.setting import MemorySetting
+from thrifty.costs.shape import ModelShape, read_config
+from thrifty.costs.time import rate
+from thrifty.display import table
+from thrifty.measured import Flops, Measured, NotTraced
+from thrifty.planner import NoPlanFits
+from thrifty.preparation import Asked
+from thrifty.pricing import MEMORY_MARGIN
+from thrifty.signals.models import locate
+
+DEFAULT_LENGTH = 1024
+DTYPE = "bfloat16"
+LORA = Adapter(rank=16)
+"""On every linear of the layers, in float32, as PEFT does where nothing else is said."""
+TRACED_BATCHES = (1, 4)
+"""Micro-batches that a line is drawn through."""
+LARGEST_BATCH = 1024
+AFFINE = 0.002
+"""How far off its line, or its form, a number may lie without a word."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way to train the model: what it takes, or why that cannot be measured."""
+
+    trained: str
+    recompute: bool
+    failed: str = ""
+    accounts: Mapping[int, MemoryAccount]
+    """By micro-batch, those that were measured."""
+    flops: Flops
+    limit: float
+    """Bytes that tensors may take."""
+    sequence: int
+    closed_form: tuple[float, float] | None = None
+    """Bytes at ``micro_batch`` and FLOPs a token, of a known architecture."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.trained} {'recompute' if self.recompute else 'keep'}"
+
+    @property
+    def fits(self) -> bool:
+        return any(each.peak_memory_bytes <= self.limit for each in self.accounts.values())
+
+    @property
+    def micro_batch(self) -> int:
+        """The largest that fits; 1 where none does."""
+        sizes = [b for b, each in self.accounts.items() if each.peak_memory_bytes <= self.limit]
+        return max(sizes, default=1)
+
+    @property
+    def account(self) -> MemoryAccount:
+        return self.accounts[self.micro_batch]
+
+    @property
+    def flops_per_token(self) -> float:
+        return self.flops.per_token(self.sequence)
+
+    @property
+    def affine_error(self) -> float:
+        """Of the line through the first two micro-batches, at the largest measured."""
+        most = max(self.accounts)
+        line = _line(self.accounts, *TRACED_BATCHES)
+        return max(at(most) for at in line.values()) / self.accounts[most].peak_memory_bytes - 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredPlan:
+    """A model, counted, and the ways to train it under a budget."""
+
+    model: Measured
+    path: str
+    revision: str | None
+    ways: tuple[Way, ...]
+    failed: str
+    """Why no step could be measured at all."""
+    sequence: int
+    device: Device
+    budget: Budget
+    dollars_per_hour: float | None
+    seconds: float
+    """What measuring took."""
+
+    @property
+    def memory_limit(self) -> float:
+        return self.budget.memory_bytes or self.device.memory_bytes
+
+    def seconds_of(self, flops: float) -> float:
+        return flops / float(rate(self.device, DTYPE, self.model.hidden_size))
+
+    def tokens(self, way: Way) -> float | None:
+        """What the budget pays for; None where it limits none of it."""
+        budget, price = self.budget, self.dollars_per_hour
+        seconds = [] if budget.seconds is None else [budget.seconds]
+        if budget.dollars is not None and price:
+            seconds.append(3600.0 * budget.dollars / price)
+        found = [each / self.seconds_of(way.flops_per_token) for each in seconds]
+        found += [] if budget.flops is None else [budget.flops / way.flops_per_token]
+        found += [] if budget.tokens is None else [budget.tokens]
+        return min(found, default=None)
+
+
+def measured_plan(asked: Asked, say: Callable[[str], None]) -> MeasuredPlan:
+    """Raises ValueError for what cannot be asked together, or built."""
+    _refuse(asked)
+    device = load_device(asked.device)
+    price = asked.dollars_per_hour or dollars_per_hour(device)
+    if asked.budget.dollars is not None and price is None:
+        raise ValueError(
+            f"the budget limits dollars but the price of {device.name} is unknown\n"
+            "hint: --price DOLLARS_PER_HOUR, or put it into your prices.yaml"
+        )
+    start = time.perf_counter()
+    folder, revision = locate(asked.model, asked.revision, weights=False)
+    model = Measured(read_config(folder))
+    sequence = _sequence(asked, model)
+    say(f"building and tracing {asked.model} on fake tensors, some seconds a way to train it ...")
+    plan = MeasuredPlan(
+        model=model,
+        path=asked.model,
+        revision=revision,
+        ways=(),
+        failed="",
+        sequence=sequence,
+        device=device,
+        budget=asked.budget,
+        dollars_per_hour=price,
+        seconds=0.0,
+    )
+    limit = allocatable(plan.memory_limit / MEMORY_MARGIN, device.kind)
+    base = MemorySetting(sequence=sequence, dtype=DTYPE, device_kind=device.kind)
+    try:
+        assert model.depths
+        ways = tuple(
+            _way(model, replace(base, adapter=adapter, recompute=recompute), limit)
+            for adapter in (None, LORA)
+            for recompute in (0, 1)
+        )
+        # The same reason four times is one.
+        reasons = {way.failed for way in ways}
+        failed = reasons.pop() if len(reasons) == 1 else ""
+    except NotTraced as error:
+        ways, failed = (), str(error)
+    ways = tuple(sorted(ways, key=lambda w: (bool(w.failed), not w.fits, w.flops.token)))
+    return replace(plan, ways=ways, failed=failed, seconds=time.perf_counter() - start)
+
+
+def check(plan: MeasuredPlan) -> None:
+    """Raises ValueError where no step was measured, NoPlanFits where none fits the memory."""
+    kind = plan.model.config["model_type"]
+    measured = [way for way in plan.ways if not way.failed]
+    if not measured:
+        raise ValueError(
+            f"the parameters of {plan.path} are counted, but a step of {kind} cannot be measured: "
+            f"{plan.failed or measured_reasons(plan)}\nhint: measure a real step of it on a device"
+        )
+    if not any(way.fits for way in measured):
+        least = min(measured, key=lambda way: way.account.peak_memory_bytes)
+        size = device_memory(least.account.peak_memory_bytes, plan.device.kind).device
+        needed = quantities.format_bytes(1.005 * MEMORY_MARGIN * size)
+        raise NoPlanFits(
+            f"no way that was measured fits {quantities.format_bytes(plan.memory_limit)}: "
+            f"the smallest, {least.name}, needs {needed} with rows of {plan.sequence:,} tokens\n"
+            f"hint: --memory {needed.replace(' ', '')}, or shorter rows: "
+            "--set training.max_length=512"
+        )
+
+
+def measured_reasons(plan: MeasuredPlan) -> str:
+    return "; ".join(f"{way.name}: {way.failed}" for way in plan.ways)
+
+
+def _refuse(asked: Asked) -> None:
+    if asked.pool:
+        raise ValueError(
+            "--measure plans no run: the stages of a run are priced by a closed form\n"
+            "hint: leave out --pool to see what fits"
+        )
+    keys = sorted(set(asked.fixed) - {"training.max_length"})
+    for given, what in (
+        (asked.targets, "--target"),
+        (asked.techniques, "--using"),
+        (asked.num_devices > 1, "--devices"),
+        (asked.control, "--control"),
+        (asked.task == "preference", "--task preference"),
+        (keys, f"--set {keys[0]}" if keys else ""),
+    ):
+        if given:
+            raise ValueError(
+                f"--measure does not know {what}\n"
+                "hint: it measures full training and LoRA in bfloat16 on one device; of the plan's "
+                "values it takes training.max_length"
+            )
+
+
+def _sequence(asked: Asked, model: Measured) -> int:
+    """Tokens of a row: as asked, else a thousand, at most the model's context."""
+    assert model.model
+    context = model.context or math.inf
+    wished = asked.fixed.get("training.max_length")
+    if wished is not None and wished > context:
+        raise ValueError(
+            f"training.max_length {wished} is longer than the model's context of {context}\n"
+            f"hint: at most {context}"
+        )
+    return int(min(DEFAULT_LENGTH, context) if wished is None else wished)
+
+
+def _way(model: Measured, setting: MemorySetting, limit: float) -> Way:
+    trained = "full" if setting.adapter is None else "lora"
+    way = Way(
+        trained=trained,
+        recompute=bool(setting.recompute),
+        accounts={},
+        flops=Flops(math.inf, math.inf, 0.0),
+        limit=limit,
+        sequence=setting.sequence,
+    )
+    try:
+        accounts = _accounts(model, setting, limit)
+        way = replace(way, accounts=accounts, flops=model.flops(setting))
+    except NotTraced as error:
+        return replace(way, failed=str(error))
+    try:
+        shape = ModelShape.from_config(model.config)
+    except ValueError:
+        return way
+    setting = replace(setting, micro_batch=way.micro_batch)
+    token, pair = step_coefficients(shape, setting)
+    closed = account(shape, setting).peak_memory_bytes, token + pair * setting.sequence
+    return replace(way, closed_form=closed)
+
+
+def _accounts(model: Measured, setting: MemorySetting, limit: float) -> dict[int, MemoryAccount]:
+    """At the micro-batches of a line, and at the largest that fits."""
+
+    def fits(micro_batch: int) -> bool:
+        if micro_batch not in found:
+            found[micro_batch] = model.account(replace(setting, micro_batch=micro_batch))
+        return found[micro_batch].peak_memory_bytes <= limit
+
+    found: dict[int, MemoryAccount] = {}
+    low, high = TRACED_BATCHES
+    if (fits(low), fits(high))[0]:
+        largest = _largest(found, low, high, limit)
+        if not fits(largest):
+            # What overtakes makes the bytes convex, and so no larger than this nearer line.
+            fits(_largest(found, high if fits(high) else low, largest, limit))
+    return found
+
+
+def _largest(found: Mapping[int, MemoryAccount], low: int, high: int, limit: float) -> int:
+    """The largest micro-batch that fits by the lines through two, at least the lower."""
+    line = _line(found, low, high)
+    size = LARGEST_BATCH
+    for at in line.values():
+        slope = at(1) - at(0)
+        if slope > 0.0:
+            size = min(size, math.floor((limit - at(0)) / slope * (1 + 1e-12)))
+    return max(size, low)
+
+
+def _line(
+    found: Mapping[int, MemoryAccount], low: int, high: int
+) -> dict[str, Callable[[int], float]]:
+    """The bytes of each phase by micro-batch, as two of them tell."""
+
+    def through(phase: str) -> Callable[[int], float]:
+        first, last = found[low].phase_bytes(phase), found[high].phase_bytes(phase)
+        return lambda size: first + (last - first) * (size - low) / (high - low)
+
+    return {phase: through(phase) for phase in found[low].phases}
+
+
+# -- as people read it, and as programs do ------------------------------------------------------
+
+_TERMS = ("weights", "gradients", "optimizer_states", "activations")
+
+
+def measured_text(plan: MeasuredPlan) -> str:
+    return "\n".join(_lines(plan))
+
+
+def _lines(plan: MeasuredPlan) -> Iterator[str]:
+    model, shown = plan.model, quantities.format_bytes
+    parts = {part: size for part, size in model.parameters_by_part.items() if size}
+    yield (
+        f"{model.config['model_type']}: {model.num_parameters:,} parameters, counted on the meta "
+        "device"
+    )
+    yield "  " + ", ".join(f"{part} {size:,}" for part, size in parts.items())
+    measured = [way for way in plan.ways if not way.failed]
+    if measured:
+        yield ""
+        yield (
+            f"rows of {plan.sequence:,} tokens, {DTYPE}, AdamW, no accumulation; "
+            f"{shown(measured[0].limit)} for tensors of {shown(plan.memory_limit)} on "
+            f"{plan.device.name}"
+        )
+        yield _ways_table(plan, measured)
+        yield ""
+        yield "memory by phase and term at that micro-batch, measured on fake tensors:"
+        yield _phases_table(measured)
+        yield ""
+        depths = " and ".join(map(str, model.depths))
+        carried = "" if len(model.depths) == 1 else f", carried on to {model.num_layers}"
+        yield (
+            f"measured on fake tensors at {depths} layers{carried}, in {plan.seconds:.0f} s; "
+            "FLOPs of dense attention"
+        )
+        yield "predicted: time, as FLOPs over the device's rate and nothing else"
+    for way in measured:
+        yield from _remarks(way)
+    if plan.failed:
+        yield f"no step could be measured: {plan.failed}"
+    else:
+        yield from (f"{w.name} could not be measured: {w.failed}" for w in plan.ways if w.failed)
+
+
+def _ways_table(plan: MeasuredPlan, ways: list[Way]) -> str:
+    headers = [
+        "", "largest micro-batch", "peak (measured)", "at", "FLOPs/token (measured)",
+        "tokens/s (predicted)",
+    ]  # fmt: skip
+    limited = any(plan.tokens(way) is not None for way in ways)
+    headers += ["tokens in budget", "time (predicted)"] if limited else []
+    rows = []
+    for way in ways:
+        row = [
+            way.name,
+            f"{way.micro_batch:,}" if way.fits else "none: does not fit at 1",
+            quantities.format_bytes(way.account.peak_memory_bytes),
+            way.account.peak_phase,
+            quantities.format_flops(way.flops_per_token),
+            quantities.short(1.0 / plan.seconds_of(way.flops_per_token)),
+        ]
+        tokens = plan.tokens(way)
+        if tokens is not None:
+            row.append(quantities.format_tokens(tokens))
+            row.append(quantities.format_seconds(plan.seconds_of(tokens * way.flops_per_token)))
+        rows.append(row)
+    return table(headers, rows, right="lrrlrrrr")
+
+
+def _phases_table(ways: list[Way]) -> str:
+    rows = [
+        (
+            f"{way.name}, {way.micro_batch}",
+            phase,
+            quantities.format_bytes(sum(terms.values())),
+            *(quantities.format_bytes(terms[term]) for term in _TERMS),
+        )
+        for way in ways
+        for phase, terms in way.account.phases.items()
+    ]
+    names = (term.replace("_", " ") for term in _TERMS)
+    return table(("", "phase", "bytes", *names), rows, right="llrrrrr")
+
+
+def _remarks(way: Way) -> Iterator[str]:
+    if abs(way.affine_error) > AFFINE:
+        yield (
+            f"{way.name}: bytes are not affine in the micro-batch; the line through "
+            f"{' and '.join(map(str, TRACED_BATCHES))} is off by {way.affine_error:+.1%} at "
+            f"{max(way.accounts):,}"
+        )
+    if abs(way.flops.error) > AFFINE:
+        yield (
+            f"{way.name}: FLOPs are not affine in tokens and their square "
+            f"({way.flops.error:+.1%} at a third length)"
+        )
+    if way.closed_form is not None:
+        size, flops = way.closed_form
+        yield (
+            f"{way.name}: the closed form is off by "
+            f"{size / way.account.peak_memory_bytes - 1.0:+.2%} in bytes and "
+            f"{flops / way.flops_per_token - 1.0:+.2%} in FLOPs"
+        )
+
+
+def measured_json(plan: MeasuredPlan) -> dict[str, Any]:
+    model = plan.model
+    depths = model.depths if any(not way.failed for way in plan.ways) else None
+    return {
+        "model": {
+            "path": plan.path,
+            "revision": plan.revision,
+            "model_type": model.config["model_type"],
+            "num_parameters": model.num_parameters,
+            "num_parameters_by_part": model.parameters_by_part,
+        },
+        "measured": {
+            "source": "measured on fake tensors",
+            "failed": plan.failed or None,
+            "dtype": DTYPE,
+            "max_length": plan.sequence,
+            "num_layers": model.num_layers if depths else None,
+            "traced_num_layers": depths and list(depths),
+            "memory_bytes": plan.memory_limit,
+            "device": plan.device.name,
+            "seconds": plan.seconds,
+        },
+        "candidates": [_way_json(plan, way) for way in plan.ways],
+    }
+
+
+def _way_json(plan: MeasuredPlan, way: Way) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "name": way.name,
+        "method": way.trained,
+        "dtype": DTYPE,
+        "activation_checkpointing": way.recompute,
+        "failed": way.failed or None,
+    }
+    if way.failed:
+        return facts
+    tokens, closed = plan.tokens(way), way.closed_form
+    return facts | {
+        "fits": way.fits,
+        "per_device_train_batch_size": way.micro_batch if way.fits else None,
+        "peak_memory_bytes": way.account.peak_memory_bytes,
+        "peak_memory_bytes_by_term": way.account.by_term,
+        "bytes_by_phase_and_term": way.account.phases,
+        "bytes_by_micro_batch_and_phase": {
+            str(size): {phase: each.phase_bytes(phase) for phase in each.phases}
+            for size, each in sorted(way.accounts.items())
+        },
+        "affine_error": way.affine_error,
+        "memory_source": "measured on fake tensors",
+        "flops_per_token": way.flops_per_token,
+        "flops_per_token_without_attention": way.flops.token,
+        "flops_per_token_and_key": way.flops.pair,
+        "flops_form_error": way.flops.error,
+        "flops_source": "measured on fake tensors",
+        "seconds_per_token": plan.seconds_of(way.flops_per_token),
+        "tokens": tokens,
+        "flops": None if tokens is None else tokens * way.flops_per_token,
+        "seconds": None if tokens is None else plan.seconds_of(tokens * way.flops_per_token),
+        "seconds_source": "predicted: FLOPs over the device's rate",
+        "closed_form": closed and {"peak_memory_bytes": closed[0], "flops_per_token": closed[1]},
+    }

@@ -1,0 +1,54 @@
+"""What one should know of a plan before its numbers are believed, a line each, said once: rows that
+measure too little, a device that was measured while it was busy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from thrifty.core import quantities
+from thrifty.core.budget import Budget
+from thrifty.core.plan import Target
+from thrifty.costs.hardware import Device
+
+FEW_ROWS = 16
+"""Fewer dev rows than these say little: one odd row moves their loss."""
+
+
+def of_device(device: Device, budget: Budget) -> Iterator[str]:
+    if device.machine_busy:
+        yield (
+            f"{device.name} was measured while the machine was busy, so predicted seconds may be "
+            "off; run `thrifty device` again when it is quiet"
+        )
+    limit = budget.memory_bytes
+    if limit is not None and limit > device.memory_bytes:
+        yield (
+            f"{device.name} has {quantities.format_bytes(device.memory_bytes)}, less than the "
+            f"memory limit of {quantities.format_bytes(limit)}: "
+            + (
+                "the plan keeps to what it has"
+                if device.kind == "cuda"
+                else "the plan is for a machine with more; --device NAME names one"
+            )
+        )
+
+
+def of_rows(targets: Mapping[str, Target], num_dev: Mapping[str, int]) -> Iterator[str]:
+    """``num_dev`` has the dev rows of each target, or of the pool where there is none."""
+    if not targets:
+        yield (
+            f"no --target: {sum(num_dev.values()):,} rows of the pool itself are held out as dev "
+            "rows; --target ROWS says what the model should become good at"
+        )
+    untested = [name for name, target in targets.items() if not target.test]
+    if untested:
+        yield (
+            f"no --test for {', '.join(untested)}: gains will be measured on dev rows, which steer "
+            "training and so flatter it; --test NAME=ROWS gives rows that are looked at once"
+        )
+    for name, number in num_dev.items():
+        if number < FEW_ROWS:
+            yield (
+                f"{name} has {number:,} dev row{'s' if number > 1 else ''}: a loss over so few is "
+                f"mostly noise; {FEW_ROWS} or more can steer training"
+            )

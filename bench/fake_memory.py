@@ -1,12 +1,15 @@
 """The closed form of a step's memory against the real step on fake tensors, no GPU needed.
 
     OMP_NUM_THREADS=1 python bench/fake_memory.py [--only WORD] [--minutes 20] [--inventory]
-    OMP_NUM_THREADS=1 python bench/fake_memory.py --full
+    OMP_NUM_THREADS=1 python bench/fake_memory.py --full | --largest
 
-21 models as published under six of the techniques each: 126 combinations, traced at the few layers
-that ``verify`` needs (2 and 3 where all are alike) and carried on to the whole depth, at about 4 s.
-``--full`` traces five models at every layer, half a minute each, and beside them shows what is
-carried on. ``--inventory`` prints, where a peak is off by more than 3%, what is alive there.
+21 models as published under six of the techniques each, and twenty techniques that fit a step into
+less (8- and 4-bit weights, other optimizers, selective recomputation, chunked losses, the host) on
+two models each: 166 combinations, traced at the few layers that ``verify`` needs (2 and 3 where all
+are alike) and carried on to the whole depth, at about 4 s. Then the largest micro-batch that fits,
+by the closed form and by trace, of ten settings (``--largest``: these alone). ``--full`` traces
+five models at every layer, half a minute each, and beside them shows what is carried on.
+``--inventory`` prints, where a peak is off by more than 3%, what is alive there.
 
 A phase's error counts only as the peak's where the phase is the peak; the others are shown because
 a wrong one can become the peak of another setting.
@@ -19,15 +22,20 @@ import itertools
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from material import heading
 from thrifty import display, fake_step, verification
 from thrifty.core import quantities
+from thrifty.costs.memory import account
 from thrifty.costs.operations import Adapter
-from thrifty.costs.setting import MemorySetting
+from thrifty.costs.setting import MemorySetting, States
 from thrifty.costs.shape import ModelShape
+from thrifty.memory.states.adafactor import Adafactor
+from thrifty.memory.states.adalomo import AdaLomo
+from thrifty.memory.weights.int8 import Int8
+from thrifty.memory.weights.nf4 import NF4
 from thrifty.verification import PHASES
 
 LLAMA = dict(model_type="llama", vocab_size=128256, num_key_value_heads=8)
@@ -91,6 +99,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 ALL, FEW = Adapter(rank=16), Adapter(rank=8, targets=("first", "third"))
 """FEW: the names stand for the model's own first and third linear; mostly q and v."""
+LORA = MemorySetting(adapter=ALL)
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "full": {},
     "full foreach": dict(fused=False),
@@ -109,8 +118,54 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "last layer": dict(only_layers=frozenset([-1])),
     "head": dict(only_head=True),
 }
+LOMO = dict(in_backward=True, states=States(name="lomo"))
+ADALOMO = AdaLomo().rewrite(MemorySetting())
+TIGHT: dict[str, dict[str, Any]] = {
+    "lora nf4": dict(adapter=ALL, storage=NF4().rewrite(LORA).storage),
+    "lora nf4 recompute": dict(adapter=ALL, storage=NF4().rewrite(LORA).storage, recompute=1),
+    "lora int8": dict(adapter=ALL, storage=Int8().rewrite(LORA).storage),
+    "full adafactor": dict(states=Adafactor().rewrite(MemorySetting()).states),
+    "full adafactor fp32": dict(
+        states=Adafactor().rewrite(MemorySetting()).states, dtype="float32"
+    ),
+    "full sgd": dict(states=States(name="sgd")),
+    "full lion recompute": dict(states=States(name="lion", relative=1.0), recompute=1),
+    "full lomo": LOMO,
+    "full adalomo recompute": dict(in_backward=True, states=ADALOMO.states, recompute=1),
+    "full selective": dict(recompute=1, selective=True),
+    "lora selective": dict(adapter=ALL, recompute=1, selective=True),
+    "full chunked": dict(loss_chunk=512),
+    "lora chunked recompute": dict(adapter=ALL, loss_chunk=512, recompute=1),
+    "full lomo chunked": LOMO | dict(loss_chunk=512),
+    "lora offload": dict(adapter=ALL, offload=True),
+    "full offload recompute": dict(offload=True, recompute=1),
+    "mezo": dict(zeroth_order=True),
+    "last layer recompute": dict(only_layers=frozenset([-1]), recompute=1),
+    "head chunked": dict(only_head=True, loss_chunk=512),
+    "lora nf4 chunked selective": dict(
+        adapter=ALL,
+        storage=NF4().rewrite(LORA).storage,
+        loss_chunk=512,
+        recompute=1,
+        selective=True,
+    ),
+}
+"""What fits a step into less; two models each."""
 BATCHES = ((1, 2048), (4, 512), (2, 1024), (1, 4096), (8, 256))
-PER_MODEL = 6
+PER_MODEL, PER_TIGHT = 6, 2
+LARGEST = (
+    ("Llama-3.2-1B", "full", 24),
+    ("Llama-3.2-1B", "lora", 16),
+    ("Llama-3-8B", "lora recompute", 40),
+    ("Qwen3-0.6B", "full recompute", 16),
+    ("Qwen3-8B", "lora nf4 recompute", 24),
+    ("Gemma-2-2B", "lora selective", 40),
+    ("Mistral-7B", "full lomo", 40),
+    ("GPT-2", "full", 8),
+    ("Phi-3-mini", "lora chunked recompute", 24),
+    ("Qwen2.5-7B", "full adalomo recompute", 80),
+)
+"""Model, technique, GiB that tensors may take."""
 WHOLE = (
     ("Llama-3-8B", "full"),
     ("Qwen3-0.6B", "lora recompute"),
@@ -122,7 +177,7 @@ WHOLE = (
 
 def setting_of(config: dict[str, Any], technique: str, **batch: Any) -> MemorySetting:
     """Fills in what a technique says of the model: names of linears, the last layer."""
-    shape, fields = ModelShape.from_config(config), dict(TECHNIQUES[technique])
+    shape, fields = ModelShape.from_config(config), dict((TECHNIQUES | TIGHT)[technique])
     adapter, last = fields.get("adapter"), shape.num_layers - 1
     if adapter is FEW:
         names = shape.lora_targets
@@ -134,22 +189,69 @@ def setting_of(config: dict[str, Any], technique: str, **batch: Any) -> MemorySe
     return MemorySetting(**batch | fields)
 
 
+def pairs() -> Iterator[tuple[str, str]]:
+    """Each model under the next few techniques; each that fits a step into less on the next few
+    models."""
+    techniques, models = itertools.cycle(TECHNIQUES), itertools.cycle(MODELS)
+    for name in MODELS:
+        yield from ((name, each) for each in itertools.islice(techniques, PER_MODEL))
+    for technique in TIGHT:
+        yield from ((each, technique) for each in itertools.islice(models, PER_TIGHT))
+
+
 def combinations() -> Iterator[tuple[str, str, dict[str, Any], MemorySetting]]:
-    """Each model under the next few techniques, batches, masks and devices: the same every time."""
-    techniques, batches = itertools.cycle(TECHNIQUES), itertools.cycle(BATCHES)
-    numbers = itertools.count()
-    for name, config in MODELS.items():
-        for technique in itertools.islice(techniques, PER_MODEL):
-            number = next(numbers)
-            rows, sequence = next(batches)
-            positions = config.get("n_positions", 2048 if name.startswith(("OPT", "Py")) else 8192)
-            batch = dict(
-                micro_batch=rows * -(-sequence // positions),
-                sequence=min(sequence, positions),
-                masked=number % 2 == 1,
-                device_kind="cpu" if number % 5 == 4 else "cuda",
-            )
-            yield name, technique, config, setting_of(config, technique, **batch)
+    """With the next batch, mask and device: the same every time."""
+    batches = itertools.cycle(BATCHES)
+    for number, (name, technique) in enumerate(pairs()):
+        config, (rows, sequence) = MODELS[name], next(batches)
+        positions = config.get("n_positions", 2048 if name.startswith(("OPT", "Py")) else 8192)
+        batch = dict(
+            micro_batch=rows * -(-sequence // positions),
+            sequence=min(sequence, positions),
+            masked=number % 2 == 1,
+            device_kind="cpu" if number % 5 == 4 else "cuda",
+        )
+        yield name, technique, config, setting_of(config, technique, **batch)
+
+
+def largest(config: dict[str, Any], technique: str, limit: float) -> tuple[int, int]:
+    """The largest of 1, 2, 4, ... rows of 512 tokens that fit, by the closed form and by trace; 0
+    where not even one does."""
+
+    def setting(rows: int) -> MemorySetting:
+        kind = dict(device_kind="cuda", sequence=512)
+        return setting_of(config, technique, micro_batch=rows, **kind)
+
+    def most(peak: Callable[[MemorySetting], float], start: int = 1) -> int:
+        """Peaks grow with the rows, so that the search may start anywhere."""
+        rows = start
+        while peak(setting(rows)) <= limit:
+            rows *= 2
+        while rows and peak(setting(rows)) > limit:
+            rows //= 2
+        return rows
+
+    shape = ModelShape.from_config(config)
+    predicted = most(lambda each: account(shape, each).peak_memory_bytes)
+    traced = most(
+        lambda each: max(verification.verify(config, each).traced.values()), max(1, predicted)
+    )
+    return predicted, traced
+
+
+def show_largest() -> bool:
+    rows, sound = [], True
+    for name, technique, gib in LARGEST:
+        predicted, traced = largest(MODELS[name], technique, gib * 2**30)
+        sound &= predicted in (traced, traced // 2)
+        rows.append([name, technique, f"{gib} GiB", str(predicted), str(traced)])
+        print("  ".join(rows[-1]), flush=True)
+    print(heading("\nThe largest micro-batch of 512 tokens a row"))
+    print(
+        display.table(("model", "technique", "memory", "predicted", "traced"), rows, right="llrrr")
+    )
+    print("each is the traced one or a step below" if sound else "NOT each is sound")
+    return sound
 
 
 def describe(setting: MemorySetting) -> str:
@@ -191,8 +293,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20.0, help="start nothing after so many")
     parser.add_argument("--inventory", action="store_true")
     parser.add_argument("--full", action="store_true", help="five whole models")
+    parser.add_argument("--largest", action="store_true", help="the largest micro-batches alone")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    if options.largest:
+        return 0 if show_largest() else 1
     if options.full:
         jobs = [
             (name, what, MODELS[name], setting_of(MODELS[name], what, micro_batch=1, sequence=2048))
@@ -223,6 +328,8 @@ def main() -> int:
     within = sum(error <= 0.03 for error in errors) / len(errors)
     print(f"\nat the peak: median {statistics.median(errors):.2%}, worst {max(errors):.2%},")
     print(f"{within:.0%} within 3%" + (f"; {skipped} left out, out of time" if skipped else ""))
+    if not (options.full or options.only):
+        return 0 if show_largest() else 1
     return 0
 
 

@@ -70,6 +70,9 @@ def test_plan_run_report(arguments, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "dev loss" in out
     assert "report:" in err
+    assert "train: full, up to " in err
+    assert "loading the model ..." in err
+    assert "evaluating the base model on 16 dev rows ..." in err
     assert main(["report", run, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["spent"]["flops"] <= report["budget"]["flops"]
@@ -109,6 +112,8 @@ def test_a_known_device(capsys):
         ("--flops", "3e17x", 4, "unknown unit 'x'"),
         ("--flops", "0", 4, "more than zero"),
         ("--flops", "-3000", 4, "more than zero"),
+        ("--flops", "3x", 4, "units are FLOP with k, M, G, T, P, E or Z"),
+        ("--flops", "1e31", 4, "more FLOPs than any run can use"),
         ("--flops", "1e6", 3, "the smallest plan"),
         ("--model", "./nowhere", 4, "there is no model folder ./nowhere"),
         ("--model", "no-such/model", 4, "not in the local cache"),
@@ -119,6 +124,9 @@ def test_a_known_device(capsys):
         ("--dev", "sums=", 4, "the dev rows of target sums: a source of rows is empty"),
         ("--scorer", "bm26", 4, "did you mean bm25?"),
         ("--set", "training.max_lenght=64", 4, "did you mean max_length?"),
+        ("--set", "lora.rank=8", 4, "unknown key lora: did you mean training.lora.rank?"),
+        ("--set", "training.dtype=bf16", 4, "not 'bf16'; did you mean bfloat16?"),
+        ("--set", "training.lora.targets=q_proj,v_proj", 4, "; write [q_proj,v_proj]"),
         ("--set", "training.max_length=4096", 4, "longer than the model's context of 128"),
         ("--set", "training.seed", 4, "cannot read --set"),
         ("--set", "training.report_to=[tensorbord]", 4, "'tensorbord', which is no reporter"),
@@ -147,6 +155,117 @@ def test_a_budget_of_nothing_or_less_is_refused(limit, amount, arguments, tmp_pa
     assert "must be more than zero" in error
     assert "\nhint: " in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (["--modle", "m"], "there is no option --modle: did you mean --model?"),
+        (["--mod=m"], "there is no option --mod: did you mean --model?"),
+        (
+            ["--model", "m", "--frobnicate"],
+            "there is no option --frobnicate: `thrifty plan --help`",
+        ),
+        (["--model", "m", "--set", "a.b=1", "c.d=2"], "unrecognised: c.d=2\nhint: --set once per"),
+    ],
+)
+def test_misspelt_options(wrong, says, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["plan", *wrong])
+    assert exit_.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("amount", ["-1h", "-1", "-.5d"])
+def test_a_negative_amount_is_refused_for_what_it_is(amount, tiny_model, capsys):
+    assert main(["plan", "--model", str(tiny_model), "--hours", amount]) == 4
+    assert f"hours must be more than zero and finite, not '{amount}'" in capsys.readouterr().err
+
+
+def test_memory_without_a_unit_and_beyond_the_device(tiny_model, capsys):
+    command = ["plan", "--model", str(tiny_model), "--tokens", "1M"]
+    assert main([*command, "--memory", "24"]) == 4
+    assert "without a unit\nhint: did you mean 24GiB?" in capsys.readouterr().err
+    assert main([*command, "--memory", "40GiB", "--device", "rtx4090", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == (
+        "rtx4090 has 23.6 GiB, less than the memory limit of 40 GiB: the plan keeps to what it has\n"
+    )
+    assert json.loads(out)["predicted"]["device_bytes"] <= 23.6 * 2**30
+
+
+def test_what_gains_are_measured_on_is_said(arguments, tiny_data, tmp_path, capsys):
+    assert main([*arguments, "-o", str(tmp_path / "one")]) == 0
+    err = capsys.readouterr().err
+    assert "no --test for sums: gains will be measured on dev rows" in err
+    assert "noise" not in err, "16 dev rows"
+    no_dev = replaced(arguments, "--dev", None)
+    assert main([*no_dev, "--test", f"sums={tiny_data['test']}", "-o", str(tmp_path / "two")]) == 0
+    err = capsys.readouterr().err
+    assert "no --test" not in err
+    assert "no --dev for sums: " in err
+    assert "a loss over so few is mostly noise" in err
+    no_target = replaced(replaced(no_dev, "--target", None), "--scorer", "uniform")
+    assert main([*no_target, "-o", str(tmp_path / "three")]) == 0
+    assert "rows of the pool itself are held out as dev rows" in capsys.readouterr().err
+
+
+def test_a_pool_is_tokenised_once(arguments, tmp_path, capsys, monkeypatch):
+    """A budget that was guessed too small costs no second reading."""
+    from thrifty.data import store, store_cache
+
+    monkeypatch.setenv("THRIFTY_CACHE", str(shutil.copytree(os.environ["THRIFTY_CACHE"],
+                                                            tmp_path / "cache")))  # fmt: skip
+    shutil.rmtree(tmp_path / "cache" / "rows", ignore_errors=True)
+    rows: list[int] = []
+    real = store.tokenize_rows
+    monkeypatch.setattr(
+        store, "tokenize_rows", lambda some, *rest: rows.append(len(some)) or real(some, *rest)
+    )
+    assert main([*replaced(arguments, "--flops", "1e6"), "-o", str(tmp_path / "run")]) == 3
+    assert max(rows) == 256
+    whole, rows[:] = sum(rows), []
+    capsys.readouterr()
+    assert main([*arguments, "-o", str(tmp_path / "run")]) == 0
+    assert sum(rows) == whole - 900, "the small target's rows alone"
+    assert "as read and tokenised before" in capsys.readouterr().err
+    monkeypatch.setenv(store_cache.VARIABLE, "0")
+    rows.clear()
+    assert main([*arguments, "-o", str(tmp_path / "anew")]) == 0
+    assert sum(rows) == whole
+    one, other = (
+        (tmp_path / name / "pool" / "manifest.json").read_text() for name in ("run", "anew")
+    )
+    assert one == other
+
+
+def test_a_damaged_file_and_a_folder_that_is_there(arguments, tmp_path, capsys):
+    noise = tmp_path / "noise.parquet"
+    noise.write_bytes(os.urandom(3000))
+    run = tmp_path / "run"
+    assert main([*replaced(arguments, "--pool", str(noise)), "-o", str(run)]) == 4
+    error = capsys.readouterr().err
+    assert "the pool: nothing can be read: " in error
+    assert "hint: is the file whole" in error
+    assert main([*arguments, "-o", str(run)]) == 0
+    assert main([*arguments, "-o", str(run)]) == 4
+    error = capsys.readouterr().err
+    assert f"error: {run} exists already\nhint: `thrifty run {run}` goes on with it" in error
+
+
+def test_a_device_measured_while_busy_is_said_once(arguments, tmp_path, capsys, monkeypatch):
+    from dataclasses import replace
+
+    from thrifty.costs.hardware import keep, load_device
+
+    monkeypatch.setenv("THRIFTY_CACHE", str(shutil.copytree(os.environ["THRIFTY_CACHE"],
+                                                            tmp_path / "cache")))  # fmt: skip
+    keep(replace(load_device(None), machine_busy=True))
+    said = "local was measured while the machine was busy"
+    assert main([*arguments, "-o", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().err.count(said) == 1
+    assert main(["run", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().err.count(said) == 1
 
 
 def test_a_target_without_a_name_and_without_rows(arguments, tmp_path, capsys):
@@ -307,6 +426,7 @@ def test_ctrl_c_then_kill_then_the_same_command_goes_on(tiny_model, tiny_data, t
     _, err = process.communicate(timeout=120)
     assert process.returncode == 5, err
     assert "which is saved" in err
+    assert "error:" not in err
     assert "the same command goes on from there" in err
     process = start("run", str(broken))
     wait_for(lambda: any("checkpoint-30" in p.name for p in broken.glob("checkpoints/*")))

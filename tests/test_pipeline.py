@@ -428,7 +428,7 @@ def test_preferences_are_read_but_not_trained_on(tiny_model, tmp_path):
 
 def test_a_plan_folder_in_use_is_refused(tiny_model, tiny_data, tmp_path):
     planned(tmp_path / "run", tiny_model, tiny_data)
-    with pytest.raises(ValueError, match="is in use"):
+    with pytest.raises(ValueError, match="exists already"):
         planned(tmp_path / "run", tiny_model, tiny_data)
 
 

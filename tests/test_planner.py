@@ -137,10 +137,42 @@ def test_the_binding_term_and_the_ways_out(planned):
     assert "calibrated" in text
 
 
-def test_more_devices_hold_a_share_each(planned):
-    one, _ = planned(flops=1e18, using=("full", "float32", "adamw"), device="b200")
-    eight, _ = planned(flops=1e18, using=("full", "float32", "adamw"), device="b200", devices=8)
-    assert eight.chosen.account.by_term["weights"] < one.chosen.account.by_term["weights"] / 7
+def test_more_devices_hold_a_share_each_and_cost_as_many_prices(planned):
+    with pytest.raises(NoPlanFits):
+        planned(using=("full", "float32", "adamw", "keep"), flops=1e18, device="h100")
+    found, request = planned(
+        using=("full", "float32", "adamw"), flops=1e18, device="h100", devices=8
+    )
+    counts = {held.num_devices for held in found.combinations.held}
+    assert counts == {1, 2, 4, 8}
+    for candidate in found.candidates:
+        count = candidate.setting.num_devices
+        assert not candidate.runs
+        assert f"on {count} devices" in candidate.name
+        rows = candidate.setting.micro_batch * candidate.setting.gradient_accumulation_steps
+        assert candidate.step.tokens == rows * count * candidate.max_length
+        rate = count * request.rates.dollars_per_second
+        assert candidate.total.dollars == pytest.approx(candidate.total.seconds * rate)
+    assert found.chosen.setting.num_devices == 8
+
+
+def test_priors_are_the_user_s_to_edit(planned, tmp_path):
+    before, _ = planned(SMALL, flops=1e18, using=("lora",))
+    assert before.chosen.quality.mean == pytest.approx(0.6)
+    priors = tmp_path / "cache" / "priors.yaml"
+    priors.parent.mkdir(exist_ok=True)
+    priors.write_text("worth: {lora: 0.8, bfloat16: {mean: 0.95, stderr: 0, source: our runs}}")
+    after, _ = planned(SMALL, flops=1e18, using=("lora", "bfloat16"))
+    assert after.chosen.quality.mean == pytest.approx(0.8 * 0.95)
+    assert "our runs" in after.chosen.quality.source
+    for text, message in (
+        ("worth: {lore: 1}", "no method"),
+        ("worth: {lora: -1}", "more than zero"),
+        ("lora: 1", "does not say"),
+    ):
+        priors.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            planned(SMALL, flops=1e18)
 
 
 def test_without_a_limit_a_round_number_of_tokens_is_priced(planned):

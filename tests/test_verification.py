@@ -12,9 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from thrifty import fake_step, verification
 from thrifty.costs.operations import Adapter
-from thrifty.costs.setting import MemorySetting
+from thrifty.costs.setting import MemorySetting, States, Storage
 from thrifty.costs.shape import ModelShape
+from thrifty.fake_device import as_on_the_device
 from thrifty.fake_step import Tape, record
+from thrifty.memory.states.adafactor import Adafactor
 from thrifty.verification import PHASES, trace, verify
 
 LLAMA: dict[str, Any] = dict(
@@ -33,6 +35,28 @@ GEMMA3 = LLAMA | dict(
 )
 GPT2 = dict(model_type="gpt2", n_embd=64, n_layer=3, n_head=4, vocab_size=160, n_positions=128)
 MIXTRAL = LLAMA | dict(model_type="mixtral", num_local_experts=4)
+OPT = dict(model_type="opt", hidden_size=64, ffn_dim=176, num_hidden_layers=3, vocab_size=160)
+OPT |= dict(num_attention_heads=4, max_position_embeddings=128, word_embed_proj_dim=32)
+FALCON = dict(model_type="falcon", hidden_size=64, num_hidden_layers=3, num_attention_heads=4)
+FALCON |= dict(vocab_size=160, multi_query=True, parallel_attn=True, bias=False, alibi=False)
+WIDE = LLAMA | dict(vocab_size=2000, num_hidden_layers=2)
+LATENT: dict[str, Any] = LLAMA | dict(
+    model_type="deepseek_v3",
+    num_key_value_heads=4,
+    num_hidden_layers=1,
+    q_lora_rank=32,
+    kv_lora_rank=16,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=16,
+    v_head_dim=16,
+)
+EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": LLAMA
+    | dict(model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2)
+    | dict(moe_intermediate_size=32),
+    "deepseek_v3": LATENT | dict(first_k_dense_replace=0, n_routed_experts=8, n_group=2),
+    "llama4_text": LLAMA | dict(model_type="llama4_text", num_local_experts=4),
+}
 BATCH = dict(micro_batch=2, sequence=96)
 
 
@@ -47,7 +71,7 @@ def test_torchs_own_tracker_sees_the_same_peak(fields):
     setting = MemorySetting(**BATCH, dtype="float32", **fields)
     model = fake_step.skeleton(LLAMA, setting, 2)
     tracker = MemTracker()
-    with FakeTensorMode(), fake_step._as_on_the_device(setting):
+    with FakeTensorMode(), as_on_the_device(setting):
         fake_step._materialise(model, setting)
         with tracker:
             tracker.track_external(model)
@@ -66,7 +90,8 @@ def test_a_real_step_allocates_as_much(config, adapter):
     described.use_cache = False
     model = AutoModelForCausalLM.from_config(described)
     if adapter is not None:
-        model = fake_step._adapted(model, adapter)
+        targets = ModelShape.from_config(config).lora_targets
+        model = fake_step._adapted(model, adapter, targets)
     ids = torch.ones(4, 96, dtype=torch.long)
     positions = torch.arange(96).repeat(4, 1) % 49  # two documents a row
 
@@ -131,18 +156,69 @@ def test_few_layers_tell_of_all(config, fields, depths):
     assert found.traced == trace(config, setting)
 
 
+STORED = Storage(name="nf4", bits=4.127)
+FACTORED = Adafactor().rewrite(MemorySetting()).states
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(recompute=1, selective=True),
+        dict(adapter=Adapter(rank=4), recompute=1, selective=True),
+        dict(loss_chunk=64),
+        dict(adapter=Adapter(rank=4), loss_chunk=64, recompute=1),
+        dict(adapter=Adapter(rank=4), offload=True),
+        dict(recompute=1, offload=True),
+        dict(adapter=Adapter(rank=4), storage=STORED),
+        dict(states=FACTORED),
+        dict(states=States(name="lion", relative=1.0)),
+        dict(states=FACTORED, in_backward=True, recompute=1),
+        dict(zeroth_order=True),
+    ],
+    ids=lambda value: ", ".join(value),
+)
+def test_every_technique_that_is_traced_is_near(fields):
+    setting = MemorySetting(**BATCH, **fields, device_kind="cuda")
+    found = verify(WIDE, setting, full_depth=True)
+    for phase, traced in found.traced.items():
+        assert found.predicted[phase] == pytest.approx(traced, rel=0.015)
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        # Of a single row all heads read the one head of keys.
+        (FALCON, dict(adapter=Adapter(rank=4), micro_batch=1)),
+        (FALCON, dict(adapter=Adapter(rank=4))),
+        # A tied head's gradient waits for the embedding's.
+        (LLAMA | dict(vocab_size=4000), dict(gradient_accumulation_steps=2, micro_batch=8)),
+        # The embedding's output stays where the first layer stores another tensor.
+        (GPT2, dict(adapter=Adapter(rank=4), recompute=1)),
+        # Its mask is always given.
+        (OPT, dict(masked=False)),
+        (OPT, dict(adapter=Adapter(rank=4))),
+        # One of two kinds of mask is gone when the lowest layer runs again.
+        (GEMMA3 | dict(num_hidden_layers=2), dict(recompute=1)),
+    ],
+    ids=lambda value: value.get("model_type") or ", ".join(value),
+)
+def test_what_families_hold_in_the_backward(config, fields):
+    setting = MemorySetting(**BATCH | fields, device_kind="cuda")
+    found = verify(config, setting, full_depth=True)
+    assert found.predicted["backward"] == pytest.approx(found.traced["backward"], rel=0.005)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "llama4_text"])
+def test_what_is_priced_is_what_is_adapted(family):
+    config = EXPERTS[family]
+    adapter = Adapter(rank=4)
+    model = fake_step.skeleton(config, MemorySetting(adapter=adapter), None)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == adapter.num_parameters(ModelShape.from_config(config))
+
+
 def test_attention_on_cuda_stays_fused():
-    latent = LLAMA | dict(
-        model_type="deepseek_v3",
-        num_key_value_heads=4,
-        num_hidden_layers=1,
-        q_lora_rank=32,
-        kv_lora_rank=16,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=16,
-        v_head_dim=16,
-    )
-    for config in (latent, GPT2):
+    for config in (LATENT, GPT2):
         shapes = {
             kind: {b.shape for b in record(config, MemorySetting(**BATCH, device_kind=kind))
                    .inventory("loss")}
@@ -216,7 +292,7 @@ def test_what_is_printed():
 @pytest.mark.parametrize(
     ("config", "fields", "message"),
     [
-        (LLAMA, dict(zeroth_order=True), "a step with zeroth_order True cannot be traced"),
+        (LLAMA, dict(num_devices=8), "a step with num_devices 8 cannot be traced"),
         (
             LLAMA | dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)),
             {},

@@ -54,7 +54,7 @@ def swaps(chosen: Candidate, combinations: Combinations) -> list[Swap]:
     found: dict[tuple[str, str], Swap] = {}
     own = chosen.held
     for held in combinations.held:
-        if held.masked != chosen.setting.masked:
+        if (held.masked, held.num_devices) != (own.masked, own.num_devices):
             continue
         pairs = zip(MEMORY_KINDS, own.techniques, held.techniques, strict=True)
         changed = [kind for kind, one, other in pairs if one != other]
@@ -98,6 +98,8 @@ def _best(name: str, memory_bytes: float, combinations: Combinations) -> Elsewhe
     most = allocatable(memory_bytes / MEMORY_MARGIN, "cuda")
     best: tuple[tuple[float, float], Held, int] | None = None
     for held in combinations.held:
+        if held.num_devices > 1:
+            continue
         fits = np.flatnonzero(held.block.peaks[held.state] <= most)
         if not len(fits):
             continue

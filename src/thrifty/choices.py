@@ -27,10 +27,13 @@ def combinations_of(request: Request, sequence: int) -> Combinations:
                 f"{names} ({kind}) is priced, but a run cannot train with it yet\n"
                 "hint: plan without --pool to see its price, or leave it out"
             )
-    asked = {"reference": request.task == "preference"}
-    layouts = [{"masked": True, **asked}]
-    if not runs_only and request.device.kind == "cuda":
-        layouts.append({"masked": False, **asked})
+    masks = [True, False] if not runs_only and request.device.kind == "cuda" else [True]
+    counts = [2**n for n in range(request.num_devices.bit_length())]
+    layouts = [
+        {"masked": masked, "num_devices": count, "reference": request.task == "preference"}
+        for masked in masks
+        for count in sorted({*(c for c in counts if c < request.num_devices), request.num_devices})
+    ]
     return price_all(
         request.shape,
         request.device,
@@ -39,7 +42,6 @@ def combinations_of(request: Request, sequence: int) -> Combinations:
         wanted=wanted,
         micro_batches=MICRO_BATCHES if size is None else (int(size),),
         runs_only=runs_only,
-        num_devices=request.num_devices,
     )
 
 

@@ -108,6 +108,9 @@ def _plan(options: argparse.Namespace) -> None:
     from thrifty import display, notes, plan_display, preparation
 
     asked = _asked(options)
+    if options.measure:
+        _measure(asked, as_json=options.json)
+        return
     if asked.pool:
         folder = Path(options.output or _free_name("runs"))
         planned, request, _ = preparation.plan_run(asked, folder, display.say)
@@ -116,11 +119,40 @@ def _plan(options: argparse.Namespace) -> None:
         for note in notes.of_device(request.device, request.budget):
             display.say(note)
     if options.json:
-        _print_json(plan_display.plan_json(planned, request, preparation.model_facts(asked)))
+        facts = plan_display.plan_json(planned, request, preparation.model_facts(asked))
+        if options.verify:
+            facts["verification"] = _verified(asked, planned.chosen.setting).facts()
+        _print_json(facts)
         return
     print(plan_display.plan_text(planned, request))
+    if options.verify:
+        print(f"\n{_verified(asked, planned.chosen.setting)}")
     if asked.pool:
         display.say(f"\nwritten to {folder}/plan.yaml; next: thrifty run {folder}")
+
+
+def _verified(asked: Any, setting: Any) -> Any:
+    """The memory of the chosen step beside that of the real one, or why that cannot be traced."""
+    from thrifty.costs.shape import read_config
+    from thrifty.signals.models import locate
+    from thrifty.verification import Refused, verify
+
+    folder, _ = locate(asked.model, asked.revision, weights=False)
+    try:
+        return verify(read_config(folder), setting)
+    except ValueError as error:
+        return Refused(str(error))
+
+
+def _measure(asked: Any, *, as_json: bool) -> None:
+    from thrifty import display, measured_plan
+
+    plan = measured_plan.measured_plan(asked, display.say)
+    if as_json:
+        _print_json(measured_plan.measured_json(plan))
+    else:
+        print(measured_plan.measured_text(plan))
+    measured_plan.check(plan)  # what was counted is told even where nothing fits
 
 
 def _free_name(parent: str) -> str:
@@ -319,7 +351,7 @@ class _Parser(argparse.ArgumentParser):
                 continue
             name = argument.partition("=")[0]
             if name.startswith("--") and name != "--" and name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
+                close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
                 meant = f"did you mean {close[0]}?" if close else f"`{self.prog} --help` lists all"
                 self.error(f"there is no option {name}: {meant}")
             mended.append(argument)
@@ -340,9 +372,7 @@ _SET_HELP = (
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="thrifty", description=(thrifty.__doc__ or "").partition("\n")[0]
-    )
+    parser = _Parser(prog="thrifty", description=(thrifty.__doc__ or "").partition("\n")[0])
     parser.add_argument("--version", action="version", version=f"thrifty {thrifty.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
@@ -366,7 +396,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--tokens", metavar="20M", help="limit on tokens trained on")
     plan.add_argument("--device", metavar="h100", help="plan for this device (default: here)")
     plan.add_argument(
-        "--devices", type=int, default=1, metavar="8", help="shard over so many (priced only)"
+        "--devices", type=int, default=1, metavar="8", help="shard over up to so many (priced only)"
     )
     plan.add_argument(
         "--using", action="append", metavar="TECHNIQUE", help="a memory technique that it must have"
@@ -376,6 +406,14 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--control", action="store_true", help="also train on a uniform choice")
     plan.add_argument("-o", "--output", metavar="RUN", help="the run folder to make")
     plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument(
+        "--measure",
+        action="store_true",
+        help="build the model without weights and count, also one without a closed form",
+    )
+    plan.add_argument(
+        "--verify", action="store_true", help="trace the chosen step, without weights or device"
+    )
     plan.add_argument("--set", action="append", metavar="KEY=VALUE", help=_SET_HELP)
     plan.set_defaults(do=_plan)
 

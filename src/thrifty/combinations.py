@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from thrifty.costs.memory import peaks
 from thrifty.costs.setting import MemorySetting
 from thrifty.costs.shape import ModelShape
 from thrifty.costs.time import seconds_by_optimizer
+from thrifty.priors import worth_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -79,8 +80,12 @@ class Held:
     @cached_property
     def runs(self) -> bool:
         """Whether a run can train with it; otherwise it is priced alone. A run's packs have their
-        mask."""
-        return self.masked and all(technique.runs for technique in self.techniques)
+        mask, and it plans one device."""
+        return (
+            self.masked
+            and self.num_devices == 1
+            and all(technique.runs for technique in self.techniques)
+        )
 
     @property
     def micro_batches(self) -> tuple[int, ...]:
@@ -89,6 +94,10 @@ class Held:
     @property
     def masked(self) -> bool:
         return self.block.settings[self.state].masked
+
+    @property
+    def num_devices(self) -> int:
+        return self.block.settings[self.state].num_devices
 
     @property
     def most_accumulated(self) -> int:
@@ -112,11 +121,12 @@ class Held:
         return [int(index) for index in np.lexsort((np.array(self.micro_batches), places))]
 
     def micro(self, index: int) -> Cost:
-        """Of a micro-batch, its update included."""
+        """Of a micro-batch on every device at once, its update included."""
+        setting = self.block.settings[self.state]
         return Cost(
-            flops=float(self.block.flops[index]),
+            flops=float(self.block.flops[index]) * setting.num_devices,
             seconds=float(self.block.seconds[self.state, index]),
-            tokens=float(self.micro_batches[index] * self.block.settings[self.state].sequence),
+            tokens=float(self.micro_batches[index] * setting.sequence * setting.num_devices),
         )
 
 
@@ -141,15 +151,11 @@ class Combinations:
         return [Held(block, state) for block in self.blocks for state in range(len(block.states))]
 
 
-@cache
 def quality_of(techniques: tuple[MemoryTechnique, ...]) -> Worth:
     """Of a token trained on under these, in tokens under the reference: the product of the priors
     of what departs from it."""
     trains_weights = name_of(techniques[0]) == "full"
-    worths = [
-        (technique.worth_trained if trains_weights else None) or technique.worth
-        for technique in techniques
-    ]
+    worths = [worth_of(technique, trained=trains_weights) for technique in techniques]
     mean = math.prod(worth.mean for worth in worths)
     relative = math.hypot(*(worth.stderr / worth.mean for worth in worths))
     sources = [worth.source for worth in worths if worth.mean != 1.0]
@@ -174,11 +180,11 @@ def price_all(
     wanted: Mapping[str, Sequence[MemoryTechnique]] | None = None,
     micro_batches: Sequence[int] = MICRO_BATCHES,
     runs_only: bool = False,
-    num_devices: int = 1,
 ) -> Combinations:
     """Price every combination on a device.
 
-    ``layouts``: fields of the setting that say how sequences are laid out. ``wanted``: kind ->
+    ``layouts``: fields of the setting that say how sequences are laid out, and on how many devices.
+    ``wanted``: kind ->
     techniques to take; a kind that is missing takes all. ``runs_only``: those alone that a run can
     train with.
     """
@@ -193,9 +199,7 @@ def price_all(
     refused: Counter[str] = Counter()
     blocks: list[Block] = []
     for fields in layouts:
-        start = MemorySetting(
-            sequence=sequence, device_kind=device.kind, num_devices=num_devices, **fields
-        )
+        start = MemorySetting(sequence=sequence, device_kind=device.kind, **fields)
         for techniques, setting in _settings(start, kinds[:-1], refused):
             states = _states(setting, kinds[-1], refused)
             if states:

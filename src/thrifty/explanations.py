@@ -80,8 +80,8 @@ def reasons(
         "training.max_steps": (
             f"{c.max_steps}: what {c.binding} allow after scoring and evaluating"
             if c.ceiling == c.max_steps
-            else f"{c.ceiling}: a cap; {c.max_steps} steps are predicted to use up the {c.binding}, "
-            "and should steps turn out faster than predicted, training goes on up to the cap"
+            else f"{c.ceiling}: a cap; {c.max_steps} steps are predicted to use up the "
+            f"{c.binding}, and if they turn out faster, training goes on, up to the cap"
         ),
         "training.max_length": (
             f"{c.max_length}: holds the longest example, at most 2048"

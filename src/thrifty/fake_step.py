@@ -8,15 +8,13 @@ the tape also knows the phase and the layer, and is seven times as fast.
 The state is steady: the optimizer's states exist before the step begins, and with gradient
 accumulation the gradients of an earlier micro-batch do.
 
-Fake tensors live on the device "cpu", as a build of torch without CUDA has no other. For
-``device_kind`` "cuda" the choices that change what is kept are CUDA's all the same: dropout keeps a
-byte an element, attention stays fused under dropout and over values narrower than their keys, and
-AdamW that is not fused is foreach. Otherwise the CPU's fused attention keeps what CUDA's keeps.
+Fake tensors live on the device "cpu", as a build of torch without CUDA has no other;
+``fake_device`` has them take CUDA's choices where the setting says so.
 
 Limits: what a kernel allocates inside is not seen (attention's backward over grouped keys; on a CPU
-the wide copy of a mixed sum under a float32 adapter); eager PyTorch, one device; of the optimizers those
-of ``fake_techniques``. Experts are traced as one grouped product, which has no fake form in float32.
-What waits on the host is not on the tape.
+the wide copy of a mixed sum under a float32 adapter); eager PyTorch, one device; of the optimizers
+those of ``fake_techniques``. Experts are traced as one grouped product, which has no fake form in
+float32. What waits on the host is not on the tape.
 """
 
 from __future__ import annotations
@@ -24,15 +22,13 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -42,6 +38,7 @@ from thrifty.costs.operations import Adapter
 from thrifty.costs.setting import MemorySetting
 from thrifty.costs.shape import ModelShape
 from thrifty.data.packed_attention import pack_attention_kwargs
+from thrifty.fake_device import as_on_the_device
 
 _TRACED = (
     "micro_batch",
@@ -156,7 +153,7 @@ def record(
 
     model = skeleton(config, setting, num_layers)
     tape = Tape()
-    with FakeTensorMode(), tape, _as_on_the_device(setting):
+    with FakeTensorMode(), tape, as_on_the_device(setting):
         _materialise(model, setting)
         try:
             _step(model, setting, tape)
@@ -172,8 +169,9 @@ def _step(model: Any, setting: MemorySetting, tape: Tape) -> None:
     """Forward, backward and optimizer as the Trainer runs them, in a steady state."""
     shape = setting.micro_batch, setting.sequence
     names = ("input_ids", "labels", "position_ids")
+    batch = {name: torch.ones(shape, dtype=torch.long) for name in names}
     if setting.zeroth_order:
-        _zeroth_order_step(model, {name: torch.ones(shape, dtype=torch.long) for name in names}, tape)
+        _zeroth_order_step(model, batch, tape)
         return
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [[each] for each in trained] if setting.in_backward else [trained]
@@ -189,7 +187,6 @@ def _step(model: Any, setting: MemorySetting, tape: Tape) -> None:
     _mark_layers(layers_of(model), tape)
     if setting.offload:
         techniques.offload(_plain(model).base_model, tape.to_host)
-    batch = {name: torch.ones(shape, dtype=torch.long) for name in names}
 
     tape.instant = Instant("loss")
     out = _forward(model, batch, setting.loss_chunk)
@@ -364,62 +361,6 @@ def _materialise(model: torch.nn.Module, setting: MemorySetting) -> None:
                 if old is not None:
                     olds.append(old)
                     tensors[name] = new(old)  # type: ignore[assignment]
-
-
-@contextmanager
-def _as_on_the_device(setting: MemorySetting) -> Iterator[None]:
-    """Answers that torch and transformers would give on real data and on the setting's device."""
-    from transformers import masking_utils
-
-    changes: list[tuple[Any, str, Any]] = []
-    if not setting.masked:
-        # Whether rows hold several documents is read off data; fake tensors are taken to hold some.
-        changes.append((masking_utils, "find_packed_sequence_indices", lambda position_ids: None))
-    if setting.device_kind == "cuda":
-        attention = functional.scaled_dot_product_attention
-        fused = partial(_attention_on_cuda, attention)
-        changes.append((functional, "scaled_dot_product_attention", fused))
-        changes.append((functional, "dropout", _dropout_on_cuda))
-    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
-    try:
-        for module, name, function in changes:
-            setattr(module, name, function)
-        yield
-    finally:
-        for module, name, function in before:
-            setattr(module, name, function)
-
-
-def _attention_on_cuda(
-    attention: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """Fused also under dropout, which is drawn again in the backward and leaves nothing, and where
-    values are narrower than keys (latent attention)."""
-    options: dict[str, Any] = dict(is_causal=is_causal, scale=scale)
-    if query.shape[-1] == value.shape[-1]:
-        options |= dict(attn_mask=attn_mask, enable_gqa=enable_gqa)
-        return attention(query, key, value, **options)
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            hidden = attn_mask.logical_not()
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(hidden, -1e4)
-        attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
-    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    return efficient(query, key, value, attn_mask, True, **options)[0]
-
-
-def _dropout_on_cuda(
-    input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> torch.Tensor:
-    return torch.native_dropout(input, p, training)[0] if training and p else input
 
 
 def layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:

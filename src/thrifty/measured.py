@@ -121,8 +121,8 @@ class Measured:
         """How many layers tell of all. Raises NotTraced for a model with none to cut."""
         from thrifty.verification import verify
 
+        self._refuse_loops()
         with _traced():
-            self._refuse_loops()
             return verify(self.config, MemorySetting(micro_batch=1, sequence=LENGTHS[0])).depths
 
     def _refuse_loops(self) -> None:
@@ -176,8 +176,7 @@ class Measured:
 
     def flops(self, setting: MemorySetting) -> Flops:
         """Of a step under a setting's adapter and recomputation. Raises NotTraced."""
-        with _traced():
-            counts = [_count(self.config, setting, depth) for depth in self.depths]
+        counts = [_count(self.config, setting, depth) for depth in self.depths]
         near, far = counts[0], counts[-1]
         period = self.depths[-1] - self.depths[0]
         beyond = (self.num_layers - self.depths[0]) / period if period else 0.0
@@ -281,10 +280,11 @@ def _count(config: Mapping[str, Any], setting: MemorySetting, depth: int) -> lis
     """FLOPs of forward and backward of a row of each of ``LENGTHS``."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    from thrifty.fake_step import skeleton
+
     counts = []
-    with _on_fake_tensors(config, setting, depth) as model:
-        model.set_attn_implementation("eager")  # of fused attention the counter sees no product
-        model.set_experts_implementation("batched_mm")  # nor of a grouped one
+    with _traced():
+        model = skeleton(config, setting, depth)
         for length in LENGTHS:
             with FlopCounterMode(display=False) as counter:
                 _run(model, length).loss.backward()
@@ -297,6 +297,8 @@ def _num_kernels(config: Mapping[str, Any], length: int) -> int:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    from thrifty.fake_step import skeleton
+
     class Counter(TorchDispatchMode):
         kernels = 0
 
@@ -306,32 +308,19 @@ def _num_kernels(config: Mapping[str, Any], length: int) -> int:
             self.kernels += 1
             return func(*args, **(kwargs or {}))
 
-    with (
-        torch.no_grad(),
-        _on_fake_tensors(config, MemorySetting(), None) as model,
-        Counter() as counter,
-    ):
-        _run(model, length)
+    with _traced():
+        model = skeleton(config, MemorySetting(), None)
+        with torch.no_grad(), Counter() as counter:
+            _run(model, length)
     return counter.kernels
 
 
-@contextmanager
-def _on_fake_tensors(
-    config: Mapping[str, Any], setting: MemorySetting, depth: int | None
-) -> Iterator[Any]:
-    """What trains, its tensors and all that is made meanwhile without data."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from thrifty.fake_step import _materialise, skeleton
-
-    model = skeleton(config, setting, depth)
-    with FakeTensorMode():
-        _materialise(model, setting)
-        yield model
-
-
 def _run(model: Any, length: int) -> Any:
+    """A forward on the meta device, in operations whose products the counter knows."""
     import torch
 
-    ids = torch.ones(1, length, dtype=torch.long)
-    return model(input_ids=ids, labels=ids, use_cache=False)
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("batched_mm")
+    ids = torch.ones(1, length, dtype=torch.long, device="meta")
+    # With a mask given, none is made from positions, which would be looked at.
+    return model(input_ids=ids, attention_mask=ids, labels=ids, use_cache=False)

@@ -455,7 +455,7 @@ def _way_json(plan: MeasuredPlan, way: Way) -> dict[str, Any]:
         "flops_per_token_without_attention": way.flops.token,
         "flops_per_token_and_key": way.flops.pair,
         "flops_form_error": way.flops.error,
-        "flops_source": "measured on fake tensors",
+        "flops_source": "measured on the meta device",
         "seconds_per_token": plan.seconds_of(way.flops_per_token),
         "tokens": tokens,
         "flops": None if tokens is None else tokens * way.flops_per_token,

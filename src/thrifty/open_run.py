@@ -32,6 +32,9 @@ from thrifty.run_folder import RunFolder
 from thrifty.signals.energy import energy_counter
 from thrifty.signals.models import LoadedModels, local_device, locate, weights_sha256
 
+LARGE_BYTES = 1e9
+"""Of weights: to hash more takes seconds."""
+
 
 @contextmanager
 def at_work(run: RunFolder, say: Say, overrides: tuple[str, ...] = ()) -> Iterator[Work]:
@@ -104,7 +107,8 @@ class Work:
     @cached_property
     def base_sha256(self) -> str:
         """Of the base weights. Raises ValueError where they are not those the run began with."""
-        self.say("looking at the base model's weights ...")
+        if sum(f.stat().st_size for f in self.base.glob("*.safetensors")) > LARGE_BYTES:
+            self.say("hashing the base model's weights ...")
         found = weights_sha256(self.base)
         known_file = self.run.path / "base.sha256"
         known = self.plan.model.sha256

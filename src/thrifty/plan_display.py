@@ -88,7 +88,7 @@ def _candidates(planned: Planned) -> str:
     shown += [c for c in best.values() if c is not planned.chosen][: _SHOWN_CANDIDATES - 1]
     headers = (
         "", "candidate", "memory", "steps", "tokens", "FLOPs", "time", "$", "quality",
-        "gain (prior)", "",
+        "gain (a guess)", "",
     )  # fmt: skip
     rows = [
         (
@@ -101,7 +101,7 @@ def _candidates(planned: Planned) -> str:
             quantities.format_seconds(c.total.seconds),
             "?" if c.total.dollars is None else quantities.format_dollars(c.total.dollars),
             f"{c.quality.mean:.2f} ± {c.quality.stderr:.2f}",
-            f"{c.gain.mean:.3f} ± {c.gain.stderr:.3f}",
+            f"{c.gain.mean:.3f}" + (f" ± {c.gain.stderr:.3f}" if c.gain.stderr >= 5e-4 else ""),
             MAKES[c.makes] + ("" if c.runs else ", priced only"),
         )
         for c in shown

@@ -112,11 +112,17 @@ def _worth_pricing(combinations: Combinations, request: Request) -> list[Held]:
         elif smallest is None or peaks.min() < smallest[0]:
             smallest = (float(peaks.min()), held)
     kept: list[Held] = []
-    smaller: dict[tuple[float, float, bool, bool], float] = {}
+    smaller: dict[tuple[float, float, bool, bool, int], float] = {}
     found.sort(key=lambda each: each[0])
     for _, least, held in found:  # a slower one must be smaller than all faster ones
         prior = held.quality
-        like = round(prior.mean, 4), round(prior.stderr, 4), held.masked, held.runs
+        like = (
+            round(prior.mean, 4),
+            round(prior.stderr, 4),
+            held.masked,
+            held.runs,
+            held.num_devices,
+        )
         if least < smaller.get(like, math.inf) * 0.98:
             smaller[like] = least
             kept.append(held)

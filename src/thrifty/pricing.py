@@ -27,6 +27,7 @@ from thrifty.costs.shape import ModelShape
 from thrifty.costs.time import SECONDS_MARGIN
 from thrifty.effective_tokens import MAX_EPOCHS, best_repetition, prior_gain
 from thrifty.predictions import Predictions, Predictor
+from thrifty.priors import worth_of
 
 STEPS_WANTED = 300
 MAX_BATCH = 128
@@ -66,6 +67,16 @@ class Request:
     techniques: tuple[str, ...] = ()
     """Memory techniques that the user named."""
     num_devices: int = 1
+    """At most."""
+
+    def on(self, num_devices: int) -> Request:
+        """The same, paid for so many devices."""
+        dollars, watts = self.rates.dollars_per_second, self.rates.watts
+        rates = Rates(
+            dollars_per_second=None if dollars is None else dollars * num_devices,
+            watts=None if watts is None else watts * num_devices,
+        )
+        return replace(self, rates=rates)
 
     @property
     def memory_limit(self) -> float:
@@ -154,7 +165,8 @@ class Candidate:
         adapters = self.setting.adapter is not None and self.setting.adapter_dtype != "float32"
         loose = ["bf16 adapters"] if adapters else []
         open_ = [] if self.setting.masked else ["flash"]
-        return f"{self.scorer}, {' '.join((*shown, *loose, *open_, batch))}"
+        many = [] if self.setting.num_devices == 1 else [f"on {self.setting.num_devices} devices"]
+        return f"{self.scorer}, {' '.join((*shown, *loose, *open_, batch, *many))}"
 
     @property
     def total(self) -> Cost:
@@ -214,7 +226,8 @@ class Pricing:
         return refusal
 
     def _at(self, held: Held, index: int, scorer: Scorer, spec: Spec) -> Candidate | Refused | None:
-        request, micro_batch = self.request, held.micro_batches[index]
+        request, num_devices = self.request.on(held.num_devices), held.num_devices
+        micro_batch = held.micro_batches[index]
         pool_tokens = float(request.pool.num_tokens) if request.pool else math.inf
         setting = held.setting(index)
         costs = self.predictor.of(setting, held.micro(index))
@@ -223,7 +236,8 @@ class Pricing:
         # Steps without watching first, for how much watching a share of them pays; then with it.
         left = _minus(request, once + costs.watching(2, 1))
         wanted, binding = _affordable(request, costs.step, left, pool_tokens)
-        accumulation = _accumulation(request, wanted * micro_batch, micro_batch)
+        rows = micro_batch * num_devices
+        accumulation = _accumulation(request, wanted * rows, rows)
         if accumulation < 1:
             return None
         accumulation = min(accumulation, held.most_accumulated)
@@ -249,7 +263,7 @@ class Pricing:
             return Refused(held.name, replace(least, peak_memory_bytes=peak * MEMORY_MARGIN))
         tokens = steps * step.tokens * PACKING_FILL
         epochs, keep, effective = best_repetition(
-            scorer.worth,
+            worth_of(scorer),
             tokens,
             pool_tokens,
             request.fixed.get("selection.max_tokens"),
@@ -277,7 +291,7 @@ class Pricing:
             keep_tokens=keep,
             by_stage={name: request.rates.of(cost) for name, cost in stages.items()},
             binding=binding,
-            gain=prior_gain(effective, held.quality, scorer.worth),
+            gain=prior_gain(effective, held.quality, worth_of(scorer)),
         )
 
     def _score(self, scorer: Scorer, setting: MemorySetting) -> Cost:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 FIRST_SECONDS = 3.0
 RARER = 0.2
-"""Of the time that has passed, the least until the next line: an hour's work is no thousand lines."""
+"""Of the time that has passed, the least until the next line: hours of work make few lines."""
 
 T = TypeVar("T")
 

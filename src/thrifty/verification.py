@@ -46,6 +46,17 @@ class Verification:
             return None
         return max(self.predicted.values()) / max(self.traced.values()) - 1.0
 
+    def facts(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "predicted_bytes_by_phase": self.predicted,
+            "traced_bytes_by_phase": self.traced,
+            "traced_peak_bytes": max(self.traced.values()),
+            "error": self.error,
+            "depths": list(self.depths),
+            "seconds": self.seconds,
+        }
+
     def __str__(self) -> str:
         how = f"at its full {self.depths[0]} layers"
         if self.extrapolated:
@@ -64,6 +75,19 @@ class Verification:
         if self.predicted is None:
             lines.append("  predicted: nothing, as this architecture has no closed form")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why a step could not be traced."""
+
+    reason: str
+
+    def facts(self) -> dict[str, Any]:
+        return {"refused": self.reason}
+
+    def __str__(self) -> str:
+        return f"not verified: {self.reason}"
 
 
 def _phase_or_peak(phases: Mapping[str, float], name: str) -> float:

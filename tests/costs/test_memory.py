@@ -267,11 +267,17 @@ print(train({config!r}, {rows}, {sequence}, **{options}))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("adapter", [None, Adapter(rank=16)])
-def test_resident_set_of_real_training(adapter, recompute, tmp_path):
+@pytest.mark.parametrize(
+    ("adapter", "recompute", "rows"),
+    [
+        (None, False, 2),
+        pytest.param(None, True, 4, marks=pytest.mark.slow),
+        pytest.param(Adapter(rank=16), False, 4, marks=pytest.mark.slow),
+        pytest.param(Adapter(rank=16), True, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_resident_set_of_real_training(adapter, recompute, rows, tmp_path):
     """Two steps of HF's Trainer, the optimizer's states included, in a process of its own."""
     config = dict(
         model_type="llama",
@@ -282,7 +288,7 @@ def test_resident_set_of_real_training(adapter, recompute, tmp_path):
         num_key_value_heads=3,
         vocab_size=16000,
     )
-    rows, sequence = 4, 512
+    sequence = 512
     code = STEPS.format(
         tests=str(Path(__file__).parent),
         folder=str(tmp_path),
@@ -310,4 +316,5 @@ def test_resident_set_of_real_training(adapter, recompute, tmp_path):
     predicted = seen.peak_memory_bytes - loaded
     assert predicted > 300 * 2**20
     print(f"{measured / 2**20:.0f} MiB measured, {predicted / 2**20:.0f} MiB predicted")
-    assert predicted == pytest.approx(measured, rel=0.10)
+    # What libraries load late and pages of small objects are some MiB, whatever the step.
+    assert predicted == pytest.approx(measured, rel=0.02, abs=16 * 2**20)

@@ -1,4 +1,4 @@
-"""The words: six to twelve lines, and a loss is called a loss."""
+"""The words: six to thirteen lines, and a loss is called a loss."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from tests.report import runs
+from thrifty.core.plan import ModelSource
 from thrifty.report.summary import summarize, text_summary
-from thrifty.report.words import against_control, headline, off, weighed, with_error
+from thrifty.report.words import against_control, asked, headline, off, weighed, with_error
 
 
 def say(path: Path, **more: object) -> str:
     text = text_summary(summarize(runs.finished(path / "run", **more)))
-    assert 6 <= len(text.splitlines()) <= 12
+    assert 6 <= len(text.splitlines()) <= 13
     return text
 
 
@@ -25,6 +26,8 @@ def test_a_win(tmp_path: Path) -> None:
     assert "2.5100 before, 2.0500 after" in text
     assert "2.4900 before, 2.0600 after: a gain of +0.4300 ± 0.0110" in text
     assert "next best uniform" in text
+    assert "guessed a gain of 0.42 ± 0.05 nats/token" in text, "beside what was measured"
+    assert "no forecast" in text
 
 
 def test_a_loss_is_stated(tmp_path: Path) -> None:
@@ -77,7 +80,7 @@ def test_a_run_in_progress(tmp_path: Path, began: bool) -> None:
                 runs.train(ledger, losses=(2.5, 2.4), end=False)
     s = summarize(run)
     text = text_summary(s)
-    assert 6 <= len(text.splitlines()) <= 12
+    assert 6 <= len(text.splitlines()) <= 13
     assert "The control has not been run yet" in text
     if began:
         assert "Not finished: train stopped (KeyboardInterrupt: signal 2)" in text
@@ -110,7 +113,7 @@ def test_terminal_escapes_are_inert(tmp_path: Path) -> None:
 def test_small_numbers() -> None:
     assert off(103.0, 100.0) == "+3.0%"
     assert off(100.01, 100.0) == "±0%"
-    assert off(500.0, 100.0) == "5 times"
+    assert off(500.0, 100.0) == "+400%"
     assert off(1.0, 0.0) == off(None, 1.0) == "\N{EN DASH}"
     assert with_error(-0.05, 0.01, signed=True) == "-0.0500 ± 0.0100"
 
@@ -135,3 +138,19 @@ def test_no_option_worth_its_price() -> None:
         "train on: history gain 0.0000 ± 0.1000 nats/token, at best 0.1 a PFLOP, "
         "not above the price of 0.2"
     )
+
+
+def test_a_folder_goes_by_its_own_name(tmp_path: Path) -> None:
+    run, ledger = runs.start(tmp_path / "run", runs.plan(model=ModelSource(path="/a/cache/base-1")))
+    ledger.close()
+    assert "Supervised fine-tuning of base-1 towards" in asked(summarize(run))
+
+
+def test_a_peak_that_was_not_predicted_is_not_zero(tmp_path: Path) -> None:
+    predicted = {**runs.PREDICTED, "test": runs.cost(2e11, 8.0)}
+    values = {name: cost.to_dict() for name, cost in predicted.items()}
+    run, ledger = runs.start(tmp_path / "run", runs.plan(predicted=values))
+    ledger.close()
+    stages = {stage["name"]: stage for stage in summarize(run)["stages"]}
+    assert stages["test"]["predicted"]["peak_memory_bytes"] is None
+    assert stages["train"]["predicted"]["peak_memory_bytes"] == 9e8

@@ -42,7 +42,7 @@ class _Notation:
     listed: str = ""
     """The units as a hint names them, where they are too many to go through."""
     most: float = math.inf
-    """More than this is a slip of the keyboard, and would only make numbers that nobody can read."""
+    """More than this is a slip of the keyboard; it would only make numbers that nobody can read."""
     forgotten: tuple[float, str] = (0.0, "")
     """Below this a bare number lacks its unit, probably this one."""
 
@@ -154,9 +154,7 @@ _TIME = _Notation(
     sums=True,
     most=_CENTURY,
 )
-_HOURS = _Notation(
-    "hours", {**_TIME.units, "": 3600.0}, "2, 2h or 1h30m", sums=True, most=_CENTURY
-)
+_HOURS = _Notation("hours", {**_TIME.units, "": 3600.0}, "2, 2h or 1h30m", sums=True, most=_CENTURY)
 _DOLLARS = _Notation(
     "dollars",
     {"": 1.0, "k": 1e3, "USD": 1.0, "dollar": 1.0, "dollars": 1.0},

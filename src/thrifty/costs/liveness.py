@@ -59,7 +59,10 @@ class Instants(NamedTuple):
     columns: NDArray[np.float64]  # [num_points, 6]: token, map, fixed, done, fresh, updated
 
     def highest(
-        self, tokens: NDArray[Any], keys: float, gradients: tuple[float, float, float] = NO_GRADIENTS
+        self,
+        tokens: NDArray[Any],
+        keys: float,
+        gradients: tuple[float, float, float] = NO_GRADIENTS,
     ) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
         """For each batch the most bytes held and the instant at which they are; ``gradients``:
         bytes of an element that is done, fresh, updated."""

@@ -5,13 +5,14 @@ the same kernels."""
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from thrifty.costs.layer import Setup
+from thrifty.costs.layer import Setup, head
 from thrifty.costs.liveness import pieces
-from thrifty.costs.operations import Size, total
+from thrifty.costs.operations import Size, saved, total
 from thrifty.costs.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ class Passes:
         self.before = self.bytes(total((self.first.saved, shared_bytes(shape, setup))))
         self.lone = self.bytes(lone_bytes(shape, setup))
         self.input = self.bytes(self.last.input)
+        # Kept of what comes before the head's product: of all tokens, however few logits there are.
+        normed = takewhile(lambda each: not each.forward, head(shape, setup))
+        self.normed = self.bytes(total(x.size for x in saved(tuple(normed)).values()))
         self.saved = np.stack([self.bytes(kind.saved) for kind in self.kinds])  # [kinds, batches]
         self.products = np.stack([self.bytes(kind.products) for kind in self.kinds])
         elements = np.array([kind.weight_elements for kind in self.kinds], dtype=float)
@@ -49,9 +53,7 @@ class Passes:
         tokens = self.tokens if tokens is None else tokens
         return size.at(tokens, self.keys) + np.zeros_like(tokens)
 
-    def highest(
-        self, mode: str, gradients: tuple[float, float, float]
-    ) -> tuple[Bytes, Any]:
+    def highest(self, mode: str, gradients: tuple[float, float, float]) -> tuple[Bytes, Any]:
         """The most that each kind of layer holds in ``mode``, and when, [num_kinds, batches]."""
         key = mode, gradients
         if key not in self._highest:
@@ -99,7 +101,7 @@ def _tables(shape: ModelShape, setup: Setup) -> Size:
 
 
 def _of_a_kind(shape: ModelShape, setup: Setup, held: bool) -> Size:
-    """The model holds the masks that it makes during the forward, and a recomputation to its end."""
+    """The model holds the masks that it makes in the forward, and a recomputation to its end."""
     tables = _tables(shape, setup) if shape.rotary_per_kind else Size()
     eager = shape.attention == "eager"
     builds = shape.mask == "positions" and (setup.masked or setup.window_masked or eager)

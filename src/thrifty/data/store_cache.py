@@ -27,6 +27,7 @@ from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from uuid import uuid4
 
 from thrifty.core.durable import rename_durably
 from thrifty.costs.hardware import GIB, cache_folder
@@ -95,10 +96,11 @@ def keep(key: str | None, directory: Path) -> None:
     if key is None or _size(directory) > most:
         return
     folder = _folder()
-    draft = folder / f".{key}.{os.getpid()}"
+    draft = folder / f".{key}.{uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(directory, draft, dirs_exist_ok=True)
+        shutil.copytree(directory, draft)
+        os.utime(draft)  # used now, whenever the store was made
         rename_durably(draft, folder / key)
     except OSError:  # or another plan was first
         pass
@@ -146,7 +148,7 @@ def _trim(folder: Path, most: float) -> None:
 
 def _remove(entry: Path) -> None:
     """Renamed first: what is half deleted is no entry."""
-    gone = entry.with_name(f".{entry.name}.{os.getpid()}.gone")
+    gone = entry.with_name(f".{entry.name}.{uuid4().hex}")
     with suppress(OSError):
         entry.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)

@@ -113,7 +113,7 @@ class Facts:
             "reason": None,
             "started_at": None,
             "ended_at": None,
-            "predicted": self._priced(self.plan.predicted[name]).to_dict(),
+            "predicted": amounts(self._priced(self.plan.predicted[name])),
             "measured": dict.fromkeys(RESOURCES),
             "lost": dict.fromkeys(RESOURCES),
             "gain": None,
@@ -130,7 +130,7 @@ class Facts:
         values = row["predicted"]
         if not any(values.values()) and row["name"] not in self.plan.predicted:
             return dict.fromkeys(RESOURCES)
-        return self._priced(values).to_dict()
+        return amounts(self._priced(values))
 
     def activities(self) -> list[dict[str, Any]]:
         """What each stage was charged, by activity."""
@@ -244,6 +244,16 @@ class Facts:
         account = self._accounts.get(row["stage_id"], "budget")
         return {"account": account, **{name: row[name] for name in kept}}
 
+    def prior_gain(self) -> dict[str, Any] | None:
+        """What the planner took the chosen plan to gain when it weighed it against others."""
+        for decision in self.decisions:
+            choice = decision["choice"]
+            if choice and decision["stage"] is None:
+                for option in choice["options"]:
+                    if option["name"] == decision["chosen"]:
+                        return dict(option["gain"])
+        return None
+
     def ended(self) -> dict[str, Any] | None:
         """The decision that ended training, if one did: none where it went its planned length."""
         for decision in reversed(self.decisions):
@@ -284,7 +294,8 @@ def _mark_undone(decisions: Sequence[dict[str, Any]]) -> None:
 
 
 def amounts(cost: Cost) -> dict[str, float | None]:
-    """What was measured, by resource. A peak of zero bytes is one that nobody looked at."""
+    """What was measured, or predicted, by resource. A peak of zero bytes is one that nobody looked
+    at."""
     return {**cost.to_dict(), "peak_memory_bytes": cost.peak_memory_bytes or None}
 
 

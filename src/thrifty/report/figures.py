@@ -16,7 +16,7 @@ from typing import Any
 
 from thrifty.core.budget import CONSUMED
 from thrifty.report.inert import visible
-from thrifty.report.words import NAMES, amount
+from thrifty.report.words import NAMES
 
 WIDTH = 470
 """Of a figure, in its own units; text is 12 of them high."""
@@ -209,21 +209,37 @@ def predicted_figure(summary: Mapping[str, Any]) -> str:
             rows = range(len(stages))
             measured = [s["measured"][resource] or 0.0 for s in reversed(stages)]
             predicted = [s["predicted"][resource] or 0.0 for s in reversed(stages)]
+            size, unit = _unit(resource, max(*measured, *predicted))
+            measured = [value / size for value in measured]
+            predicted = [value / size for value in predicted]
             most = max(*measured, *predicted)
             axes.barh(rows, measured, color=_SERIES[0], height=0.46, linewidth=0)
             for row, value in zip(rows, predicted, strict=True):
                 if value:
                     axes.plot([value, value], [row - 0.36, row + 0.36], color=_INK, linewidth=1.6)
             axes.set_xlim(0, 1.05 * most)
-            axes.set_xticks([0, most], ["0", amount(most, resource)])
-            axes.get_xticklabels()[-1].set_ha("right")
-            axes.set_title(NAMES[resource], fontsize=12, loc="left", color=_INK)
+            axes.locator_params(axis="x", nbins=4, min_n_ticks=3)
+            axes.grid(axis="x")
+            axes.set_axisbelow(True)
+            axes.set_title(f"{NAMES[resource]}, {unit}", fontsize=12, loc="left", color=_INK)
             axes.set_yticks(rows, [_ascii(s["name"]) for s in reversed(stages)])
             axes.set_ylim(-0.6, len(stages) - 0.4)
             axes.tick_params(length=0)
             axes.spines["bottom"].set_color(_RULE)
 
     return _svg("predicted", 62 + 34 * len(stages), "Measured against predicted by stage", draw)
+
+
+def _unit(resource: str, most: float) -> tuple[float, str]:
+    """The unit in which ``most`` is no long number, and its size."""
+    if resource == "flops":
+        size, prefix = _scale(most)
+        return size, f"{prefix}FLOP"
+    units = {
+        "seconds": ((3600.0, "h"), (60.0, "min"), (1.0, "s")),
+        "peak_memory_bytes": ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB")),
+    }[resource]
+    return next((unit for unit in units if most >= 2 * unit[0]), units[-1])
 
 
 def histogram_figure(histogram: Any, number: int = 0) -> str:

@@ -56,6 +56,7 @@ def summarize(run: RunFolder) -> dict[str, Any]:
         "stages": facts.stages(control),
         "activities": facts.activities(),
         "gain": gain,
+        "prior_gain": facts.prior_gain(),
         "gain_per": gain_per(gain, spent),
         "decisions": facts.decisions,
         "ended": facts.ended(),

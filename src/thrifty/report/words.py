@@ -7,6 +7,7 @@ sentence says so. An outcome counts as told from noise past two standard errors.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from thrifty.core import quantities
@@ -45,11 +46,8 @@ def off(measured: Any, predicted: Any) -> str:
 
 
 def percent(change: float) -> str:
-    """A change; past a doubling it is a factor."""
-    if change >= 1:
-        return f"{1 + change:.3g} times"
     digits = 0 if abs(change) >= 0.1 else 1
-    text = f"{100 * change:+.{digits}f}%"
+    text = f"{100 * change:+,.{digits}f}%"
     return "±0%" if float(text[:-1]) == 0 else text
 
 
@@ -87,6 +85,7 @@ def headline(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Ended", ending(summary)),
         ("Cost", cost(summary)),
         ("Brought", outcome(summary)),
+        ("Prior", prior(summary)),
         ("Control", against_control(summary)[0]),
     ]
     return [(label, sentence) for label, sentence in sentences if sentence]
@@ -98,7 +97,8 @@ def asked(summary: Mapping[str, Any]) -> str:
     towards = f" towards {targets}{more}" if targets else ""
     limits = [amount(v, k) for k, v in summary["budget"].items() if v is not None]
     within = f" within {', '.join(limits)}" if limits else ", without a limit"
-    model = visible(summary["model"]["path"], 80)
+    path = summary["model"]["path"]  # a folder's own name says it; the footer has the rest
+    model = visible(Path(path).name if Path(path).is_absolute() else path, 80)
     task = TASKS.get(summary["task"], visible(summary["task"], 40))
     return f"{_capital(task)} of {model}{towards}{within}."
 
@@ -200,6 +200,23 @@ def outcome(summary: Mapping[str, Any]) -> str:
     return "" if summary["state"] == "planned" else "What training brought is not measured."
 
 
+def prior(summary: Mapping[str, Any]) -> str:
+    """What the planner had ranked the chosen plan by, beside what was measured."""
+    guess = summary["prior_gain"]
+    if guess is None:
+        return ""
+    return (
+        f"The planner had guessed a gain of {_guess(guess)} {visible(guess['unit'], 40)}: a rule "
+        "of thumb that ranks plans, no forecast of this run."
+    )
+
+
+def _guess(guess: Mapping[str, Any]) -> str:
+    """Two digits, for it has no more; an error bar where the prior has one."""
+    error = f" ± {guess['stderr']:.2f}" if guess["stderr"] else ""
+    return f"{guess['mean']:.2f}{error}"
+
+
 def _change(what: str, loss: Mapping[str, Any], gain: float, stderr: Any, unit: str) -> str:
     if stderr is not None and abs(gain) <= NOISE * stderr:
         verb = "did not change beyond noise"
@@ -274,6 +291,8 @@ def text_summary(summary: Mapping[str, Any]) -> str:
     unit = visible(summary["objective"]["unit"], 40)
     for what, key in (("dev loss", "dev_loss"), ("test loss", "test_loss")):
         lines.append((what, _loss_line(summary[key], unit)))
+    if prior(summary):
+        lines.append(("prior", prior(summary)))
     lines.append(("control", against_control(summary)[0]))
     return "\n".join(f"{name:<10} {text}" for name, text in lines)
 
@@ -311,8 +330,9 @@ def weighed(choice: Mapping[str, Any]) -> str:
     per = PER.get(resource, (1.0, visible(resource, 40)))[1]
     unit, gain = visible(option["gain"]["unit"], 40), option["gain"]
     bound = "at best" if option["name"] == choice["incumbent"] else "at least"
+    what = "guessed (prior)" if gain["source"] == "prior" else gain["source"]
     text = (
-        f"{visible(option['name'], 80)}: {gain['source']} gain "
+        f"{visible(option['name'], 80)}: {what} gain "
         f"{with_error(gain['mean'], gain['stderr'])} {unit}, {bound} {rate(value, resource)} a "
         f"{per}, {'above' if won else 'not above'} the price of {rate(choice['price'], resource)}"
     )

@@ -65,7 +65,8 @@ def read(config: Mapping[str, Any]) -> ModelShape:
     if model_type not in FAMILIES:
         what = f"model_type {model_type!r} is not supported" if model_type else "no model_type"
         raise ValueError(
-            f"{what} in the model's config\nhint: `thrifty plan --measure` builds it without weights "
-            f"and counts; supported are {', '.join(sorted(FAMILIES))}"
+            f"{what} in the model's config\n"
+            "hint: `thrifty plan --measure` builds the model without weights and counts; with a "
+            f"closed form are {', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[model_type](Config(model_type, config))

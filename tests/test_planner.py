@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from thrifty import combinations
+from thrifty.advice import scoring_relief
 from thrifty.core.budget import Budget
 from thrifty.core.contracts import MEMORY_KINDS
 from thrifty.core.resolve import all_names, method_class
@@ -135,6 +137,14 @@ def test_the_binding_term_and_the_ways_out(planned):
     assert "the binding term is" in text
     assert "closed form" in text
     assert "calibrated" in text
+
+
+def test_scoring_that_binds_offers_a_smaller_proxy(planned):
+    found, request = planned(flops=1e18, device="rtx4090", using=("lora", "nf4", "recompute"))
+    assert scoring_relief(found.chosen, request) == []
+    scored = replace(found.chosen, scoring_bytes=60e9)
+    assert scored.account.peak_phase == "score"
+    assert "a proxy of a tenth" in scoring_relief(scored, request)[0]
 
 
 def test_more_devices_hold_a_share_each_and_cost_as_many_prices(planned):

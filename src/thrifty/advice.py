@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from thrifty.combinations import Combinations, Held
+from thrifty.core import quantities
 from thrifty.core.contracts import MEMORY_KINDS
 from thrifty.costs.allocator import allocatable
 from thrifty.costs.hardware import DEVICES
@@ -47,6 +48,26 @@ def binding_term(chosen: Candidate) -> tuple[str, str]:
     account = chosen.account
     terms = {term: size for term, size in account.by_term.items() if term != "weights"}
     return account.peak_phase, max(terms, key=lambda term: terms[term])
+
+
+def scoring_relief(chosen: Candidate, request: Request) -> list[str]:
+    """Ways out where it is scoring, not training, that takes most: a smaller proxy, whose scores
+    serve a larger model too; or, where rows are scored again while training, the training states
+    off the device meanwhile."""
+    account, shown = chosen.account, quantities.format_bytes
+    if account.peak_phase not in ("score", "refresh"):
+        return []
+    own = account.phases["score"]["weights"]
+    ways = [f"a proxy of a tenth of the size frees about {shown(0.9 * own)} of scoring"]
+    if account.peak_phase == "refresh":
+        states = account.phase_bytes("save")
+        link = request.device.host_bytes_per_second
+        ways.append(
+            f"the training states wait on the host: frees {shown(states)} for "
+            f"{quantities.format_seconds(2 * states / link)} a refresh"
+        )
+        ways.append("evict them to the last checkpoint: the same, for loading it again")
+    return ways
 
 
 def swaps(chosen: Candidate, combinations: Combinations) -> list[Swap]:

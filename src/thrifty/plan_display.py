@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from thrifty.advice import Elsewhere, Swap, binding_term, elsewhere, swaps
+from thrifty.advice import (
+    Elsewhere,
+    Swap,
+    binding_term,
+    elsewhere,
+    scoring_relief,
+    swaps,
+)
 from thrifty.core import quantities
 from thrifty.display import table
 from thrifty.planner import Planned
@@ -29,6 +36,8 @@ def plan_text(planned: Planned, request: Request) -> str:
         if cost.flops or cost.seconds
     ]
     parts.append(f"by stage, predicted: {'; '.join(stages)}")
+    clock = "measured rates" if request.device.calibrated else "data-sheet rates"
+    parts.append(f"  FLOPs are counted (closed form), seconds a roofline on {clock} (calibrated)")
     parts.append(f"what ends it: {c.binding}")
     parts += ["", "why"]
     parts += [f"  {key:<42} {reason}" for key, reason in planned.why.items()]
@@ -54,6 +63,8 @@ def _memory(planned: Planned, request: Request) -> Iterator[str]:
     yield f"  by phase: {', '.join(phases)}"
     phase, term = binding_term(c)
     yield f"the binding term is {term.replace('_', ' ')} at {phase}"
+    for way in scoring_relief(c, request):
+        yield f"  {way}"
     for swap in swaps(c, planned.combinations)[:_SHOWN_SWAPS]:
         yield f"  {_swap_text(swap)}"
     for other in elsewhere(request, planned.combinations):

@@ -16,8 +16,9 @@ T = TypeVar("T")
 class Pace:
     """When the next line is due."""
 
-    def __init__(self, first: float = FIRST_SECONDS) -> None:
+    def __init__(self, first: float = FIRST_SECONDS, rarer: float = RARER) -> None:
         self._first = first
+        self._rarer = rarer
         self.begin()
 
     def begin(self) -> None:
@@ -30,7 +31,7 @@ class Pace:
     def due(self) -> bool:
         """Whether it is time for a line, which then counts as said."""
         now = time.monotonic()
-        if now - self._last < max(self._first, RARER * (now - self._began)):
+        if now - self._last < max(self._first, self._rarer * (now - self._began)):
             return False
         self._last = now
         return True

@@ -39,7 +39,7 @@ class TrainingProgress(TrainerCallback):
     ) -> None:
         self._pace.begin()
         if sys.stderr.isatty():
-            self._pace = Pace(_BAR_SECONDS)
+            self._pace = Pace(_BAR_SECONDS, rarer=0.0)
             self._bar = Progress(
                 TextColumn("train"),
                 BarColumn(bar_width=30),

@@ -188,9 +188,7 @@ def test_memory_without_a_unit_and_beyond_the_device(tiny_model, capsys):
     assert "without a unit\nhint: did you mean 24GiB?" in capsys.readouterr().err
     assert main([*command, "--memory", "40GiB", "--device", "rtx4090", "--json"]) == 0
     out, err = capsys.readouterr()
-    assert err == (
-        "rtx4090 has 23.6 GiB, less than the memory limit of 40 GiB: the plan keeps to what it has\n"
-    )
+    assert err.startswith("rtx4090 has 23.6 GiB, less than the memory limit of 40 GiB: ")
     assert json.loads(out)["predicted"]["device_bytes"] <= 23.6 * 2**30
 
 

@@ -19,6 +19,7 @@ from thrifty.costs.shape import ModelShape
 from thrifty.plan_display import plan_json, plan_text
 from thrifty.planner import NoPlanFits
 from thrifty.preparation import Asked, quick_plan
+from thrifty.priors import Priors
 
 LLAMA = {
     "model_type": "llama",
@@ -289,6 +290,6 @@ def test_a_quality_is_the_product_of_priors():
     bf16 = combinations.variants("weights", ["bfloat16"])[0]
     lora = combinations.variants("trained", ["lora"])[0]
     sgd = combinations.variants("states", ["sgd"])[0]
-    quality = combinations.quality_of((full, bf16, sgd))
+    quality = combinations.quality_of((full, bf16, sgd), Priors({}))
     assert quality.mean == pytest.approx(0.9 * 0.3)
-    assert combinations.quality_of((lora, bf16)).mean == pytest.approx(0.6)
+    assert combinations.quality_of((lora, bf16), Priors({})).mean == pytest.approx(0.6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -11,12 +12,15 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from thrifty import fake_step, verification
+from thrifty.cli import main
+from thrifty.core.plan import LoRA, Training
 from thrifty.costs.operations import Adapter
 from thrifty.costs.setting import MemorySetting, States, Storage
-from thrifty.costs.shape import ModelShape
+from thrifty.costs.shape import ModelShape, read_shape
 from thrifty.fake_device import as_on_the_device
 from thrifty.fake_step import Tape, record
 from thrifty.memory.states.adafactor import Adafactor
+from thrifty.trainer import build_model
 from thrifty.verification import PHASES, trace, verify
 
 LLAMA: dict[str, Any] = dict(
@@ -215,6 +219,37 @@ def test_what_is_priced_is_what_is_adapted(family):
     model = fake_step.skeleton(config, MemorySetting(adapter=adapter), None)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == adapter.num_parameters(ModelShape.from_config(config))
+
+
+def test_a_run_adapts_what_is_priced(tmp_path):
+    config = dict(EXPERTS["qwen3_moe"])
+    described = AutoConfig.for_model(config.pop("model_type"), **config)
+    AutoModelForCausalLM.from_config(described).save_pretrained(tmp_path)
+    training = Training(method="lora", lora=LoRA(rank=4))
+    model = build_model(training, tmp_path, "cpu")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == Adapter(rank=4).num_parameters(read_shape(tmp_path))
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_plan_is_verified_on_demand(pooled, tiny_model, tiny_data, tmp_path, capsys):
+    command = ["plan", "--model", str(tiny_model), "--flops", "6e9", "--verify"]
+    command += ["--set", "training.max_length=64", "--using", "adamw"]
+    if pooled:
+        command += ["--pool", str(tiny_data["pool"]), "-o", str(tmp_path / "run")]
+        assert main(command) == 0
+        assert "verified on fake tensors" in capsys.readouterr().out
+        return
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["verification"]
+    assert found["traced_peak_bytes"] == max(found["traced_bytes_by_phase"].values())
+    assert abs(found["error"]) < 0.03
+
+
+def test_a_plan_that_cannot_be_traced_says_so(tiny_model, capsys):
+    command = ["plan", "--model", str(tiny_model), "--flops", "6e9", "--verify"]
+    assert main([*command, "--using", "adamw_8bit"]) == 0
+    assert "not verified: a step of adamw_8bit" in capsys.readouterr().out
 
 
 def test_attention_on_cuda_stays_fused():

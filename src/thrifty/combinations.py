@@ -28,7 +28,7 @@ from thrifty.costs.memory import peaks
 from thrifty.costs.setting import MemorySetting
 from thrifty.costs.shape import ModelShape
 from thrifty.costs.time import seconds_by_optimizer
-from thrifty.priors import worth_of
+from thrifty.priors import Priors, load_priors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -60,6 +60,7 @@ class Held:
 
     block: Block
     state: int
+    priors: Priors
 
     @property
     def techniques(self) -> tuple[MemoryTechnique, ...]:
@@ -75,7 +76,7 @@ class Held:
 
     @cached_property
     def quality(self) -> Worth:
-        return quality_of(self.techniques)
+        return quality_of(self.techniques, self.priors)
 
     @cached_property
     def runs(self) -> bool:
@@ -135,6 +136,7 @@ class Combinations:
     """All that was priced, and what could not be combined."""
 
     blocks: tuple[Block, ...]
+    priors: Priors
     refused: Mapping[str, int]
     """Technique and reason -> how many combinations of techniques it ruled out."""
 
@@ -148,14 +150,18 @@ class Combinations:
 
     @cached_property
     def held(self) -> list[Held]:
-        return [Held(block, state) for block in self.blocks for state in range(len(block.states))]
+        return [
+            Held(block, state, self.priors)
+            for block in self.blocks
+            for state in range(len(block.states))
+        ]
 
 
-def quality_of(techniques: tuple[MemoryTechnique, ...]) -> Worth:
+def quality_of(techniques: tuple[MemoryTechnique, ...], priors: Priors) -> Worth:
     """Of a token trained on under these, in tokens under the reference: the product of the priors
     of what departs from it."""
     trains_weights = name_of(techniques[0]) == "full"
-    worths = [worth_of(technique, trained=trains_weights) for technique in techniques]
+    worths = [priors.of(technique, trained=trains_weights) for technique in techniques]
     mean = math.prod(worth.mean for worth in worths)
     relative = math.hypot(*(worth.stderr / worth.mean for worth in worths))
     sources = [worth.source for worth in worths if worth.mean != 1.0]
@@ -204,7 +210,7 @@ def price_all(
             states = _states(setting, kinds[-1], refused)
             if states:
                 blocks.append(_block(shape, device, techniques, states, tuple(micro_batches)))
-    return Combinations(tuple(blocks), dict(refused))
+    return Combinations(tuple(blocks), load_priors(), dict(refused))
 
 
 def _settings(

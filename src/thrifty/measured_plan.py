@@ -84,6 +84,8 @@ class Way:
     def affine_error(self) -> float:
         """Of the line through the first two micro-batches, at the largest measured."""
         most = max(self.accounts)
+        if most <= TRACED_BATCHES[0]:
+            return 0.0
         line = _line(self.accounts, *TRACED_BATCHES)
         return max(at(most) for at in line.values()) / self.accounts[most].peak_memory_bytes - 1.0
 
@@ -256,7 +258,7 @@ def _way(model: Measured, setting: MemorySetting, limit: float) -> Way:
 
 
 def _accounts(model: Measured, setting: MemorySetting, limit: float) -> dict[int, MemoryAccount]:
-    """At the micro-batches of a line, and at the largest that fits."""
+    """At the micro-batches of a line and the largest that fits; where none does, at the least."""
 
     def fits(micro_batch: int) -> bool:
         if micro_batch not in found:
@@ -265,11 +267,12 @@ def _accounts(model: Measured, setting: MemorySetting, limit: float) -> dict[int
 
     found: dict[int, MemoryAccount] = {}
     low, high = TRACED_BATCHES
-    if (fits(low), fits(high))[0]:
+    if fits(low):
+        near = high if fits(high) else low
         largest = _largest(found, low, high, limit)
         if not fits(largest):
             # What overtakes makes the bytes convex, and so no larger than this nearer line.
-            fits(_largest(found, high if fits(high) else low, largest, limit))
+            fits(_largest(found, near, largest, limit))
     return found
 
 

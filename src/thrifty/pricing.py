@@ -27,7 +27,7 @@ from thrifty.costs.shape import ModelShape
 from thrifty.costs.time import SECONDS_MARGIN
 from thrifty.effective_tokens import MAX_EPOCHS, best_repetition, prior_gain
 from thrifty.predictions import Predictions, Predictor
-from thrifty.priors import worth_of
+from thrifty.priors import load_priors
 
 STEPS_WANTED = 300
 MAX_BATCH = 128
@@ -208,6 +208,7 @@ class Pricing:
 
     def __init__(self, request: Request) -> None:
         self.request = request
+        self.priors = load_priors()
         self.predictor = Predictor(request.shape, request.device, request.dev, request.test)
         self._scoring: dict[tuple[Any, str, int], Cost] = {}
 
@@ -263,7 +264,7 @@ class Pricing:
             return Refused(held.name, replace(least, peak_memory_bytes=peak * MEMORY_MARGIN))
         tokens = steps * step.tokens * PACKING_FILL
         epochs, keep, effective = best_repetition(
-            worth_of(scorer),
+            self.priors.of(scorer),
             tokens,
             pool_tokens,
             request.fixed.get("selection.max_tokens"),
@@ -291,7 +292,7 @@ class Pricing:
             keep_tokens=keep,
             by_stage={name: request.rates.of(cost) for name, cost in stages.items()},
             binding=binding,
-            gain=prior_gain(effective, held.quality, worth_of(scorer)),
+            gain=prior_gain(effective, held.quality, self.priors.of(scorer)),
         )
 
     def _score(self, scorer: Scorer, setting: MemorySetting) -> Cost:

@@ -11,7 +11,7 @@ overrides any of them by name:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +23,33 @@ from thrifty.core.typed import nearest
 from thrifty.costs.hardware import cache_folder
 
 
-def worth_of(method: Scorer | MemoryTechnique, *, trained: bool = False) -> Worth:
-    """``trained``: of a form of the weights that is trained itself."""
-    own: Worth = method.worth
-    if trained and isinstance(method, MemoryTechnique):
-        own = method.worth_trained or own
+@dataclass(frozen=True)
+class Priors:
+    """The worth of every method, as the user has it or as its file says."""
+
+    given: Mapping[str, Mapping[str, Any]]
+    source: str = ""
+
+    def of(self, method: Scorer | MemoryTechnique, *, trained: bool = False) -> Worth:
+        """``trained``: of a form of the weights that is trained itself."""
+        own: Worth = method.worth
+        if trained and isinstance(method, MemoryTechnique):
+            own = method.worth_trained or own
+        given = self.given.get(name_of(method))
+        if given is None:
+            return own
+        mean = float(given["mean"])
+        stderr = float(given.get("stderr", own.stderr * mean / own.mean))
+        return Worth(mean, stderr, str(given.get("source", self.source)))
+
+
+def load_priors() -> Priors:
+    """Raises ValueError for a priors.yaml that names no method, or no number."""
     path = cache_folder() / "priors.yaml"
-    if not path.is_file():
-        return own
-    given = _read(path, path.stat().st_mtime_ns).get(name_of(method))
-    if given is None:
-        return own
-    mean = float(given["mean"])
-    return Worth(
-        mean,
-        float(given.get("stderr", own.stderr * mean / own.mean)),
-        str(given.get("source", path)),
-    )
+    return Priors(_read(path), str(path)) if path.is_file() else Priors({})
 
 
-@lru_cache(maxsize=4)
-def _read(path: Path, changed: int) -> Mapping[str, Mapping[str, Any]]:
+def _read(path: Path) -> Mapping[str, Mapping[str, Any]]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))["worth"]
         found = {

@@ -82,14 +82,14 @@ def masks(inputs: dict[str, Any]) -> list[torch.Tensor]:
     return list(given.values()) if isinstance(given, dict) else [] if given is None else [given]
 
 
-def input_bytes(inputs: dict[str, Any]) -> int:
+def input_bytes(inputs: dict[str, Any], *, with_masks: bool = True) -> int:
     plain = [tensor for name, tensor in inputs.items() if name != "attention_mask"]
-    return sum(tensor.nbytes for tensor in (*plain, *masks(inputs)))
+    return sum(tensor.nbytes for tensor in (*plain, *(masks(inputs) if with_masks else ())))
 
 
 def saved_bytes(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> int:
-    """Bytes of the distinct buffers that autograd keeps after a forward, parameters excluded, and
-    of the masks given. What it kept for results that nothing uses is gone by then."""
+    """Bytes of the distinct buffers that autograd keeps after a forward, parameters excluded. What
+    it kept for results that nothing uses is gone by then."""
 
     class Kept:
         def __init__(self, tensor: torch.Tensor) -> None:
@@ -104,8 +104,8 @@ def saved_bytes(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
         loss = model(**inputs).loss  # holds the graph
-    tensors = [*masks(inputs), *(kept.tensor for kept in alive)]
-    sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    storages = [kept.tensor.untyped_storage() for kept in alive]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     for parameter in model.parameters():
         sizes.pop(parameter.untyped_storage().data_ptr(), None)
     del loss

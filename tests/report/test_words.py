@@ -114,6 +114,7 @@ def test_small_numbers() -> None:
     assert off(103.0, 100.0) == "+3.0%"
     assert off(100.01, 100.0) == "±0%"
     assert off(500.0, 100.0) == "+400%"
+    assert off(2000.0, 100.0) == "+1,900%"
     assert off(1.0, 0.0) == off(None, 1.0) == "\N{EN DASH}"
     assert with_error(-0.05, 0.01, signed=True) == "-0.0500 ± 0.0100"
 

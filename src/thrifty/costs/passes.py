@@ -74,13 +74,15 @@ def passes_of(
 
 def shared_bytes(shape: ModelShape, setup: Setup, *, held: bool = False) -> Size:
     """What all layers share: rotary cos and sin, and the masks where something holds them;
-    ``held``: during the forward. A mask that is handed over is alive all along."""
+    ``held``: during the forward. One that is handed over stays where fused attention keeps it."""
     tables = Size() if shape.rotary_per_kind else _tables(shape, setup)
     kinds = _num_kinds(shape)
     if shape.mask == "alibi":
         masks = float(shape.num_attention_heads * setup.itemsize)
     else:
-        masks = float(kinds * setup.itemsize) if setup.masked and shape.mask == "given" else 0.0
+        given = setup.masked and shape.mask == "given"
+        stays = held or setup.recompute or shape.attention == "sdpa"
+        masks = float(kinds * setup.itemsize) if given and stays else 0.0
     return total((tables, Size(0.0, masks), *[_of_a_kind(shape, setup, held)] * kinds))
 
 

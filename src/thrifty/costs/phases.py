@@ -181,7 +181,7 @@ class Step:
         """The end of the forward and the start of the backward: logits of all tokens, or of a chunk
         at a time. Then a chunk's logits are made again in the backward, and the head's gradient is
         summed up over the chunks."""
-        chunk, last, passes = self.setting.loss_chunk, self.passes.last, self.passes
+        chunk, last = self.setting.loss_chunk, self.passes.last
         tokens = np.minimum(self.tokens, float(chunk)) if chunk else self.tokens
         both = last.forward.points + last.backward.points
         columns = np.concatenate([last.forward.columns, last.backward.columns])

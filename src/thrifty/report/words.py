@@ -48,7 +48,7 @@ def off(measured: Any, predicted: Any) -> str:
 def percent(change: float) -> str:
     digits = 0 if abs(change) >= 0.1 else 1
     text = f"{100 * change:+,.{digits}f}%"
-    return "±0%" if float(text[:-1]) == 0 else text
+    return text if any(digit in text for digit in "123456789") else "±0%"
 
 
 def with_error(value: Any, stderr: Any = None, *, signed: bool = False) -> str:

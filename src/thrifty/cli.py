@@ -145,13 +145,13 @@ def _verified(asked: Any, setting: Any) -> Any:
 
 
 def _measure(asked: Any, *, as_json: bool) -> None:
-    from thrifty import display, measured_plan
+    from thrifty import display, measured_display, measured_plan
 
     plan = measured_plan.measured_plan(asked, display.say)
     if as_json:
-        _print_json(measured_plan.measured_json(plan))
+        _print_json(measured_display.measured_json(plan))
     else:
-        print(measured_plan.measured_text(plan))
+        print(measured_display.measured_text(plan))
     measured_plan.check(plan)  # what was counted is told even where nothing fits
 
 

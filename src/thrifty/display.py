@@ -60,9 +60,14 @@ def device_text(facts: Mapping[str, Any]) -> str:
 
 
 def quiet_libraries() -> None:
-    """No progress bars of loading and saving, which say nothing; warnings and errors stay."""
+    """No progress bars of loading and saving, which say nothing; warnings and errors stay, but for
+    one that PEFT causes by asking transformers something by its old name."""
+    import warnings
+
     import datasets
     import transformers
+
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
 
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()

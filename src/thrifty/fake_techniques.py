@@ -1,6 +1,6 @@
 """Memory techniques as they run on fake tensors, for the step that ``fake_step`` traces.
 
-Each as its usual implementation has it: torch's own fused AdamW and SGD, transformers' Adafactor,
+Each as its usual implementation has it: torch's own AdamW and SGD, transformers' Adafactor,
 checkpoints that keep products, a head in checkpointed chunks, hooks that use a gradient up. Two are
 stand-ins: weights in few bits are packed bytes that each use makes whole (bitsandbytes has no fake
 kernels), and Lion is SGD with momentum, one moment as well.
@@ -50,7 +50,8 @@ def optimizer_of(parameters: Iterable[torch.nn.Parameter], setting: MemorySettin
             parameters, lr=1e-4, scale_parameter=False, relative_step=False, warmup_init=False
         )
     momentum = 0.9 if name == "lion" else 0.0
-    return torch.optim.SGD(parameters, lr=1e-4, momentum=momentum, fused=True)
+    # In place either way, and the fused kernel has no fake form: it would run on real memory.
+    return torch.optim.SGD(parameters, lr=1e-4, momentum=momentum, foreach=False)
 
 
 def update_in_backward(optimizers: dict[torch.nn.Parameter, Any]) -> None:

@@ -11,7 +11,7 @@ Limits: buffers inside a kernel are not seen, except the few of ``WORKSPACE``.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -79,28 +79,77 @@ def instants(points: Sequence[Point]) -> Instants:
     return Instants(tuple(points), np.array(rows, dtype=float))
 
 
-class Piece(NamedTuple):
-    """A run of operations: the embedding, a layer, or the head."""
+class Piece:
+    """A run of operations: the embedding, a layer, or the head. Each pass over it is looked through
+    when it is first asked for."""
 
-    saved: Size
-    """Kept from its forward to its backward."""
-    products: Size
-    """What its matrix products and its attention put out, which selective recomputation keeps."""
-    forward: Instants
-    forward_bare: Instants
-    """The forward when nothing of it stays: it is made again, or waits on the host."""
-    forward_selective: Instants
-    """The forward when the outputs of products stay, and all else is made again."""
-    backward: Instants
-    offload: Instants
-    """The backward when what an operation kept comes from the host as it is needed."""
-    recompute: Instants
-    """Its second forward and its backward, when its input is stored to recompute the rest."""
-    selective: Instants
-    """The same when the outputs of products are stored as well."""
-    weight_elements: int
-    """Elements that get a gradient."""
-    input: Size
+    def __init__(self, operations: Sequence[Operation], given: Size) -> None:
+        self.operations = operations
+        self.input = given
+        self.weight_elements = sum(each.weight_elements for each in operations if each.trained)
+        """Elements that get a gradient."""
+        self._kept = saved(operations)
+        self._again = len(recomputed(operations))
+        self._outputs = {e.writes.name: e.writes.size for e in operations if e.forward}
+
+    @cached_property
+    def saved(self) -> Size:
+        """Kept from its forward to its backward."""
+        return total(tensor.size for tensor in self._kept.values())
+
+    @cached_property
+    def products(self) -> Size:
+        """What its products and its attention put out, which selective recomputation keeps."""
+        return total(self._outputs.values())
+
+    @cached_property
+    def forward(self) -> Instants:
+        return instants(_forward_points(self.operations, self._kept))
+
+    @cached_property
+    def forward_bare(self) -> Instants:
+        """The forward when nothing of it stays: it is made again, or waits on the host."""
+        return instants(_forward_points(self.operations, (), waiting=Size()))
+
+    @cached_property
+    def forward_selective(self) -> Instants:
+        """The forward when the outputs of products stay, and all else is made again."""
+        return instants(_forward_points(self.operations, self._outputs, waiting=Size()))
+
+    @cached_property
+    def backward(self) -> Instants:
+        return instants(self._backward[0])
+
+    @cached_property
+    def offload(self) -> Instants:
+        """The backward when what an operation kept comes from the host as it is needed."""
+        return instants(_backward_points(self.operations, offloaded=True)[0])
+
+    @cached_property
+    def recompute(self) -> Instants:
+        """Its second forward and its backward, when its input is stored to recompute the rest."""
+        return instants(self._second_forward({}) + self._stored)
+
+    @cached_property
+    def selective(self) -> Instants:
+        """The same when the outputs of products are stored as well."""
+        # What the second forward stops short of stays in the cache, unused.
+        rest = self.operations[self._again :]
+        unused = total(each.writes.size for each in rest if each.forward)
+        beside = tuple(p._replace(beside=total((p.beside, unused))) for p in self._stored)
+        return instants(self._second_forward(self._outputs) + beside)
+
+    @cached_property
+    def _backward(self) -> tuple[tuple[Point, ...], Size]:
+        return _backward_points(self.operations)
+
+    @cached_property
+    def _stored(self) -> tuple[Point, ...]:
+        return _backward_points(self.operations, stored=True)[0]
+
+    def _second_forward(self, cached: Mapping[str, Size]) -> tuple[Point, ...]:
+        waiting = self._backward[1]
+        return _forward_points(self.operations, self._kept, self._again, waiting, cached)
 
 
 @lru_cache(maxsize=2048)
@@ -110,33 +159,8 @@ def pieces(shape: ModelShape, setup: Setup) -> tuple[Piece, ...]:
     programs = (embedding(shape, setup), *layers(shape, setup), head(shape, setup))
     for operations in programs:
         if id(operations) not in known:
-            known[id(operations)] = _piece(operations, Size(shape.hidden_size * setup.itemsize))
+            known[id(operations)] = Piece(operations, Size(shape.hidden_size * setup.itemsize))
     return tuple(known[id(operations)] for operations in programs)
-
-
-def _piece(operations: Sequence[Operation], given: Size) -> Piece:
-    backward, waiting = _backward_points(operations)
-    stored, _ = _backward_points(operations, stored=True)
-    offloaded, _ = _backward_points(operations, offloaded=True)
-    again = len(recomputed(operations))
-    cached = {each.writes.name: each.writes.size for each in operations if each.forward}
-    # What the second forward stops short of stays in the cache, unused.
-    unused = total(each.writes.size for each in operations[again:] if each.forward)
-    kept = saved(operations)
-    beside = tuple(p._replace(beside=total((p.beside, unused))) for p in stored)
-    return Piece(
-        saved=total(tensor.size for tensor in kept.values()),
-        products=total(cached.values()),
-        forward=instants(_forward_points(operations, kept)),
-        forward_bare=instants(_forward_points(operations, (), waiting=Size())),
-        forward_selective=instants(_forward_points(operations, cached, waiting=Size())),
-        backward=instants(backward),
-        offload=instants(offloaded),
-        recompute=instants(_forward_points(operations, kept, again, waiting) + stored),
-        selective=instants(_forward_points(operations, kept, again, waiting, cached) + beside),
-        weight_elements=sum(each.weight_elements for each in operations if each.trained),
-        input=given,
-    )
 
 
 def _forward_points(

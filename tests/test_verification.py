@@ -39,9 +39,9 @@ GEMMA3 = LLAMA | dict(
 )
 GPT2 = dict(model_type="gpt2", n_embd=64, n_layer=3, n_head=4, vocab_size=160, n_positions=128)
 MIXTRAL = LLAMA | dict(model_type="mixtral", num_local_experts=4)
-OPT = dict(model_type="opt", hidden_size=64, ffn_dim=176, num_hidden_layers=3, vocab_size=160)
+OPT = dict(model_type="opt", hidden_size=64, ffn_dim=176, num_hidden_layers=2, vocab_size=160)
 OPT |= dict(num_attention_heads=4, max_position_embeddings=128, word_embed_proj_dim=32)
-FALCON = dict(model_type="falcon", hidden_size=64, num_hidden_layers=3, num_attention_heads=4)
+FALCON = dict(model_type="falcon", hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
 FALCON |= dict(vocab_size=160, multi_query=True, parallel_attn=True, bias=False, alibi=False)
 WIDE = LLAMA | dict(vocab_size=2000, num_hidden_layers=2)
 LATENT: dict[str, Any] = LLAMA | dict(
@@ -61,6 +61,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "deepseek_v3": LATENT | dict(first_k_dense_replace=0, n_routed_experts=8, n_group=2),
     "llama4_text": LLAMA | dict(model_type="llama4_text", num_local_experts=4),
 }
+FEW = Adapter(rank=4, targets=("q_proj", "v_proj"))
 BATCH = dict(micro_batch=2, sequence=96)
 
 
@@ -128,7 +129,7 @@ def _allocated_peak(run: Any) -> int:
     ("config", "fields"),
     [
         (LLAMA, dict(masked=False, recompute=2)),
-        (LLAMA, dict(adapter=Adapter(rank=4, targets=("q_proj", "v_proj")), device_kind="cuda")),
+        (LLAMA, dict(adapter=FEW, device_kind="cuda")),
         (LLAMA, dict(adapter=Adapter(rank=4, layers=(2,)), adapter_dtype="bfloat16")),
         (LLAMA, dict(gradient_accumulation_steps=2, fused=False, device_kind="cuda")),
         (GEMMA3, dict(recompute=1)),
@@ -147,7 +148,7 @@ def test_the_closed_form_is_near(config, fields):
     ("config", "fields", "depths"),
     [
         (SIX, dict(), (2, 3)),
-        (SIX, dict(adapter=Adapter(rank=4)), (2, 3)),
+        (SIX, dict(adapter=FEW), (2, 3)),
         (GEMMA3 | dict(num_hidden_layers=9), dict(), (3, 5)),
         (SIX, dict(adapter=Adapter(rank=4, layers=(4,))), (6,)),
     ],
@@ -168,12 +169,12 @@ FACTORED = Adafactor().rewrite(MemorySetting()).states
     "fields",
     [
         dict(recompute=1, selective=True),
-        dict(adapter=Adapter(rank=4), recompute=1, selective=True),
+        dict(adapter=FEW, recompute=1, selective=True),
         dict(loss_chunk=64),
-        dict(adapter=Adapter(rank=4), loss_chunk=64, recompute=1),
-        dict(adapter=Adapter(rank=4), offload=True),
+        dict(adapter=FEW, loss_chunk=64, recompute=1),
+        dict(adapter=FEW, offload=True),
         dict(recompute=1, offload=True),
-        dict(adapter=Adapter(rank=4), storage=STORED),
+        dict(adapter=FEW, storage=STORED),
         dict(states=FACTORED),
         dict(states=States(name="lion", relative=1.0)),
         dict(states=FACTORED, in_backward=True, recompute=1),

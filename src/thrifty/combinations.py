@@ -81,12 +81,11 @@ class Held:
     @cached_property
     def runs(self) -> bool:
         """Whether a run can train with it; otherwise it is priced alone. A run's packs have their
-        mask, and it plans one device."""
-        return (
-            self.masked
-            and self.num_devices == 1
-            and all(technique.runs for technique in self.techniques)
-        )
+        mask, its adapters are float32, and it plans one device."""
+        setting = self.block.settings[self.state]
+        alike = setting.masked and setting.num_devices == 1
+        alike = alike and (setting.adapter is None or setting.adapter_dtype == "float32")
+        return alike and all(technique.runs for technique in self.techniques)
 
     @property
     def micro_batches(self) -> tuple[int, ...]:

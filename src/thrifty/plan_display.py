@@ -28,8 +28,16 @@ MAKES = {"fit": "makes it fit", "faster": "better per FLOP"}
 def plan_text(planned: Planned, request: Request) -> str:
     """The candidates, the choice with its memory by term, what binds and the ways out, and a line a
     choice why."""
-    parts = [_candidates(planned), "", f"chosen: {planned.chosen.name}", *_memory(planned, request)]
     c = planned.chosen
+    parts = [_candidates(planned), "", f"chosen: {c.name}"]
+    runs = next((other for other in planned.candidates if other.runs), None)
+    if not c.runs and runs is not None:
+        size = quantities.format_bytes(runs.peak_memory_bytes)
+        seconds = quantities.format_seconds(runs.total.seconds)
+        parts.append(
+            f"a run can train with: {runs.name}, {size}, {seconds}, gain {runs.gain.mean:.3f}"
+        )
+    parts += _memory(planned, request)
     stages = [
         f"{name} {quantities.format_flops(cost.flops)}, {quantities.format_seconds(cost.seconds)}"
         for name, cost in c.by_stage.items()

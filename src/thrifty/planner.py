@@ -134,14 +134,15 @@ def _worth_pricing(combinations: Combinations, request: Request) -> list[Held]:
 
 def _finalists(ranked: Sequence[Candidate]) -> list[Candidate]:
     """The best way to hold a step for each scorer, `uniform` first: it wins ties. Of those whose
-    gain is surely no more than ``NEAR`` below the best, the fastest is the best."""
+    lower bound is no more than ``NEAR`` below that of the best, the fastest is taken."""
     by_scorer: dict[str, list[Candidate]] = {}
     for candidate in ranked:
         by_scorer.setdefault(candidate.scorer, []).append(candidate)
     best = []
     for candidates in by_scorer.values():
         top = candidates[0]
-        near = [c for c in candidates if c.gain.mean - _guess(c) >= top.gain.mean - NEAR]
+        best_surely = top.gain.mean - _guess(top)
+        near = [c for c in candidates if c.gain.mean - _guess(c) >= best_surely - NEAR]
         best.append(min(near or [top], key=_preference))
     return sorted(best, key=lambda c: (c.scorer != "uniform", -c.gain.mean))
 

@@ -102,7 +102,7 @@ def test_everything_wrong_with_the_options_is_named_at_once():
         "unknown key picker.newest.bye: did you mean by?",
         "unknown key picker.newest.3: known: by, depth, names, share",
         "picker.newest.share must be a number, not 'x'",
-        "picker.newest.names must be a list, not 'a'",
+        "picker.newest.names must be a list, not 'a'; write [a]",
         "picker.newest.depth must be a whole number, not True",
         "hint: `thrifty methods` lists every method",
     ]

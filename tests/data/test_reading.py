@@ -416,7 +416,7 @@ def test_urls(tmp_path: Path) -> None:
     for listed in (["memory://pool"], ["memory://pool/*"], ["memory://pool/c.parquet"]):
         rows = read(*listed)
         assert set(codes(rows)) == {"ok"}
-        assert len(rows) == (2 if "c.parquet" in sources[0] else 4)
+        assert len(rows) == (2 if "c.parquet" in listed[0] else 4)
     (file,) = expand(["memory://pool/a.jsonl"])
     assert file.name.endswith("pool/a.jsonl")
     with pytest.raises(ValueError, match="no file or folder"):

@@ -16,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # No test reads or writes the user's own measurements, prices and models.
 os.environ["THRIFTY_CACHE"] = tempfile.mkdtemp(prefix="thrifty-tests-")
+os.environ["THRIFTY_ROWS_CACHE_GIB"] = "0"  # nor rows that another test has tokenised
 
 
 @pytest.fixture(scope="session", autouse=True)

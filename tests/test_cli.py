@@ -214,7 +214,7 @@ def test_a_pool_is_tokenised_once(arguments, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setenv("THRIFTY_CACHE", str(shutil.copytree(os.environ["THRIFTY_CACHE"],
                                                             tmp_path / "cache")))  # fmt: skip
-    shutil.rmtree(tmp_path / "cache" / "rows", ignore_errors=True)
+    monkeypatch.delenv(store_cache.VARIABLE)
     rows: list[int] = []
     real = store.tokenize_rows
     monkeypatch.setattr(

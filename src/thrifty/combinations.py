@@ -253,24 +253,14 @@ def _block(
     linear, attention = step_coefficients(shape, settings[0])
     sequence = settings[0].sequence
     tokens = np.array(micro_batches, dtype=float) * sequence
+    alone, accumulating = peaks(shape, settings, micro_batches)
     return Block(
         techniques=techniques,
         states=tuple(technique for technique, _ in states),
         settings=settings,
         micro_batches=micro_batches,
-        peaks=peaks(shape, settings, micro_batches),
-        accumulating=_accumulating(shape, settings, micro_batches),
+        peaks=alone,
+        accumulating=accumulating,
         seconds=seconds_by_optimizer(shape, settings, device, micro_batches),
         flops=tokens * (linear + attention * sequence),
     )
-
-
-def _accumulating(
-    shape: ModelShape, settings: Sequence[MemorySetting], micro_batches: tuple[int, ...]
-) -> NDArray[np.float64]:
-    able = [index for index, setting in enumerate(settings) if not setting.in_backward]
-    found = np.full((len(settings), len(micro_batches)), np.inf)
-    if able:
-        alone = [settings[index] for index in able]
-        found[able] = peaks(shape, alone, micro_batches, accumulating=True)
-    return found

@@ -110,7 +110,7 @@ def test_lora_targets_are_the_linears():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "mamba"}, "supported are deepseek_v2, deepseek_v3, falcon, gemma"),
+        ({"model_type": "mamba"}, "closed form are deepseek_v2, deepseek_v3, falcon, gemma"),
         ({}, "no model_type"),
         (TINY["llama"] | {"num_key_value_heads": 3}, "not a multiple of 3 key-value heads"),
         (TINY["llama"] | {"hidden_size": 66}, "not a multiple of 4 attention heads"),

@@ -105,40 +105,46 @@ def account(shape: ModelShape, setting: MemorySetting) -> MemoryAccount:
 
 
 def peaks(
-    shape: ModelShape,
-    settings: Sequence[MemorySetting],
-    micro_batches: Sequence[int],
-    *,
-    accumulating: bool = False,
-) -> Bytes:
-    """The peak of ``account`` for each setting and micro-batch, [num_settings, num_batches].
+    shape: ModelShape, settings: Sequence[MemorySetting], micro_batches: Sequence[int]
+) -> tuple[Bytes, Bytes]:
+    """The peak of ``account`` for each setting and micro-batch, [num_settings, num_batches], of one
+    micro-batch a step, and of several whose gradients accumulate (infinite where they cannot).
 
     The settings may differ in their optimizer alone, which changes none of the passes.
-    ``accumulating``: as if over several micro-batches.
     """
     if shape.attention == "math" and 1 in micro_batches and len(micro_batches) > 1:
         # A single row is a program of its own, as some kernels broadcast it without a copy.
         rows = np.array(micro_batches)
         one, more = (
-            peaks(shape, settings, tuple(rows[those].tolist()), accumulating=accumulating)
-            for those in (rows == 1, rows > 1)
+            peaks(shape, settings, tuple(rows[those].tolist())) for those in (rows == 1, rows > 1)
         )
-        return np.insert(more, np.flatnonzero(rows == 1), one, axis=1)
-    passes: dict[float, Bytes] = {}
-    found = []
+        where = np.flatnonzero(rows == 1)
+        return np.insert(more[0], where, one[0], axis=1), np.insert(more[1], where, one[1], axis=1)
+    batches = tuple(micro_batches)
+    passes: dict[float, tuple[Bytes, Bytes]] = {}
+    alone, several = [], []
     for setting in settings:
         key = step_bytes(setting) if setting.in_backward else -1.0
         if key not in passes:
-            run = replace(setting, gradient_accumulation_steps=2) if accumulating else setting
-            step = Step(shape, run, tuple(micro_batches))
-            *most, last = [instant.bytes for instant in step.instants().values()]
-            passes[key] = np.maximum.reduce(most)
+            step = Step(shape, replace(setting, gradient_accumulation_steps=1), batches)
+            accumulating = np.full(len(batches), np.inf)
+            if not setting.in_backward:
+                again = replace(setting, gradient_accumulation_steps=2)
+                accumulating = _of_passes(Step(shape, again, batches))
+            passes[key] = _of_passes(step), accumulating
             held = step.held - step.states["optimizer_states"]
         states = 0.0 if setting.states_offloaded else state_bytes(shape, setting)
-        update = last if setting.zeroth_order else sum(update_bytes(shape, setting))
-        most_beside = np.maximum(passes[key], update)
-        found.append(held + states / setting.num_devices + most_beside)
-    return np.stack(found)
+        update = step.last().bytes if setting.zeroth_order else sum(update_bytes(shape, setting))
+        own = held + states / setting.num_devices
+        alone.append(own + np.maximum(passes[key][0], update))
+        several.append(own + np.maximum(passes[key][1], update))
+    return np.stack(alone), np.stack(several)
+
+
+def _of_passes(step: Step) -> Bytes:
+    """The most of all phases but the update, beside what holds always."""
+    *most, _ = [instant.bytes for instant in step.instants().values()]
+    return np.maximum.reduce(most)
 
 
 # -- passes without gradients ---------------------------------------------------------------------

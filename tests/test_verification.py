@@ -129,10 +129,8 @@ def _allocated_peak(run: Any) -> int:
     ("config", "fields"),
     [
         (LLAMA, dict(masked=False, recompute=2)),
-        (LLAMA, dict(adapter=FEW, device_kind="cuda")),
         (LLAMA, dict(adapter=Adapter(rank=4, layers=(2,)), adapter_dtype="bfloat16")),
         (LLAMA, dict(gradient_accumulation_steps=2, fused=False, device_kind="cuda")),
-        (GEMMA3, dict(recompute=1)),
         (GPT2, dict(device_kind="cuda")),
         (MIXTRAL, dict(device_kind="cuda")),
     ],

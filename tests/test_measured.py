@@ -64,6 +64,7 @@ def test_bytes_and_flops_are_near_the_closed_forms(config):
         assert measured.phases["loss"]["gradients"] == 0
 
 
+@pytest.mark.slow
 def test_the_largest_micro_batch_is_the_largest():
     counted, setting = Measured(GRANITE), MemorySetting(sequence=64, device_kind="cuda")
     limit = counted.account(MemorySetting(**vars(setting) | {"micro_batch": 7})).peak_memory_bytes

@@ -272,7 +272,8 @@ print(train({config!r}, {rows}, {sequence}, **{options}))
 @pytest.mark.parametrize(
     ("adapter", "recompute", "rows"),
     [
-        (None, False, 2),
+        # Half a minute; .ci/run runs this one beside the default tests.
+        pytest.param(None, False, 2, marks=pytest.mark.slow, id="quick"),
         pytest.param(None, True, 4, marks=pytest.mark.slow),
         pytest.param(Adapter(rank=16), False, 4, marks=pytest.mark.slow),
         pytest.param(Adapter(rank=16), True, 4, marks=pytest.mark.slow),

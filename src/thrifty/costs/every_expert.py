@@ -11,7 +11,7 @@ whatever the router decides. (Kernels for serving run the chosen experts alone.)
 
 from __future__ import annotations
 
-from thrifty.costs.operations import Product, Program, Size, Tensor
+from thrifty.costs.operations import Program, Size, Tensor
 from thrifty.costs.shape import Experts
 
 INDEX_BYTES = 8.0
@@ -47,18 +47,4 @@ def _scores(p: Program, mixture: Experts, x: Tensor) -> Tensor:
 
 def _batched(p: Program, mixture: Experts, x: Tensor, inputs: int, outputs: int) -> Tensor:
     """Each copy through its expert's matrix."""
-    grad = x.grad or p.trained
-    product = (Product(inputs, outputs * mixture.num_experts),)
-    return p.emit(
-        "bmm",
-        (x,),
-        Size(float(mixture.num_experts * outputs * p.itemsize)),
-        grad=grad,
-        saves=(x,) if p.trained else (),
-        packs="before" if grad else "",
-        forward=product,
-        backward=product * (x.grad + p.trained),
-        weight_elements=mixture.num_experts * inputs * outputs,
-        trained=p.trained,
-        passes=(0.0, 0.0),
-    )
+    return p.experts_product("bmm", x, inputs, outputs, mixture.num_experts)

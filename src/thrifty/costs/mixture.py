@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from thrifty.costs.every_expert import every_expert
-from thrifty.costs.operations import Product, Program, Size, Tensor
+from thrifty.costs.operations import Program, Size, Tensor
 from thrifty.costs.shape import Experts, LinearShape
 
 INDEX_BYTES = 8.0
@@ -128,21 +128,7 @@ def _gather(p: Program, x: Tensor, size: Size) -> Tensor:
 
 def _grouped(p: Program, mixture: Experts, x: Tensor, inputs: int, outputs: int) -> Tensor:
     """Every row through its expert's matrix."""
-    grad = x.grad or p.trained
-    product = (Product(inputs, outputs * mixture.num_active),)
-    out = p.emit(
-        "grouped_mm",
-        (x,),
-        Size(float(mixture.num_active * outputs * p.itemsize)),
-        grad=grad,
-        saves=(x,) if p.trained else (),
-        packs="before" if grad else "",
-        forward=product,
-        backward=product * (x.grad + p.trained),
-        weight_elements=mixture.num_experts * inputs * outputs,
-        trained=p.trained,
-        passes=(0.0, 0.0),
-    )
+    out = p.experts_product("grouped_mm", x, inputs, outputs, mixture.num_active)
     if not mixture.bias:
         return out
     rows = Tensor("expert of each row", Size(INDEX_BYTES * mixture.num_active))

@@ -248,6 +248,25 @@ class Program:
             passes=(0.0, 0.0),
         )
 
+    def experts_product(self, kind: str, x: Tensor, inputs: int, outputs: int, rows: int) -> Tensor:
+        """``rows`` copies of each token, each through the matrix of one expert."""
+        assert self.shape.experts is not None
+        grad = x.grad or self.trained
+        product = (Product(inputs, outputs * rows),)
+        return self.emit(
+            kind,
+            (x,),
+            Size(float(rows * outputs * self.itemsize)),
+            grad=grad,
+            saves=(x,) if self.trained else (),
+            packs="before" if grad else "",
+            forward=product,
+            backward=product * (x.grad + self.trained),
+            weight_elements=self.shape.experts.num_experts * inputs * outputs,
+            trained=self.trained,
+            passes=(0.0, 0.0),
+        )
+
     def linear(self, linear: LinearShape, x: Tensor) -> Tensor:
         inputs, outputs = linear.in_features, linear.out_features
         unpacks = float(inputs * outputs * self.itemsize) if self.quantised else 0.0

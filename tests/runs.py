@@ -39,7 +39,7 @@ def asked(model: Path, data: dict[str, Path], **changes: Any) -> Asked:
                 signal=(str(data["signal"]),), dev=(str(data["dev"]),), test=(str(data["test"]),)
             )
         },
-        "budget": Budget(flops=6e9),
+        "budget": Budget(flops=4e9),
         "fixed": fixed,
     }
     return Asked(**{**settings, **changes})

@@ -43,7 +43,11 @@ def test_parameters_are_the_closed_forms(name):
     assert counted.num_parameters == shape.num_parameters
 
 
-@pytest.mark.parametrize("config", [LLAMA, QWEN3_MOE], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize(
+    "config",
+    [LLAMA, pytest.param(QWEN3_MOE, marks=pytest.mark.slow)],
+    ids=lambda config: config["model_type"],
+)
 def test_bytes_and_flops_are_near_the_closed_forms(config):
     counted, shape = Measured(config), ModelShape.from_config(config)
     for adapter, recompute in ((None, 0), (LORA, 1)):
@@ -107,13 +111,16 @@ def plan(tmp_path, capsys):
     return run
 
 
-def test_an_unknown_architecture_through_the_command(plan, monkeypatch):
-    monkeypatch.setattr(measured_plan, "WAYS", measured_plan.WAYS[::3])
+def test_an_unknown_architecture_is_offered_measuring(plan):
     code, _, err = plan(GRANITE)
     assert code == 4
     assert "model_type 'granite' is not supported" in err
     assert "hint: `thrifty plan --measure`" in err
 
+
+@pytest.mark.slow
+def test_an_unknown_architecture_through_the_command(plan, monkeypatch):
+    monkeypatch.setattr(measured_plan, "WAYS", measured_plan.WAYS[::3])
     code, out, _ = plan(GRANITE, "--measure", "--json", "--memory", "1GiB", "--flops", "1e12")
     assert code == 0
     found = json.loads(out)

@@ -162,14 +162,18 @@ def test_a_ledger_of_another_version_is_refused(run, capsys):
     assert "hint: " in error
 
 
-def test_a_second_process_is_refused_with_its_exit_code(run):
+def test_a_second_process_is_refused_with_its_exit_code(run, capsys):
     with RunFolder(run).working():
-        for command in ("run", "select", "train"):
-            process = start(command, str(run))
-            _, error = process.communicate(timeout=120)
-            assert process.returncode == 4, error
-            assert "is being worked on by process" in error
-            assert "hint: wait for it" in error
+        process = start("run", str(run))
+        _, error = process.communicate(timeout=120)
+        refused = [(process.returncode, error)]
+        for command in ("select", "train"):
+            code = main([command, str(run)])
+            refused.append((code, capsys.readouterr().err))
+    for code, error in refused:
+        assert code == 4, error
+        assert "is being worked on by process" in error
+        assert "hint: wait for it" in error
     assert not (run / "selected").exists()
 
 

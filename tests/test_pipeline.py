@@ -155,7 +155,7 @@ def test_without_a_target_dev_rows_come_from_the_pool_and_are_not_trained_on(
     tiny_model, tiny_data, tmp_path
 ):
     folder = tmp_path / "no-target"
-    changes = {"targets": {}, "budget": Budget(flops=3e10)}
+    changes = {"targets": {}, "budget": Budget(flops=2e10)}
     planned(folder, tiny_model, tiny_data, **changes, fixed={"selection.scorer": "perplexity"})
     finish(folder)
     run = RunFolder(folder)
@@ -214,7 +214,7 @@ def test_work_lost_to_a_torn_checkpoint_is_charged_and_the_run_goes_on(
     tiny_model, tiny_data, tmp_path, monkeypatch
 ):
     folder = tmp_path / "torn"
-    plan = planned(folder, tiny_model, tiny_data, budget=Budget(flops=2e10))
+    plan = planned(folder, tiny_model, tiny_data, budget=Budget(flops=9e9))
     every = plan.training.save_steps
     with monkeypatch.context() as patch:
         interrupt_at(patch, 2 * every + 1)
@@ -326,7 +326,7 @@ def test_a_budget_lowered_below_what_is_spent_stops_before_training(
     folder = tmp_path / "run"
     planned(folder, tiny_model, tiny_data)
     plan = folder / "plan.yaml"
-    plan.write_text(plan.read_text().replace("flops: 6000000000.0", "flops: 1e6", 1))
+    plan.write_text(plan.read_text().replace("flops: 4000000000.0", "flops: 1e6", 1))
     with pytest.raises(BudgetExceeded, match="least that would do"):
         finish(folder)
     assert ledger(folder).decisions()[-1]["name"] == "budget"

@@ -50,7 +50,7 @@ def test_full_training(name):
         assert train_flops(shape, ROWS, SEQUENCE, recompute=recompute) == measured
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", TINY)
 def test_adapters(family, recompute):
     shape = ModelShape.from_config(THREE[family])

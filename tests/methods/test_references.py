@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import bm25s
 import numpy as np
 import torch
 
@@ -34,6 +35,17 @@ def test_bm25_is_its_formula(pool, target, models):
                     length = 1.5 * (1 - 0.75 + 0.75 * len(texts[i]) / mean)
                     total += idf * text[w] / (text[w] + length)
             assert math.isclose(value, total / len(rows.texts), rel_tol=1e-4)
+
+
+def test_bm25_is_that_of_bm25s(pool, target, models):
+    rows = target.shard(0)
+    scorer = resolve("scorer", "bm25")
+    state = scorer.prepare(pool, {"sums": rows}, models, Tally())
+    got = np.concatenate([scorer.score(shard, state, Tally())[:, 0] for shard in pool.shards()])
+    index = bm25s.BM25(k1=1.5, b=0.75, method="lucene")
+    index.index([words(t) for s in pool.shards() for t in s.texts], show_progress=False)
+    expected = np.mean([index.get_scores(words(query)) for query in rows.texts], axis=0)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 def naive_loss(model, example):

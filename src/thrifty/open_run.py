@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from thrifty import notes
+from thrifty.core import contracts
 from thrifty.core.budget import PRICED, Budget, Cost, Rates
 from thrifty.core.contracts import Held, Rows
 from thrifty.core.durable import write_atomically
@@ -29,6 +30,7 @@ from thrifty.evaluation import measure_flops
 from thrifty.predictions import Predictions, predictions
 from thrifty.preparation import POOL_AS_TARGET, Say, stats_together, what_was_read
 from thrifty.run_folder import RunFolder
+from thrifty.signals.embeddings import embedding_cost
 from thrifty.signals.energy import energy_counter
 from thrifty.signals.models import LoadedModels, local_device, locate, weights_sha256
 
@@ -181,7 +183,26 @@ class Work:
 
     @cached_property
     def models(self) -> LoadedModels:
-        return LoadedModels(self.base, self.plan.training.dtype, local_device(), self.say)
+        return LoadedModels(
+            self.base,
+            self.plan.training.dtype,
+            local_device(),
+            self.say,
+            max_length=self.plan.training.max_length,
+        )
+
+    def predicted_vectors(self, plan: Plan) -> Cost:
+        """Of a pass that makes a vector of every row."""
+        pool = self.pool.manifest.stats
+        asked = contracts.Work(
+            pool=pool,
+            targets={},
+            shape=self.shape,
+            device=self.device,
+            dtype=plan.training.dtype,
+            max_length=plan.training.max_length,
+        )
+        return self.ledger.rates.of(embedding_cost(asked, pool))
 
     def planned(self, stage: str) -> Cost:
         """A stage's cost as planned, at the price that there is now."""

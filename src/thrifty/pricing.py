@@ -18,7 +18,7 @@ from thrifty.core.budget import Budget, Cost, PoolStats
 from thrifty.core.contracts import Scorer, Work, Worth
 from thrifty.core.ledger import Rates
 from thrifty.core.marginal import Estimate
-from thrifty.core.resolve import Spec, name_of
+from thrifty.core.resolve import Spec, name_of, resolve
 from thrifty.costs.allocator import DeviceMemory, allocatable, device_memory
 from thrifty.costs.hardware import Device
 from thrifty.costs.job import job_account
@@ -28,6 +28,7 @@ from thrifty.costs.time import SECONDS_MARGIN
 from thrifty.effective_tokens import MAX_EPOCHS, best_repetition, prior_gain
 from thrifty.predictions import Predictions, Predictor
 from thrifty.priors import load_priors
+from thrifty.signals.embeddings import embedding_cost
 
 STEPS_WANTED = 300
 MAX_BATCH = 128
@@ -295,6 +296,14 @@ class Pricing:
             gain=prior_gain(effective, held.quality, self.priors.of(scorer)),
         )
 
+    @cached_property
+    def _needs_vectors(self) -> bool:
+        """Whether a filter or the picker that the user named asks for them."""
+        fixed = self.request.fixed
+        named = [("filter", spec) for spec in fixed.get("selection.filters", ())]
+        named += [("picker", spec) for key, spec in fixed.items() if key == "selection.picker"]
+        return any(resolve(kind, spec).needs_vectors for kind, spec in named)
+
     def _score(self, scorer: Scorer, setting: MemorySetting) -> Cost:
         request = self.request
         if request.pool is None:
@@ -310,6 +319,8 @@ class Pricing:
                 max_length=setting.sequence,
             )
             cost = scorer.cost(work)
+            if self._needs_vectors:
+                cost += embedding_cost(work, request.pool)
             runtime = float(RUNTIME_BYTES[request.device.kind])
             self._scoring[key] = replace(
                 cost,

@@ -24,13 +24,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from thrifty.core.budget import Cost
-from thrifty.core.contracts import Candidates, Held, Models, Picked, Rows, Scorer
+from thrifty.core.contracts import Candidates, Held, Models, Picked, Picker, Rows, Scorer
 from thrifty.core.durable import rename_durably, write_atomically
 from thrifty.core.ledger import Stage
 from thrifty.core.plan import Plan
 from thrifty.core.resolve import name_of, parse_spec, resolve
 from thrifty.data.store import Store
-from thrifty.signals.models import local_device
+from thrifty.look import PoolLook
+from thrifty.signals.models import local_device, locate, weights_sha256
 from thrifty.signals.peak_memory import peak_noted
 
 MANIFEST = "manifest.json"
@@ -52,6 +53,8 @@ class SelectionJob:
     predicted: Cost
     load: Cost
     """Of the base model."""
+    predicted_vectors: Cost
+    """Of the pool, where a filter or the picker needs them."""
     scores: Path
     selected: Path
 
@@ -94,18 +97,21 @@ def select(job: SelectionJob, stage: Stage) -> None:
     scorer: Scorer = resolve("scorer", plan.selection.scorer)
     folder = job.scores / f"{name_of(scorer)}-{_score_mark(job, scorer)}"
     _score(job, scorer, folder, stage)
+    look = _look(job, stage)
+    filters = [resolve("filter", spec) for spec in plan.selection.filters]
+    picker: Picker = resolve("picker", plan.selection.picker)
+    if any(method.needs_vectors for method in (*filters, picker)):
+        look.make_vectors()
     with stage.spending("pick", Cost()):
-        candidates = _candidates(job, scorer, folder)
+        candidates = _candidates(job, scorer, folder, look)
         dropped: dict[int, str] = {}
-        for spec in plan.selection.filters:
-            found = resolve("filter", spec).drop(candidates, job.held)
+        for each in filters:
+            found = each.drop(candidates, job.held)
             dropped |= found
             gone = np.fromiter(found, dtype=np.int64, count=len(found))
             candidates = candidates.where(~np.isin(candidates.ids, gone))
         limit = plan.selection.max_tokens or math.inf
-        picked = resolve("picker", plan.selection.picker).pick(
-            candidates, limit, plan.selection.seed
-        )
+        picked = picker.pick(candidates, limit, plan.selection.seed)
         if not len(picked.ids):
             raise ValueError(
                 f"nothing is left to train on: {len(dropped):,} rows filtered, "
@@ -125,11 +131,31 @@ def _score_mark(job: SelectionJob, scorer: Scorer) -> str:
     parts = [
         parse_spec("scorer", job.plan.selection.scorer),
         job.pool.manifest.fingerprint,
-        job.base_sha256 if scorer.needs_model else None,
+        _weights_mark(job, scorer) if scorer.needs_model else None,
         targets if scorer.needs_target else None,
         job.plan.training.dtype if scorer.needs_model else None,
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=dict).encode()).hexdigest()[:12]
+
+
+def _weights_mark(job: SelectionJob, scorer: Scorer) -> str:
+    """A hash of the weights that the scorer looks at."""
+    if not scorer.model:
+        return job.base_sha256
+    return weights_sha256(locate(scorer.model, weights=True)[0])
+
+
+def _look(job: SelectionJob, stage: Stage) -> PoolLook:
+    parts = [job.pool.manifest.fingerprint, job.base_sha256, job.plan.training.dtype]
+    mark = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+    return PoolLook(
+        pool=job.pool,
+        models=job.models,
+        load=job.load,
+        predicted=job.predicted_vectors,
+        stage=stage,
+        folder=job.scores / f"vectors-{mark}",
+    )
 
 
 def _score(job: SelectionJob, scorer: Scorer, folder: Path, stage: Stage) -> None:
@@ -143,7 +169,7 @@ def _score(job: SelectionJob, scorer: Scorer, folder: Path, stage: Stage) -> Non
     stage.require(job.predicted * (len(todo) / len(files)), "scoring")
     if scorer.needs_model:
         with stage.spending("load", job.load):
-            job.models.base()
+            job.models.other(scorer.model).base()
     with stage.spending("prepare", Cost()) as lease, peak_noted(lease, local_device()):
         state = scorer.prepare(job.pool, signals, job.models, lease)
     for i in todo:
@@ -159,7 +185,7 @@ def _score(job: SelectionJob, scorer: Scorer, folder: Path, stage: Stage) -> Non
             rename_durably(aside, files[i])
 
 
-def _candidates(job: SelectionJob, scorer: Scorer, folder: Path) -> Candidates:
+def _candidates(job: SelectionJob, scorer: Scorer, folder: Path, look: PoolLook) -> Candidates:
     ids, scores, tokens, prints = [], [], [], []
     for i, shard in enumerate(job.pool.shards()):
         table = pq.read_table(folder / f"shard-{i:05d}.parquet")
@@ -182,6 +208,7 @@ def _candidates(job: SelectionJob, scorer: Scorer, folder: Path) -> Candidates:
         fingerprints=np.concatenate(prints),
         targets=names,
         weights=tuple(weights),
+        look=look,
     )
 
 

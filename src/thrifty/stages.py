@@ -54,6 +54,7 @@ def select(work: Work, branch: Branch) -> None:
             base_sha256=work.base_sha256,
             predicted=predicted,
             load=work.predicted(plan).load,
+            predicted_vectors=work.predicted_vectors(plan),
             scores=work.run.scores(branch.account),
             selected=folder,
         )

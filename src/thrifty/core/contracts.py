@@ -75,6 +75,15 @@ class Models(Protocol):
     @property
     def shape(self) -> ModelShape: ...
 
+    def other(self, path: str) -> Models:
+        """The same of another model, a folder or a hub name; of the base model for ``""``."""
+        ...
+
+    def tokens(self, rows: Rows) -> Sequence[Tokens]:
+        """``rows`` as this model's tokenizer splits them; what it cannot split is one token without
+        loss."""
+        ...
+
 
 class Meter(Protocol):
     """Where a method that computes reports what it did."""
@@ -120,9 +129,12 @@ class Scorer(ABC):
     needs_model: ClassVar[bool]
     tasks: ClassVar[tuple[str, ...]]
     """The training tasks for which the score makes sense."""
-    cost_class: ClassVar[Literal["free", "text", "forward", "gradient"]]
+    cost_class: ClassVar[Literal["free", "text", "forward", "gradient", "training"]]
     source: ClassVar[str]
     worth: ClassVar[Worth]
+    model: str = ""
+    """Folder or hub name of the model that it looks at; empty: the one to be trained. An option of
+    those that can use a smaller one."""
 
     @abstractmethod
     def cost(self, work: Work) -> Cost:
@@ -141,6 +153,18 @@ class Scorer(ABC):
 # -- filters and pickers ------------------------------------------------------------------------
 
 
+class Look(Protocol):
+    """What filters and pickers may look at beside the scores, charged where it is computed."""
+
+    def texts(self) -> Iterator[tuple[NDArray[np.int64], Sequence[str]]]:
+        """Ids and texts of the whole pool, a shard at a time."""
+        ...
+
+    def vectors(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """[n, width], of unit length: a row's position-weighted mean of last hidden states."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
     """Scored rows, column by column; what filters and pickers work on."""
@@ -152,6 +176,8 @@ class Candidates:
     targets: tuple[str, ...]
     weights: tuple[float, ...]
     """The targets' weights in the objective, same order."""
+    look: Look | None = None
+    """None where there is nothing but scores."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -165,6 +191,7 @@ class Candidates:
             fingerprints=self.fingerprints[keep],
             targets=self.targets,
             weights=self.weights,
+            look=self.look,
         )
 
 
@@ -179,6 +206,8 @@ class Filter(ABC):
     """Candidates -> which remain, and for each dropped row the reason."""
 
     source: ClassVar[str]
+    needs_vectors: ClassVar[bool] = False
+    """Whether it asks ``candidates.look`` for them, which costs a pass over the pool."""
 
     @abstractmethod
     def drop(self, candidates: Candidates, held: Held) -> dict[int, str]:
@@ -197,6 +226,8 @@ class Picker(ABC):
     """Candidates -> rows within a token budget, never over it; ties broken by (seed, id)."""
 
     source: ClassVar[str]
+    needs_vectors: ClassVar[bool] = False
+    """Whether it asks ``candidates.look`` for them, which costs a pass over the pool."""
 
     @abstractmethod
     def pick(self, candidates: Candidates, max_tokens: float, seed: int) -> Picked: ...

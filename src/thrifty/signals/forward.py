@@ -19,8 +19,10 @@ from thrifty.core.budget import Cost, PoolStats
 from thrifty.core.contracts import Meter, Tokens, Work
 from thrifty.costs.flops import forward_flops
 from thrifty.costs.memory import forward_account
+from thrifty.costs.shape import read_shape
 from thrifty.costs.time import forward_seconds
 from thrifty.data.packing import padded_batches
+from thrifty.signals.models import locate
 
 if TYPE_CHECKING:
     from thrifty.costs.shape import ModelShape
@@ -81,10 +83,72 @@ def example_losses(
     Ticks ``meter`` with the FLOPs of every batch as padded; a batch has at most ``max_tokens``
     (one example at least), by default as many as keep its logits small.
     """
+    found = token_statistics(
+        model, shape, examples, meter, lambda nll, *_: nll, max_tokens=max_tokens
+    )
+    return Losses(found.sums, found.num_tokens)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Of n examples: a statistic summed over the tokens that carry loss, and how many do."""
+
+    sums: NDArray[np.float64]  # [n]
+    num_tokens: NDArray[np.int64]  # [n]
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """[n]; NaN where no token carries loss."""
+        return Losses(self.sums, self.num_tokens).mean
+
+
+def token_statistics(
+    model: Any,
+    shape: ModelShape,
+    examples: Sequence[Tokens],
+    meter: Meter,
+    statistic: Callable[..., Any],
+    *,
+    max_tokens: int | None = None,
+) -> Sums:
+    """``statistic(nll, logits, ids)`` summed over each example's tokens that carry loss.
+
+    It is given, for a padded batch, the losses ``[batch, sequence - 1]``, the logits they come from
+    ``[batch, sequence - 1, vocab]`` in float32 and the ids predicted ``[batch, sequence - 1]``, and
+    returns ``[batch, sequence - 1]``. The model is in evaluation mode, whatever mode it was in.
+    """
     import torch
 
-    nll = np.zeros(len(examples))
+    sums = np.zeros(len(examples))
     count = np.zeros(len(examples), dtype=np.int64)
+
+    def visit(batch: list[int], ids: Any, keep: Any) -> None:
+        meter.tick(Cost(flops=forward_flops(shape, *ids.shape)))
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        following = ids[:, 1:]
+        nll = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), following.flatten(), reduction="none"
+        ).view(keep.shape)
+        values = statistic(nll, logits, following)
+        sums[batch] = (values.double() * keep).sum(1).cpu().numpy()
+        count[batch] = keep.sum(1).cpu().numpy()
+
+    each_batch(model, shape, examples, visit, max_tokens)
+    return Sums(sums, count)
+
+
+def each_batch(
+    model: Any,
+    shape: ModelShape,
+    examples: Sequence[Tokens],
+    visit: Callable[[list[int], Any, Any], None],
+    max_tokens: int | None = None,
+) -> None:
+    """``visit(places, ids, keep)`` a padded batch of examples of like lengths at a time, without
+    gradients and in evaluation mode: ids ``[batch, sequence]``, and which of the tokens after the
+    first carry loss ``[batch, sequence - 1]``."""
+    import torch
+
     device = next(model.parameters()).device
     training = model.training
     model.eval()
@@ -92,17 +156,9 @@ def example_losses(
         with torch.inference_mode():
             lengths = [len(e.input_ids) for e in examples]
             for batch in _batches(shape, lengths, max_tokens):
-                ids, keep = _padded([examples[i] for i in batch], device)
-                meter.tick(Cost(flops=forward_flops(shape, *ids.shape)))
-                logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-                loss = torch.nn.functional.cross_entropy(
-                    logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-                ).view(keep.shape)
-                nll[batch] = (loss.double() * keep).sum(1).cpu().numpy()
-                count[batch] = keep.sum(1).cpu().numpy()
+                visit(batch, *_padded([examples[i] for i in batch], device))
     finally:
         model.train(training)
-    return Losses(nll, count)
 
 
 def losses_flops(shape: ModelShape, lengths: Sequence[int], max_tokens: int | None = None) -> float:
@@ -176,5 +232,12 @@ def _peak(shape: ModelShape, batch: int, sequence: int, dtype: str, device: Any)
     return account.peak_memory_bytes
 
 
-def scoring_cost(work: Work, stats: PoolStats) -> Cost:
-    return forward_cost(work.shape, stats, work.device, work.dtype, work.max_length)
+def scoring_cost(work: Work, stats: PoolStats, model: str = "") -> Cost:
+    """Of one forward pass over rows like ``stats``, under the base model or another."""
+    shape = shape_of(work, model)
+    return forward_cost(shape, stats, work.device, work.dtype, work.max_length)
+
+
+def shape_of(work: Work, model: str) -> ModelShape:
+    """Of the model that a scorer looks at: the base model's for ``""``."""
+    return read_shape(locate(model, weights=False)[0]) if model else work.shape

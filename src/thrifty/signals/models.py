@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from thrifty.costs.shape import read_shape
+from thrifty.data.tokens import Tokens, load_tokenizer, tokenize_rows, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from thrifty.costs.shape import ModelShape
 
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"]
+_NO_TOKENS = Tokens(np.zeros(1, dtype=np.int32), np.zeros(1, dtype=bool))
 
 
 def locate(path: str, revision: str | None = None, *, weights: bool) -> tuple[Path, str | None]:
@@ -121,6 +125,10 @@ class LoadedModels:
     device: str = "cpu"
     say: Callable[[str], None] | None = None
     """Takes a line when a model is loaded, which may take minutes."""
+    max_length: int = 1024
+    """Tokens of the longest row, where another model's tokenizer has to split the rows anew."""
+    tokenizer: Any = None
+    """Of a model whose tokenizer is not the pool's."""
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -134,6 +142,25 @@ class LoadedModels:
 
     def base(self) -> Any:
         return self._base
+
+    @cached_property
+    def _others(self) -> dict[str, LoadedModels]:
+        return {"": self}
+
+    def other(self, path: str) -> LoadedModels:
+        if path not in self._others:
+            folder, _ = locate(path, weights=True)
+            tokenizer = load_tokenizer(str(folder))
+            pools = tokenizer_fingerprint(load_tokenizer(str(self.folder)))
+            same = tokenizer_fingerprint(tokenizer) == pools
+            self._others[path] = replace(self, folder=folder, tokenizer=None if same else tokenizer)
+        return self._others[path]
+
+    def tokens(self, rows: Any) -> Sequence[Tokens]:
+        if self.tokenizer is None:
+            return rows.tokens
+        split = tokenize_rows(rows.rows, self.tokenizer, self.max_length)
+        return [found if isinstance(found, Tokens) else _NO_TOKENS for found in split]
 
 
 def load_model(folder: Path, dtype: str, device: str) -> Any:

@@ -168,6 +168,17 @@ def test_without_a_target_dev_rows_come_from_the_pool_and_are_not_trained_on(
     assert not dev & {bytes(p) for p in chosen.fingerprints}
 
 
+def test_a_run_of_few_steps_keeps_a_row_however_many_passes_were_asked(
+    tiny_model, tiny_data, tmp_path
+):
+    fixed = {"training.epochs": 100, "training.per_device_train_batch_size": 1}
+    folder = tmp_path / "few"
+    plan = planned(folder, tiny_model, tiny_data, budget=Budget(tokens=400), fixed=fixed)
+    assert plan.selection.max_tokens >= 20
+    finish(folder)
+    assert 0 < ledger(folder).spent().tokens <= 400
+
+
 # -- resuming -----------------------------------------------------------------------------------
 
 

@@ -27,16 +27,20 @@ def best_repetition(
     worth: Worth,
     tokens: float,
     pool_tokens: float,
+    longest: float,
     fixed_keep: float | None = None,
     fixed_epochs: float | None = None,
 ) -> tuple[float, float, float]:
-    """Epochs, tokens to keep and the effective tokens: at their best, or as they are fixed."""
+    """Epochs, tokens to keep and the effective tokens: at their best, or as they are fixed.
+
+    No less is kept than the ``longest`` row has tokens, or a short run would keep no row at all.
+    """
     if fixed_keep:
         unique = min(float(fixed_keep), pool_tokens)
         return tokens / unique, unique, _effective(worth, tokens, unique, pool_tokens)
     best = (1.0, min(tokens, pool_tokens), -math.inf)
     for epochs in [fixed_epochs] if fixed_epochs else range(1, MAX_EPOCHS + 1):
-        unique = min(tokens / epochs, pool_tokens)
+        unique = min(max(tokens / epochs, longest), pool_tokens)
         effective = _effective(worth, tokens, unique, pool_tokens)
         if effective > best[2] * (1 + 1e-9):
             best = (tokens / unique, unique, effective)

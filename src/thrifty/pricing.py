@@ -268,6 +268,7 @@ class Pricing:
             self.priors.of(scorer),
             tokens,
             pool_tokens,
+            float(request.pool.max_tokens) if request.pool else 0.0,
             request.fixed.get("selection.max_tokens"),
             request.fixed.get("training.epochs"),
         )

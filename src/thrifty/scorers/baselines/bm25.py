@@ -29,8 +29,9 @@ from thrifty.core.ranges import check_ranges
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+|[^\W\d_]+")
 _TOKENS_PER_SECOND = 1.5e6
 """Of splitting into words, a pass."""
-_BYTES = 256e6
-"""Of a shard's texts and the target's words."""
+_SHARD_ROWS = 4096
+_BYTES_PER_TOKEN = 60.0
+"""Of a shard: its text as Python strings, and the words found in it."""
 
 
 def words(text: str) -> list[str]:
@@ -59,7 +60,11 @@ class BM25(Scorer):
         check_ranges(self, k1=(0, inf), b=(0, 1), max_queries=(1, inf))
 
     def cost(self, work: Work) -> Cost:
-        return Cost(seconds=2 * work.pool.num_tokens / _TOKENS_PER_SECOND, peak_memory_bytes=_BYTES)
+        shard = min(work.pool.num_examples, _SHARD_ROWS) * work.pool.mean_tokens
+        return Cost(
+            seconds=2 * work.pool.num_tokens / _TOKENS_PER_SECOND,
+            peak_memory_bytes=shard * _BYTES_PER_TOKEN,
+        )
 
     def prepare(
         self, pool: Pool, targets: Mapping[str, Rows], models: Models, meter: Meter

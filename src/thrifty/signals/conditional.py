@@ -1,0 +1,69 @@
+"""An answer's loss with its prompt and without it: what the prompt explains.
+
+    IFD(x, y) = exp( L(y | x) - L(y) ),    L = mean nats a token of y           (arXiv:2308.12032)
+
+L(y) is of the answer alone behind the model's first token, so that the same tokens are predicted in
+both passes. Of several turns the answers stand one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thrifty.core.budget import Cost, PoolStats
+from thrifty.core.contracts import Meter, Models, Rows, Work
+from thrifty.data.tokens import Tokens
+from thrifty.signals.forward import example_losses, scoring_cost
+
+if TYPE_CHECKING:
+    from thrifty.core import contracts
+
+
+def answers_alone(examples: Sequence[contracts.Tokens], start: int | None) -> list[Tokens]:
+    """Each example's loss tokens behind ``start``; without a start the first is not predicted."""
+    alone = []
+    for example in examples:
+        keep = np.asarray(example.loss_mask)
+        first = [] if start is None else [start]
+        ids = np.asarray([*first, *np.asarray(example.input_ids)[keep]], dtype=np.int32)
+        mask = np.ones(len(ids), dtype=bool)
+        mask[: len(first)] = False
+        alone.append(Tokens(ids, mask) if len(ids) else Tokens(np.zeros(1, np.int32), mask[:1]))
+    return alone
+
+
+def instruction_following_difficulty(
+    models: Models, rows: Rows, meter: Meter
+) -> NDArray[np.float64]:
+    """[n]; NaN where an answer has no token that both passes predict."""
+    examples, model, shape = models.tokens(rows), models.base(), models.shape
+    alone = answers_alone(examples, _start(model))
+    with_prompt = example_losses(model, shape, examples, meter).mean
+    without = example_losses(model, shape, alone, meter).mean
+    return np.exp(with_prompt - without)
+
+
+def _start(model: Any) -> int | None:
+    for name in ("bos_token_id", "eos_token_id"):
+        token = getattr(model.config, name, None)
+        token = token[0] if isinstance(token, list) else token
+        if token is not None:
+            return int(token)
+    return None
+
+
+def difficulty_cost(work: Work, stats: PoolStats, model: str) -> Cost:
+    """Of both passes over rows like ``stats``."""
+    answers = min(1.0, (stats.num_loss_tokens + stats.num_examples) / max(stats.num_tokens, 1))
+    alone = replace(
+        stats,
+        num_tokens=round(stats.num_tokens * answers),
+        num_squared_tokens=round(stats.num_squared_tokens * answers**2),
+        max_tokens=stats.max_tokens,
+    )
+    return scoring_cost(work, stats, model) + scoring_cost(work, alone, model)

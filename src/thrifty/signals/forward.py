@@ -156,7 +156,7 @@ def each_batch(
         with torch.inference_mode():
             lengths = [len(e.input_ids) for e in examples]
             for batch in _batches(shape, lengths, max_tokens):
-                visit(batch, *_padded([examples[i] for i in batch], device))
+                visit(batch, *padded([examples[i] for i in batch], device))
     finally:
         model.train(training)
 
@@ -174,7 +174,7 @@ def _batches(shape: ModelShape, lengths: Sequence[int], max_tokens: int | None) 
     return padded_batches(lengths, most)
 
 
-def _padded(examples: Sequence[Tokens], device: Any) -> tuple[Any, Any]:
+def padded(examples: Sequence[Tokens], device: Any) -> tuple[Any, Any]:
     """ids [batch, sequence], padded with 0, and which of tokens 1.. carry loss [batch, seq - 1]."""
     import torch
 
@@ -206,13 +206,13 @@ def forward_cost(
     peak = max(examples * length, longest)
     flops = mean_flops(lambda tokens: forward_flops(shape, 1, tokens), stats, length)
     return Cost(
-        flops=flops * stats.num_examples * _padding(stats, longest, examples),
+        flops=flops * stats.num_examples * padding(stats, longest, examples),
         seconds=forward_seconds(shape, examples, length, dtype, device) * batches,
         peak_memory_bytes=_peak(shape, max(1, peak // longest), longest, dtype, device),
     )
 
 
-def _padding(stats: PoolStats, longest: int, batch: int) -> float:
+def padding(stats: PoolStats, longest: int, batch: int) -> float:
     """Padded over real tokens: sorted rows span ``batch / num_examples`` of all lengths in a batch,
     and half of that is padding."""
     span = longest / max(stats.mean_tokens, 1.0) * batch / stats.num_examples

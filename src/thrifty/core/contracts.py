@@ -182,6 +182,23 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def vectors(self) -> NDArray[np.float32]:
+        """[n, width], of unit length. Raises ValueError where there is nothing but scores."""
+        if self.look is None:
+            raise ValueError("these candidates have no vectors\nhint: give them a look at the pool")
+        return self.look.vectors(self.ids)
+
+    def texts(self) -> Iterator[list[str]]:
+        """Those of rows sorted by id, in their order, some at a time. Raises ValueError where there
+        is nothing but scores, or where they are not sorted."""
+        if self.look is None or (np.diff(self.ids) < 0).any():
+            raise ValueError(
+                "these candidates have no texts\nhint: sort them by id, with a look at the pool"
+            )
+        for ids, texts in self.look.texts():
+            places = np.flatnonzero(np.isin(ids, self.ids, assume_unique=True))
+            yield [texts[place] for place in places.tolist()]
+
     def where(self, keep: NDArray[Any]) -> Candidates:
         """Those at a mask or at indices."""
         return Candidates(
@@ -220,6 +237,11 @@ class Picked:
 
     ids: NDArray[np.int64]
     weights: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, ids: NDArray[np.int64]) -> Picked:
+        """All of equal weight."""
+        return cls(ids=ids, weights=np.ones(len(ids), dtype=np.float32))
 
 
 class Picker(ABC):

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from thrifty.core.contracts import Candidates, Filter, Held
+from thrifty.core.ordering import best_of_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,15 +16,4 @@ class Duplicates(Filter):
     source: ClassVar[str] = "arXiv:2107.06499"
 
     def drop(self, candidates: Candidates, held: Held) -> dict[int, str]:
-        best = np.nan_to_num(candidates.scores, nan=-np.inf).max(axis=1, initial=-np.inf)
-        # Groups by fingerprint, in each the best first and of equals the lowest id.
-        order = np.lexsort((candidates.ids, -best, candidates.fingerprints))
-        prints = candidates.fingerprints[order]
-        ids = candidates.ids[order].tolist()
-        dropped, keeper = {}, -1
-        for place, row in enumerate(ids):
-            if place == 0 or prints[place] != prints[place - 1]:
-                keeper = row
-            else:
-                dropped[row] = f"duplicate of row {keeper}"
-        return dropped
+        return best_of_groups(candidates, candidates.fingerprints, "duplicate")

@@ -44,5 +44,4 @@ class Balanced(Picker):
             kept.append(row)
             used += tokens[row]
             share[turn] += tokens[row]
-        ids = candidates.ids[np.asarray(kept, dtype=np.int64)]
-        return Picked(ids=ids, weights=np.ones(len(ids), dtype=np.float32))
+        return Picked.of(candidates.ids[np.asarray(kept, dtype=np.int64)])

@@ -1,6 +1,8 @@
-"""k-means over row vectors or trajectories: fitted on a sample, then every row to its nearest mean.
+"""Groups of rows: k-means over their vectors or trajectories, and what pairs connect.
 
-minimise sum_i | v_i - m(c_i) |^2      k-means++ starts, Lloyd's steps (scipy.cluster.vq)
+    minimise sum_i | v_i - m(c_i) |^2          k-means++ starts, then Lloyd's steps
+
+fitted on a sample; then every row goes to its nearest mean.
 """
 
 from __future__ import annotations
@@ -20,8 +22,6 @@ def k_means(
 
     The same vectors in the same order give the same clusters.
     """
-    from scipy.cluster.vq import kmeans2
-
     count = min(num_clusters, len(vectors))
     if count <= 1:
         return np.zeros(len(vectors), dtype=np.int64)
@@ -30,8 +30,32 @@ def k_means(
     if len(vectors) > _FITTED_A_CLUSTER * count:
         places = rng.choice(len(vectors), _FITTED_A_CLUSTER * count, replace=False)
         sample = sample[np.sort(places)]
-    means, _ = kmeans2(sample, count, iter=iterations, minit="++", missing="warn", rng=rng)
+    means = _starts(sample, count, rng)
+    for _ in range(iterations):
+        own = nearest(sample, means)
+        sums = np.zeros_like(means)
+        np.add.at(sums, own, sample)
+        sizes = np.bincount(own, minlength=len(means))[:, None]
+        moved = np.where(sizes > 0, sums / np.maximum(sizes, 1), means)
+        if np.array_equal(moved, means):
+            break
+        means = moved
     return nearest(vectors, means)
+
+
+def _starts(
+    sample: NDArray[np.float64], count: int, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """k-means++: each start with probability as its squared distance from those before it; fewer
+    where there are fewer different vectors."""
+    means = [sample[rng.integers(len(sample))]]
+    distance = np.full(len(sample), np.inf)
+    while len(means) < count:
+        distance = np.minimum(distance, ((sample - means[-1]) ** 2).sum(1))
+        if not distance.sum() > 0:
+            break
+        means.append(sample[rng.choice(len(sample), p=distance / distance.sum())])
+    return np.stack(means)
 
 
 def nearest(vectors: NDArray[np.floating], means: NDArray[np.floating]) -> NDArray[np.int64]:
@@ -42,3 +66,13 @@ def nearest(vectors: NDArray[np.floating], means: NDArray[np.floating]) -> NDArr
         chunk = np.asarray(vectors[start : start + _CHUNK], dtype=np.float64)
         found[start : start + len(chunk)] = (squares - 2 * chunk @ means.T).argmin(1)
     return found
+
+
+def connected(pairs: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """[count] group of each of ``count`` places: those that ``pairs`` [n, 2] connect share one."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    ones = np.ones(len(pairs), dtype=np.int8)
+    graph = coo_array((ones, (pairs[:, 0], pairs[:, 1])), shape=(count, count))
+    return connected_components(graph, directed=False)[1].astype(np.int64)

@@ -32,7 +32,7 @@ class IFD(Scorer):
     cost_class: ClassVar[Literal["free", "text", "forward", "gradient", "training"]] = "forward"
     source: ClassVar[str] = "arXiv:2308.12032"
     worth: ClassVar[Worth] = Worth(
-        1.3, 0.8, "5 to 10% of Alpaca is level with all of it, arXiv:2308.12032; mixed elsewhere"
+        1.0, 0.8, "a tenth of Alpaca is level with it all, arXiv:2308.12032; loses in 2503.01807"
     )
 
     def cost(self, work: Work) -> Cost:

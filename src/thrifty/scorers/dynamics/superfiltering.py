@@ -34,7 +34,7 @@ class Superfiltering(Scorer):
     cost_class: ClassVar[Literal["free", "text", "forward", "gradient", "training"]] = "forward"
     source: ClassVar[str] = "arXiv:2402.00530"
     worth: ClassVar[Worth] = Worth(
-        1.2, 0.8, "5% of Alpaca above all of it with GPT-2 as the judge, arXiv:2402.00530"
+        1.0, 0.8, "5% of Alpaca is ahead of it all, arXiv:2402.00530; IFD loses in 2503.01807"
     )
 
     def cost(self, work: Work) -> Cost:

@@ -1,0 +1,122 @@
+"""Quality: a linear classifier on hashed n-grams between good rows and others, as fastText's
+(arXiv:1607.01759; as a filter of pretraining data arXiv:2005.14165, arXiv:2406.11794).
+
+    score(z) = w . f(z) + b,   f(z) = c(z) / |c(z)|,
+    (w, b) minimise   mean log(1 + exp(-y (w . f + b))) + decay |w|^2 / 2
+
+c are counts of hashed 1- and 2-grams, y = 1 for good rows and -1 for others. Good are the rows of
+``good``, or the target's; the others those of ``bad``, or as many drawn from the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thrifty.core.budget import Cost
+from thrifty.core.contracts import Meter, Models, Pool, Rows, Scorer, Work, Worth
+from thrifty.core.ordering import random_key
+from thrifty.core.ranges import check_ranges
+from thrifty.signals.ngrams import hashed_ngrams
+
+_TOKENS_PER_SECOND = 1.2e6
+_SHARD_ROWS = 4096
+_BYTES_PER_TOKEN = 150.0
+_FEWEST_OTHERS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality(Scorer):
+    """A linear classifier of good rows (yours, or the target's) against bad ones, on words."""
+
+    good: tuple[str, ...] = ()
+    """Files of good rows; none: the target's rows."""
+    bad: tuple[str, ...] = ()
+    """Files of bad rows; none: rows of the pool, drawn at random."""
+    buckets: int = 20_000
+    decay: float = 1e-4
+    seed: int = 0
+
+    needs_target: ClassVar[bool] = True
+    needs_model: ClassVar[bool] = False
+    tasks: ClassVar[tuple[str, ...]] = ("sft", "continued", "preference")
+    cost_class: ClassVar[Literal["free", "text", "forward", "gradient", "training"]] = "text"
+    source: ClassVar[str] = "arXiv:1607.01759; as a data filter arXiv:2406.11794"
+    worth: ClassVar[Worth] = Worth(
+        1.8, 1.0, "the best filter of DataComp-LM by far, arXiv:2406.11794; of pretraining data"
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self, buckets=(2, inf), decay=(0, inf), seed=(0, 2**32 - 1))
+
+    def cost(self, work: Work) -> Cost:
+        shard = min(work.pool.num_examples, _SHARD_ROWS) * work.pool.mean_tokens
+        return Cost(
+            seconds=2 * work.pool.num_tokens / _TOKENS_PER_SECOND,
+            peak_memory_bytes=shard * _BYTES_PER_TOKEN,
+        )
+
+    def prepare(
+        self, pool: Pool, targets: Mapping[str, Rows], models: Models, meter: Meter
+    ) -> NDArray[np.float64]:
+        """[buckets + 1, num_targets]: weights and, last, the intercept."""
+        asked = [self._texts(self.good) or list(rows.texts) for rows in targets.values()]
+        wanted = max(_FEWEST_OTHERS, *(len(texts) for texts in asked))
+        bad = self._texts(self.bad) or _drawn(pool, wanted, self.seed)
+        columns = [_fit(texts, bad, self.buckets, self.decay) for texts in asked]
+        return np.stack(columns, axis=1)
+
+    @staticmethod
+    def _texts(sources: Sequence[str]) -> list[str]:
+        from thrifty.data.pool import Row, read_rows
+
+        return [row.text for row in read_rows(sources) if isinstance(row, Row)] if sources else []
+
+    def score(self, shard: Rows, state: Any, meter: Meter) -> NDArray[np.float32]:
+        return (_features(shard.texts, self.buckets) @ state[:-1] + state[-1]).astype(np.float32)
+
+
+def _features(texts: Sequence[str], buckets: int) -> Any:
+    """Counts of length one a row, sparse."""
+    from scipy.sparse import diags_array
+
+    counts = hashed_ngrams(texts, buckets)
+    lengths = np.sqrt(counts.multiply(counts).sum(axis=1))
+    return diags_array(1 / np.maximum(lengths, 1e-12)) @ counts
+
+
+def _drawn(pool: Pool, count: int, seed: int) -> list[str]:
+    """Texts of the rows with the smallest random keys: whatever the shards, the same."""
+    ids = np.concatenate([shard.ids for shard in pool.shards()])
+    chosen = ids[np.argsort(random_key(ids, seed), kind="stable")[:count]]
+    texts: dict[int, str] = {}
+    for shard in pool.shards():
+        for place in np.flatnonzero(np.isin(shard.ids, chosen)).tolist():
+            texts[int(shard.ids[place])] = shard.texts[place]
+    return [texts[row] for row in sorted(texts)]
+
+
+def _fit(
+    good: Sequence[str], bad: Sequence[str], buckets: int, decay: float
+) -> NDArray[np.float64]:
+    """Logistic regression, both classes weighing half: convex, so there is one answer."""
+    from scipy.optimize import minimize
+
+    features = _features([*good, *bad], buckets)
+    sign = np.repeat([1.0, -1.0], [len(good), len(bad)])
+    weight = np.where(sign > 0, 0.5 / len(good), 0.5 / len(bad))
+
+    def objective(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        w, b = parameters[:-1], parameters[-1]
+        margin = sign * (features @ w + b)
+        slope = -weight * sign / (1 + np.exp(np.clip(margin, -500, 500)))
+        loss = float(weight @ np.logaddexp(0, -margin) + decay / 2 * w @ w)
+        return loss, np.append(features.T @ slope + decay * w, slope.sum())
+
+    start = np.zeros(buckets + 1)
+    return minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 200}).x

@@ -500,3 +500,25 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_same_command_goes_on(
     assert torn == ["checkpoint-20 was never committed"]
     assert main(["run", str(folder)]) == 0
     assert ledger(folder).spent().flops <= ledger(folder).budget.flops
+
+
+def test_a_picker_that_needs_vectors_is_priced_charged_and_resumed(
+    tiny_model, tiny_data, tmp_path, monkeypatch
+):
+    folder = tmp_path / "vectors"
+    fixed = {
+        "selection.picker": {"clusters": {"clusters": 5}},
+        "selection.filters": ["duplicates", "overlap", "near_duplicates", "semantic_duplicates"],
+        "selection.max_tokens": 1500,
+    }
+    plan = planned(folder, tiny_model, tiny_data, fixed=fixed)
+    with stages.at_work(RunFolder(folder), silent) as work:
+        stages.select(work, work.main)
+    book = ledger(folder)
+    embedded = [c for c in book.charges() if c["activity"] == "embed"]
+    assert sum(c["flops"] for c in embedded) > 0
+    predicted = plan.predicted["select"]["flops"]
+    assert book.spent(stage="select").flops == pytest.approx(predicted, rel=0.1)
+    manifest = json.loads((RunFolder(folder).selected("budget") / "manifest.json").read_text())
+    assert 1000 < manifest["num_tokens"] <= 1500
+    assert manifest["picker"] == "clusters"

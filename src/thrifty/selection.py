@@ -3,8 +3,6 @@ files that anybody's trainer reads.
 
     scores/NAME-HASH/shard-00000.parquet     one float a row and target; a killed scoring goes on
                                              at the shard, and equal settings reuse the files
-    selected/data/  selected/selected.jsonl  the rows in order: a ``datasets`` folder and a jsonl
-    selected/manifest.json                   written last: the selection is done
 """
 
 from __future__ import annotations
@@ -12,32 +10,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from thrifty.core.budget import Cost
-from thrifty.core.contracts import Candidates, Held, Models, Picked, Picker, Rows, Scorer
-from thrifty.core.durable import rename_durably, write_atomically
+from thrifty.core.contracts import Candidates, Held, Models, Picker, Rows, Scorer
+from thrifty.core.durable import rename_durably
 from thrifty.core.ledger import Stage
 from thrifty.core.plan import Plan
 from thrifty.core.resolve import name_of, parse_spec, resolve
 from thrifty.data.store import Store
 from thrifty.look import PoolLook
+from thrifty.selected import MANIFEST, write_selected
 from thrifty.signals.models import local_device, locate, weights_sha256
 from thrifty.signals.peak_memory import peak_noted
-
-MANIFEST = "manifest.json"
-_SHOWN_ROWS = 20
-_SHOWN_CHARACTERS = 2000
-_BINS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,22 +95,29 @@ def select(job: SelectionJob, stage: Stage) -> None:
         look.make_vectors()
     with stage.spending("pick", Cost()):
         candidates = _candidates(job, scorer, folder, look)
+        left = candidates
         dropped: dict[int, str] = {}
         for each in filters:
-            found = each.drop(candidates, job.held)
+            found = each.drop(left, job.held)
             dropped |= found
             gone = np.fromiter(found, dtype=np.int64, count=len(found))
-            candidates = candidates.where(~np.isin(candidates.ids, gone))
+            left = left.where(~np.isin(left.ids, gone))
         limit = plan.selection.max_tokens or math.inf
-        picked = picker.pick(candidates, limit, plan.selection.seed)
+        picked = picker.pick(left, limit, plan.selection.seed)
         if not len(picked.ids):
             raise ValueError(
                 f"nothing is left to train on: {len(dropped):,} rows filtered, "
-                f"{len(candidates):,} candidates, {limit:,.0f} tokens to keep\n"
+                f"{len(left):,} candidates, {limit:,.0f} tokens to keep\n"
                 "hint: raise selection.max_tokens, or look at why rows were dropped"
             )
-        assert candidates.num_tokens[np.isin(candidates.ids, picked.ids)].sum() <= limit
-        _write(job, candidates, picked, dropped)
+        assert left.num_tokens[np.isin(left.ids, picked.ids)].sum() <= limit
+        made_under = {
+            "settings": settings_mark(plan, job.pool),
+            "scorer": parse_spec("scorer", plan.selection.scorer)[0],
+            "picker": parse_spec("picker", plan.selection.picker)[0],
+            "scores": folder.name,
+        }
+        write_selected(job.selected, job.pool, candidates, picked, dropped, made_under)
 
 
 # -- scoring ------------------------------------------------------------------------------------
@@ -210,116 +208,3 @@ def _candidates(job: SelectionJob, scorer: Scorer, folder: Path, look: PoolLook)
         weights=tuple(weights),
         look=look,
     )
-
-
-# -- writing ------------------------------------------------------------------------------------
-
-
-def _write(
-    job: SelectionJob, candidates: Candidates, picked: Picked, dropped: Mapping[int, str]
-) -> None:
-    from datasets import Dataset
-
-    draft = job.selected.with_name(f".{job.selected.name}.new")
-    shutil.rmtree(draft, ignore_errors=True)
-    shutil.rmtree(job.selected, ignore_errors=True)
-    draft.mkdir(parents=True)
-    place = {row: i for i, row in enumerate(candidates.ids.tolist())}
-    scores = candidates.scores[[place[row] for row in picked.ids.tolist()]]
-    rows = list(_rows(job.pool, picked, scores, candidates.targets))
-    with (draft / "selected.jsonl").open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    Dataset.from_list(rows).save_to_disk(str(draft / "data"))
-    np.save(draft / "ids.npy", picked.ids)
-    _write_json(draft / "histogram.json", _histogram(candidates, scores))
-    _write_json(draft / "examples.json", _examples(job, candidates, picked, dropped))
-    kept = np.isin(candidates.ids, picked.ids)
-    manifest = {
-        "settings": settings_mark(job.plan, job.pool),
-        "scorer": parse_spec("scorer", job.plan.selection.scorer)[0],
-        "picker": parse_spec("picker", job.plan.selection.picker)[0],
-        "num_candidates": job.pool.manifest.num_examples,
-        "num_selected": len(picked.ids),
-        "num_tokens": int(candidates.num_tokens[kept].sum()),
-        "dropped": dict(Counter(_reason_class(reason) for reason in dropped.values())),
-    }
-    _write_json(draft / MANIFEST, manifest)
-    rename_durably(draft, job.selected)
-
-
-def _reason_class(reason: str) -> str:
-    """``duplicate of row 17`` counts as ``duplicate``."""
-    return reason.partition(" of row ")[0]
-
-
-def _write_json(path: Path, value: Any) -> None:
-    write_atomically(path, json.dumps(value, ensure_ascii=False))
-
-
-def _rows(
-    pool: Store, picked: Picked, scores: np.ndarray, targets: tuple[str, ...]
-) -> Iterator[dict[str, Any]]:
-    """The picked rows in order, in TRL's fields, with id, origin, weight, scores and what other
-    columns they had."""
-    for i, row in enumerate(pool.take(picked.ids).rows):
-        yield {
-            **row.extra,
-            **row.content,
-            "id": row.id,
-            "file": row.file,
-            "number": row.number,
-            "weight": float(picked.weights[i]),
-            **{f"score_{name}": float(scores[i, t]) for t, name in enumerate(targets)},
-        }
-
-
-def _histogram(candidates: Candidates, chosen: np.ndarray) -> dict[str, Any]:
-    """Counts by score, of all candidates and of the chosen, a target at a time."""
-    found = {}
-    for t, name in enumerate(candidates.targets):
-        finite = candidates.scores[np.isfinite(candidates.scores[:, t]), t]
-        if not len(finite):
-            continue
-        everyone, edges = np.histogram(finite, bins=_BINS)
-        picked = np.histogram(chosen[np.isfinite(chosen[:, t]), t], bins=edges)[0]
-        found[name] = {
-            "edges": edges.astype(float).tolist(),
-            "all": everyone.tolist(),
-            "selected": picked.tolist(),
-        }
-    return found
-
-
-def _examples(
-    job: SelectionJob, candidates: Candidates, picked: Picked, dropped: Mapping[int, str]
-) -> dict[str, Any]:
-    """Twenty rows from the top of the choice, and twenty that were not chosen, with the reason:
-    filtered ones first, then a spread over the scores."""
-    place = {row: i for i, row in enumerate(candidates.ids.tolist())}
-    out = candidates.where(~np.isin(candidates.ids, picked.ids))
-    order = np.argsort(-np.nan_to_num(out.scores[:, 0], nan=-np.inf), kind="stable")
-    spread = order[np.linspace(0, len(order) - 1, _SHOWN_ROWS).astype(int)] if len(order) else []
-    rejected = {row: dropped[row] for row in list(dropped)[: _SHOWN_ROWS // 4]}
-    for i in spread:
-        if len(rejected) < _SHOWN_ROWS:
-            rejected[int(out.ids[i])] = "outside the token budget"
-
-    def shown(rows: list[int]) -> Iterator[dict[str, Any]]:
-        taken = job.pool.take(np.asarray(rows, dtype=np.int64))
-        for row, tokens in zip(taken.rows, taken.num_tokens.tolist(), strict=True):
-            score = float(candidates.scores[place[row.id], 0]) if row.id in place else math.nan
-            yield {
-                "id": row.id,
-                "file": row.file,
-                "number": row.number,
-                "score": score if math.isfinite(score) else None,
-                "tokens": tokens,
-                "text_prompt": row.prompt[:_SHOWN_CHARACTERS],
-                "text_completion": row.completion[:_SHOWN_CHARACTERS],
-            }
-
-    return {
-        "selected": list(shown(picked.ids[:_SHOWN_ROWS].tolist())),
-        "rejected": [{**row, "reason": rejected[row["id"]]} for row in shown(list(rejected))],
-    }

@@ -19,12 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from thrifty.core.budget import Cost
-from thrifty.core.contracts import Candidates, Held, Models, Picker, Rows, Scorer
+from thrifty.core.contracts import Candidates, Held, Models, Picked, Picker, Rows, Scorer
 from thrifty.core.durable import rename_durably
 from thrifty.core.ledger import Stage
 from thrifty.core.plan import Plan
 from thrifty.core.resolve import name_of, parse_spec, resolve
 from thrifty.data.store import Store
+from thrifty.group_quotas import labels_of, pick_by_group
 from thrifty.look import PoolLook
 from thrifty.selected import MANIFEST, write_selected
 from thrifty.signals.models import local_device, locate, weights_sha256
@@ -75,6 +76,7 @@ def settings_mark(plan: Plan, pool: Store) -> str:
         list(selection.filters),
         selection.picker,
         selection.max_tokens,
+        [selection.groups, dict(selection.quotas)],
         selection.seed,
         pool.manifest.fingerprint,
         {name: [t.signal, t.dev, t.test, t.weight] for name, t in plan.targets.items()},
@@ -103,7 +105,7 @@ def select(job: SelectionJob, stage: Stage) -> None:
             gone = np.fromiter(found, dtype=np.int64, count=len(found))
             left = left.where(~np.isin(left.ids, gone))
         limit = plan.selection.max_tokens or math.inf
-        picked = picker.pick(left, limit, plan.selection.seed)
+        picked = _pick(job, picker, left, limit)
         if not len(picked.ids):
             raise ValueError(
                 f"nothing is left to train on: {len(dropped):,} rows filtered, "
@@ -118,6 +120,15 @@ def select(job: SelectionJob, stage: Stage) -> None:
             "scores": folder.name,
         }
         write_selected(job.selected, job.pool, candidates, picked, dropped, made_under)
+
+
+def _pick(job: SelectionJob, picker: Picker, candidates: Candidates, limit: float) -> Picked:
+    selection = job.plan.selection
+    if not selection.groups:
+        return picker.pick(candidates, limit, selection.seed)
+    ids = np.concatenate([shard.ids for shard in job.pool.shards()])
+    labels = labels_of(job.pool, selection.groups)[np.searchsorted(ids, candidates.ids)]
+    return pick_by_group(picker, candidates, labels, selection.quotas, limit, selection.seed)
 
 
 # -- scoring ------------------------------------------------------------------------------------

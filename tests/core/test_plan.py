@@ -200,7 +200,7 @@ def test_an_override_may_hold_any_sign():
         ("training__Max-Steps", 3, "unknown key training.Max-Steps: did you mean max_steps?"),
         ("budget__memory", "3GiB", "unknown key budget.memory: did you mean memory_bytes?"),
         ("targets", {"a": {"signal": [], "wait": 1}}, "unknown key targets.a.wait: did you mean w"),
-        ("selection__x", 1, "unknown key selection.x: known: filters, max_tokens, picker, scorer"),
+        ("selection__x", 1, "unknown key selection.x: known: filters, groups, max_tokens, picker"),
         ("selection__scorer", "bm52", "selection.scorer: there is no scorer 'bm52'; did you mean"),
         ("selection__scorer", {"bm25": {"k1_": 1}}, "unknown key scorer.bm25.k1_: did you mean k1"),
         ("selection__scorer", {"bm25": {"k1": "x"}}, "scorer.bm25.k1 must be a number, not 'x'"),

@@ -92,6 +92,11 @@ class Selection:
     picker: PickerSpec = "top_k"
     max_tokens: Tokens | None = None
     """Tokens of the pool to keep; None keeps all of it."""
+    groups: str = ""
+    """A column of the pool; rows with one value there are a group. Empty: no groups."""
+    quotas: Mapping[str, float] = field(default_factory=dict)
+    """Value of that column -> the share of ``max_tokens`` that its rows get at most; the other
+    values share the rest evenly."""
     seed: int = 0
 
 
@@ -303,6 +308,13 @@ def _contradictions(plan: Plan) -> Iterator[str]:
     for section, seed in (("training", training.seed), ("selection", plan.selection.seed)):
         if not 0 <= seed < 2**32:
             yield f"{section}.seed must be in [0, 2^32), not {seed}"
+    quotas = plan.selection.quotas
+    if quotas and not plan.selection.groups:
+        yield "selection.quotas needs selection.groups, the column that they are about"
+    if quotas and plan.selection.max_tokens is None:
+        yield "selection.quotas are shares of selection.max_tokens, which is not set"
+    if any(not 0 <= share <= 1 for share in quotas.values()) or sum(quotas.values()) > 1 + 1e-9:
+        yield f"selection.quotas must be shares in [0, 1] of together at most 1, not {dict(quotas)}"
     if not plan.model.path:
         yield "model.path is empty"
     if not plan.pool.sources:

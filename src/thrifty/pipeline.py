@@ -13,6 +13,7 @@ from thrifty.core.plan import Plan
 from thrifty.preparation import Asked, Say, plan_run
 from thrifty.report.page import write_report
 from thrifty.run_folder import RunFolder
+from thrifty.scoring_engines import Engine
 
 
 def make_plan(asked: Asked, folder: str | Path, say: Say = print) -> Plan:
@@ -34,10 +35,15 @@ def run(folder: str | Path, say: Say = print, overrides: tuple[str, ...] = ()) -
     return write_report(RunFolder(Path(folder)))
 
 
-def select(folder: str | Path, say: Say = print, overrides: tuple[str, ...] = ()) -> None:
-    """Score the pool and leave the chosen rows in RUN/selected."""
+def select(
+    folder: str | Path,
+    say: Say = print,
+    overrides: tuple[str, ...] = (),
+    engine: Engine | None = None,
+) -> None:
+    """Score the pool, here or on an engine's workers, and leave the chosen rows in RUN/selected."""
     with stages.at_work(RunFolder(Path(folder)), say, overrides) as work:
-        stages.select(work, work.main)
+        stages.select(work, work.main, engine)
 
 
 def train(folder: str | Path, say: Say = print, overrides: tuple[str, ...] = ()) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import Candidates, Held, Models, Picked, Picker, Rows, Scorer
@@ -24,11 +25,13 @@ from thrifty.core.durable import rename_durably
 from thrifty.core.ledger import Stage
 from thrifty.core.plan import Plan
 from thrifty.core.resolve import name_of, parse_spec, resolve
+from thrifty.data.shard import Shard
 from thrifty.data.store import Store
 from thrifty.group_quotas import labels_of, pick_by_group
 from thrifty.look import PoolLook
+from thrifty.scoring_engines import MARGIN, Engine, Scored, ShardScoring
 from thrifty.selected import MANIFEST, write_selected
-from thrifty.signals.models import local_device, locate, weights_sha256
+from thrifty.signals.models import local_device, locate, num_threads, weights_sha256
 from thrifty.signals.peak_memory import peak_noted
 
 
@@ -49,6 +52,8 @@ class SelectionJob:
     """Of the pool, where a filter or the picker needs them."""
     scores: Path
     selected: Path
+    engine: Engine | None = None
+    """Where shards are scored; None: here."""
 
 
 def is_done(selected: Path, mark: str) -> bool:
@@ -181,17 +186,48 @@ def _score(job: SelectionJob, scorer: Scorer, folder: Path, stage: Stage) -> Non
             job.models.other(scorer.model).base()
     with stage.spending("prepare", Cost()) as lease, peak_noted(lease, local_device()):
         state = scorer.prepare(job.pool, signals, job.models, lease)
-    for i in todo:
-        share = job.predicted * (1 / len(files))
-        with stage.spending("score", share, step=i) as lease, peak_noted(lease, local_device()):
-            shard = job.pool.shard(i)
-            scores = scorer.score(shard, state, lease)
-            expected = (len(shard), max(len(signals), 1))
-            assert scores.shape == expected, f"{name_of(scorer)}: {scores.shape}, not {expected}"
-            columns = {f"score_{t}": scores[:, t] for t in range(scores.shape[1])}
-            aside = files[i].with_suffix(".new")
-            pq.write_table(pa.table({"id": shard.ids, **columns}), aside)
-            rename_durably(aside, files[i])
+    each = job.predicted * (1 / len(files))
+    elsewhere: Iterator[Scored] = iter(())
+    if job.engine is not None:
+        work = ShardScoring(
+            scorer=scorer,
+            state=state,
+            pool=job.pool.directory,
+            allowed_flops=each.flops * MARGIN if scorer.needs_model else math.inf,
+            num_threads=num_threads(),
+        )
+        stage.require(each * MARGIN * len(todo), "scoring on workers")
+        elsewhere = job.engine(work, todo)
+    # Shards that workers give back, and all where there are none, are scored here.
+    while todo:
+        with stage.spending("score", each, step=todo[0]) as lease:
+            scored = next(elsewhere, None)
+            if scored is not None:
+                lease.tick(scored.cost)
+            if scored is None or scored.scores is None:
+                shard = todo[0] if scored is None else scored.shard
+                with peak_noted(lease, local_device()):
+                    scores = scorer.score(job.pool.shard(shard), state, lease)
+                scored = Scored(shard, scores, Cost())
+            _keep(files[scored.shard], job.pool.shard(scored.shard), scored.scores, scorer, signals)
+        todo.remove(scored.shard)
+
+
+def _keep(
+    file: Path,
+    shard: Shard,
+    scores: NDArray[np.float32] | None,
+    scorer: Scorer,
+    signals: Mapping[str, Rows],
+) -> None:
+    """Write a shard's scores, whole or not at all."""
+    expected = (len(shard), max(len(signals), 1))
+    assert scores is not None
+    assert scores.shape == expected, f"{name_of(scorer)}: {scores.shape}, not {expected}"
+    columns = {f"score_{t}": scores[:, t] for t in range(scores.shape[1])}
+    aside = file.with_suffix(".new")
+    pq.write_table(pa.table({"id": shard.ids, **columns}), aside)
+    rename_durably(aside, file)
 
 
 def _candidates(job: SelectionJob, scorer: Scorer, folder: Path, look: PoolLook) -> Candidates:

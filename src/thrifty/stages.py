@@ -24,6 +24,7 @@ from thrifty.data.store import open_store
 from thrifty.data.tokens import load_tokenizer
 from thrifty.evaluation import Measured, measure
 from thrifty.open_run import Branch, Work, at_work
+from thrifty.scoring_engines import Engine
 from thrifty.signals.models import load_model, local_device
 from thrifty.signals.peak_memory import peak_noted
 
@@ -32,7 +33,7 @@ __all__ = ["Branch", "Work", "at_work", "control", "select", "test", "train"]
 # -- select -------------------------------------------------------------------------------------
 
 
-def select(work: Work, branch: Branch) -> None:
+def select(work: Work, branch: Branch, engine: Engine | None = None) -> None:
     """Leave the chosen rows in the branch's ``selected`` folder."""
     plan = branch.plan
     folder = work.run.selected(branch.account)
@@ -57,6 +58,7 @@ def select(work: Work, branch: Branch) -> None:
             predicted_vectors=work.predicted_vectors(plan),
             scores=work.run.scores(branch.account),
             selected=folder,
+            engine=engine,
         )
         selection.select(job, stage)
         stage.detail = json.loads((folder / selection.MANIFEST).read_text(encoding="utf-8"))

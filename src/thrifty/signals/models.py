@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,6 +130,10 @@ class LoadedModels:
     tokenizer: Any = None
     """Of a model whose tokenizer is not the pool's."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was loaded: another process loads for itself."""
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"say": None}
+
     @cached_property
     def shape(self) -> ModelShape:
         return read_shape(self.folder)
@@ -188,6 +192,13 @@ def load_model(folder: Path, dtype: str, device: str) -> Any:
             "hint: are the files complete, and of the architecture that config.json names?"
         ) from None
     return model.to(device)
+
+
+def num_threads() -> int:
+    """That torch computes with in this process."""
+    import torch
+
+    return int(torch.get_num_threads())
 
 
 def local_device() -> str:

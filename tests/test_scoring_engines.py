@@ -1,0 +1,108 @@
+"""Scores are the same bit for bit wherever they are computed, and charged alike."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.runs import ledger, planned, silent
+from thrifty import stages
+from thrifty.core.budget import Cost
+from thrifty.run_folder import RunFolder
+from thrifty.scoring_engines import Allowance, AllowanceSpent, engine_named
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    """Six shards of the small pool, as of one of many gigabytes."""
+    from thrifty.data import store
+
+    whole = store.build_store
+
+    def small(*args, **kwargs):
+        return whole(*args, **{**kwargs, "shard_rows": 25})
+
+    monkeypatch.setattr(store, "build_store", small)
+
+
+def scored(folder, model, data, scorer, engine):
+    data = {**data, "pool": data["small_pool"]}
+    plan = planned(folder, model, data, fixed={"selection.scorer": scorer})
+    with stages.at_work(RunFolder(folder), silent) as work:
+        assert work.pool.num_shards == 6
+        stages.select(work, work.main, engine)
+    (scores,) = RunFolder(folder).scores("budget").iterdir()
+    found = [pq.read_table(file) for file in sorted(scores.glob("*.parquet"))]
+    return plan, {name: np.concatenate([t[name].to_numpy() for t in found]) for name in
+                  found[0].column_names}  # fmt: skip
+
+
+@pytest.mark.parametrize("scorer", ["bm25", pytest.param("embedding", marks=pytest.mark.slow)])
+def test_worker_processes_give_the_same_scores(scorer, tiny_model, tiny_data, tmp_path):
+    plan, here = scored(tmp_path / "here", tiny_model, tiny_data, scorer, None)
+    engine = engine_named("processes", 2)
+    _, there = scored(tmp_path / "there", tiny_model, tiny_data, scorer, engine)
+    assert here.keys() == there.keys()
+    for name, column in here.items():
+        np.testing.assert_array_equal(column, there[name])
+    one, other = (ledger(tmp_path / n).spent(stage="select") for n in ("here", "there"))
+    assert one.flops == other.flops
+    assert other.flops <= plan.predicted["select"]["flops"] * 1.25
+
+
+def test_a_shard_that_is_given_back_is_scored_here(tiny_model, tiny_data, tmp_path, monkeypatch):
+    from thrifty import selection
+    from thrifty.scoring_engines import Scored
+
+    _, here = scored(tmp_path / "here", tiny_model, tiny_data, "embedding", None)
+
+    def gives_back(work, shards):
+        for shard in reversed(shards):
+            yield work.of(shard) if shard % 2 else Scored(shard, None, Cost(flops=1.0))
+
+    _, there = scored(tmp_path / "there", tiny_model, tiny_data, "embedding", gives_back)
+    np.testing.assert_array_equal(here["score_0"], there["score_0"])
+    assert selection.MARGIN > 1
+
+
+def test_an_allowance_refuses_before_it_is_passed():
+    meter = Allowance(10.0)
+    meter.tick(Cost(flops=6.0))
+    with pytest.raises(AllowanceSpent):
+        meter.tick(Cost(flops=5.0))
+    assert meter.used.flops == 6.0
+
+
+def test_an_engine_that_there_is_not():
+    with pytest.raises(ValueError, match="no engine 'spark'\nhint: local, processes or ray"):
+        engine_named("spark")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_ray_cluster_of_two_nodes_one_of_them_killed(tiny_model, tiny_data, tmp_path):
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    second = cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        engine, killed = engine_named("ray"), []
+
+        def killing(work, shards):
+            for done in engine(work, shards):
+                if not killed:
+                    cluster.remove_node(second, allow_graceful=False)
+                    killed.append(done.shard)
+                yield done
+
+        _, there = scored(tmp_path / "there", tiny_model, tiny_data, "bm25", killing)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert killed
+    _, here = scored(tmp_path / "here", tiny_model, tiny_data, "bm25", None)
+    np.testing.assert_array_equal(here["id"], there["id"])
+    np.testing.assert_array_equal(here["score_0"], there["score_0"])

@@ -8,17 +8,21 @@ files that anybody's trainer reads.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from thrifty import score_cache
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import Candidates, Held, Models, Picked, Picker, Rows, Scorer
 from thrifty.core.durable import rename_durably
@@ -141,22 +145,29 @@ def _pick(job: SelectionJob, picker: Picker, candidates: Candidates, limit: floa
 
 def _score_mark(job: SelectionJob, scorer: Scorer) -> str:
     """A hash of what the scores depend on, so that equal work is never paid for twice."""
-    targets = {name: list(t.signal) for name, t in job.plan.targets.items()}
+    rows = job.pool.manifest
+    signals = job.signals if scorer.needs_target else {}
     parts = [
         parse_spec("scorer", job.plan.selection.scorer),
-        job.pool.manifest.fingerprint,
-        _weights_mark(job, scorer) if scorer.needs_model else None,
-        targets if scorer.needs_target else None,
+        _code(scorer),
+        rows.fingerprint,
+        [rows.tokenizer_fingerprint, rows.max_length],
+        [_weights(job, path) for path in scorer.looks_at] if scorer.needs_model else None,
+        {name: b"".join(map(bytes, some.fingerprints)).hex() for name, some in signals.items()},
         job.plan.training.dtype if scorer.needs_model else None,
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=dict).encode()).hexdigest()[:12]
 
 
-def _weights_mark(job: SelectionJob, scorer: Scorer) -> str:
-    """A hash of the weights that the scorer looks at."""
-    if not scorer.model:
-        return job.base_sha256
-    return weights_sha256(locate(scorer.model, weights=True)[0])
+def _code(scorer: Scorer) -> str:
+    """Of the method's file and of thrifty: a mended scorer scores anew."""
+    source = Path(inspect.getfile(type(scorer))).read_bytes()
+    return f"{version('thrifty')} {hashlib.sha256(source).hexdigest()}"
+
+
+def _weights(job: SelectionJob, path: str) -> str:
+    """A hash of the weights of a model that a scorer looks at."""
+    return weights_sha256(locate(path, weights=True)[0]) if path else job.base_sha256
 
 
 def _look(job: SelectionJob, stage: Stage) -> PoolLook:
@@ -176,6 +187,15 @@ def _score(job: SelectionJob, scorer: Scorer, folder: Path, stage: Stage) -> Non
     files = [folder / f"shard-{i:05d}.parquet" for i in range(job.pool.num_shards)]
     todo = [i for i, file in enumerate(files) if not file.is_file()]
     if not todo:
+        return
+    if len(todo) == len(files) and (known := score_cache.fetch(folder)) is not None:
+        stage.decide(
+            "score or take over",
+            "take over",
+            f"an earlier run left these scores, which took {known['flops']:.3g} FLOPs and "
+            f"{known['seconds']:.1f} s then",
+            detail=known,
+        )
         return
     folder.mkdir(parents=True, exist_ok=True)
     signals = job.signals if scorer.needs_target else {}
@@ -211,6 +231,22 @@ def _score(job: SelectionJob, scorer: Scorer, folder: Path, stage: Stage) -> Non
                 scored = Scored(shard, scores, Cost())
             _keep(files[scored.shard], job.pool.shard(scored.shard), scored.scores, scorer, signals)
         todo.remove(scored.shard)
+    score_cache.keep(folder, _what_it_cost(job, scorer, stage))
+
+
+def _what_it_cost(job: SelectionJob, scorer: Scorer, stage: Stage) -> dict[str, Any]:
+    """And where the scores came from."""
+    charges = [
+        charge
+        for charge in stage.ledger.charges()
+        if charge["stage_id"] == stage.id and charge["activity"] in ("load", "prepare", "score")
+    ]
+    return {
+        "method": name_of(scorer),
+        "models": [path or job.plan.model.path for path in scorer.looks_at],
+        "thrifty": version("thrifty"),
+        **{name: sum(charge[name] for charge in charges) for name in ("flops", "seconds")},
+    }
 
 
 def _keep(

@@ -136,6 +136,11 @@ class Scorer(ABC):
     """Folder or hub name of the model that it looks at; empty: the one to be trained. An option of
     those that can use a smaller one."""
 
+    @property
+    def looks_at(self) -> tuple[str, ...]:
+        """Every model that the scores depend on."""
+        return (self.model,)
+
     @abstractmethod
     def cost(self, work: Work) -> Cost:
         """FLOPs, seconds and peak bytes of scoring ``work.pool``, preparation included."""

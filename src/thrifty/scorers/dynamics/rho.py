@@ -57,6 +57,10 @@ class Rho(Scorer):
             seed=(0, 2**32 - 1),
         )
 
+    @property
+    def looks_at(self) -> tuple[str, ...]:
+        return (self.model, self.reference) if self.reference else (self.model,)
+
     def cost(self, work: Work) -> Cost:
         total = scoring_cost(work, work.pool, self.model)
         for target in work.targets.values():

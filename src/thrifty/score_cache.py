@@ -1,0 +1,59 @@
+"""Finished scores kept for other runs: what was paid for once is not paid for again.
+
+    CACHE/scores/NAME-HASH/shard-00000.parquet ...  cost.json
+
+The name hashes all that scores depend on: the method with its options and its code, the rows and
+how they were split, the target's rows, the weights looked at. ``cost.json`` says what they cost and
+where they came from, so that a run that takes them over can say so. Entries appear by a rename,
+whole. They are small (4 bytes a row and target); ``THRIFTY_ROWS_CACHE_GIB=0`` switches this off too.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from thrifty.core.durable import rename_durably, write_atomically
+from thrifty.costs.hardware import cache_folder
+from thrifty.data.store_cache import most_bytes
+
+COST = "cost.json"
+
+
+def fetch(folder: Path) -> dict[str, Any] | None:
+    """Copy the scores of ``folder``'s name to it; what they cost, or None where there are none."""
+    entry = cache_folder() / "scores" / folder.name
+    if most_bytes() == 0 or not (entry / COST).is_file():
+        return None
+    draft = folder.with_name(f".{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        shutil.copytree(entry, draft)
+        found: dict[str, Any] = json.loads((draft / COST).read_text(encoding="utf-8"))
+        shutil.rmtree(folder, ignore_errors=True)
+        rename_durably(draft, folder)
+    except (OSError, ValueError):  # taken away half-way, or damaged
+        shutil.rmtree(draft, ignore_errors=True)
+        return None
+    return found
+
+
+def keep(folder: Path, cost: dict[str, Any]) -> None:
+    """Note what the finished scores in ``folder`` cost, and keep a copy of both. A full disk is no
+    reason to stop."""
+    write_atomically(folder / COST, json.dumps(cost))
+    if most_bytes() == 0:
+        return
+    home = cache_folder() / "scores"
+    draft = home / f".{folder.name}.{uuid4().hex}"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(folder, draft)
+        rename_durably(draft, home / folder.name)
+    except OSError:  # or another run was first
+        pass
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

@@ -1,0 +1,72 @@
+"""What was scored once is taken over by the next run, and by no run that it does not fit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.runs import ledger, planned, silent
+from thrifty import stages
+from thrifty.core.budget import Cost
+from thrifty.run_folder import RunFolder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("THRIFTY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("THRIFTY_ROWS_CACHE_GIB", "1")
+
+
+@pytest.fixture
+def select(tiny_model, tiny_data, tmp_path):
+    def run(name, **changes):
+        data = {**tiny_data, "pool": tiny_data["small_pool"], **changes.pop("data", {})}
+        fixed = {"selection.scorer": "embedding", "selection.max_tokens": 900, **changes}
+        folder = tmp_path / name
+        planned(folder, tiny_model, data, fixed=fixed)
+        with stages.at_work(RunFolder(folder), silent) as work:
+            stages.select(work, work.main)
+        rows = (folder / "selected" / "selected.jsonl").read_text().splitlines()
+        return folder, [json.loads(row)["id"] for row in rows]
+
+    return run
+
+
+def spent(folder) -> Cost:
+    return ledger(folder).spent(stage="select")
+
+
+def test_the_next_run_takes_over_and_says_what_it_saved(select):
+    first, rows = select("first")
+    paid = spent(first).flops
+    assert paid > 0
+    second, same = select("second", **{"selection.picker": "gumbel"})
+    third, again = select("third")
+    assert spent(second).flops == spent(third).flops == 0
+    assert again == rows != same
+    (decision,) = [d for d in ledger(third).decisions() if d["name"] == "score or take over"]
+    assert f"took {paid:.3g} FLOPs" in decision["reason"]
+    (note,) = (third / "scores").glob("embedding-*/cost.json")
+    known = json.loads(note.read_text())
+    assert known["flops"] == paid
+    assert known["method"] == "embedding"
+
+
+def test_other_options_and_other_targets_are_scored_anew(select, tiny_data):
+    select("first")
+    other, _ = select("options", **{"selection.scorer": {"embedding": {"by": "mean"}}})
+    assert spent(other).flops > 0
+    target, _ = select("target", data={"signal": tiny_data["dev"]})
+    assert spent(target).flops > 0
+
+
+def test_switched_off_or_damaged_it_is_as_if_there_were_none(select, tmp_path, monkeypatch):
+    select("first")
+    for file in (tmp_path / "cache" / "scores").glob("*/cost.json"):
+        file.write_text("{")
+    damaged, _ = select("damaged")
+    assert spent(damaged).flops > 0
+    monkeypatch.setenv("THRIFTY_ROWS_CACHE_GIB", "0")
+    off, _ = select("off")
+    assert spent(off).flops > 0

@@ -7,7 +7,8 @@ Without a flag all of them, which takes about half an hour, most of it ``--memor
 
     --parameters   of every architecture, against the model built on the meta device
     --flops        against torch's flop counter with eager attention and experts: tiny models of
-                   every architecture under every technique, and published ones on the meta device
+                   every architecture under every technique, published ones on the meta device,
+                   and where 6 N is off on one small model
     --memory       against the real step on fake tensors (fake_memory.py), at most --minutes
     --published    against published peaks, beside other estimators (published_memory.py)
     --search       combinations priced a second, and `thrifty plan --json` from start to end

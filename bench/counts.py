@@ -24,6 +24,7 @@ from thrifty.costs.shape import ModelShape
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "costs"))
 
+import six_n
 from published import PUBLISHED, TINY, VARIANTS
 from releases import PARAMETERS, RELEASES
 from tracing import batch, build
@@ -85,21 +86,62 @@ FEW = ("llama", "qwen2", "gpt2", "qwen3_moe")
 
 @dataclass(frozen=True)
 class Flops:
-    """One comparison; ``simple``: 6 N a token, 2 N for each forward without a backward."""
+    """One comparison; ``simple``: 6 N a token, 2 N for each forward without a backward; ``body``:
+    the same of N without the embedding."""
 
     technique: str
     predicted: float
     counted: float
     simple: float
+    body: float
+    kept: float = 0.0
+    """The counter's number of the same step that recomputes nothing, where this one does."""
 
 
 def flops() -> None:
+    _compared_flops()
+    print()
+    _six_n()
+
+
+def _six_n() -> None:
+    """The rule of 6 N on one stated model."""
+    shape, lines = ModelShape.from_config(six_n.SMALL), []
+    found = {way: six_n.counted(setting) for way, setting in six_n.WAYS.items()}
+    forward = score_flops(shape, six_n.RUN.micro_batch, six_n.RUN.sequence)
+    for way, each in found.items():
+        kept = found.get(way.removesuffix(", recompute"))
+        lines.append(
+            (
+                way,
+                f"{each.flops / 1e9:.2f}",
+                f"{step_flops(shape, six_n.WAYS[way]) / each.flops - 1:+.3%}",
+                f"{each.flops / forward:.2f}",
+                f"{each.six_n:.2f}",
+                f"{each.flops / kept.flops:.3f}" if kept and kept is not each else "-",
+            )
+        )
+    lines.append(
+        (
+            "full, fused attention",
+            f"{six_n.counted(six_n.RUN, 'sdpa').flops / 1e9:.2f}",
+            *("-" for _ in range(4)),
+        )
+    )
+    print(heading("6 N on one small Llama: 4 layers of 256, 2 x 512 tokens, eager attention"))
+    headers = ("technique", "GFLOP", "closed form", "forwards", "6 N / counter", "over keep")
+    print(display.table(headers, lines, right="lrrrrr"))
+
+
+def _compared_flops() -> None:
     found = [*_tiny_flops(), *_published_flops()]
     lines = []
     for technique in dict.fromkeys(each.technique for each in found):
         here = [each for each in found if each.technique == technique]
         worst = max(abs(each.predicted / each.counted - 1) for each in here)
         simple = sorted(each.simple / each.counted for each in here)
+        body = sorted(each.body / each.counted for each in here)
+        over = sorted(each.counted / each.kept for each in here if each.kept)
         lines.append(
             (
                 technique,
@@ -107,11 +149,16 @@ def flops() -> None:
                 str(sum(each.predicted == each.counted for each in here)),
                 f"{worst:.3%}",
                 f"{simple[0]:.2f} to {simple[-1]:.2f}",
+                f"{body[0]:.2f} to {body[-1]:.2f}",
+                f"{over[0]:.2f} to {over[-1]:.2f}" if over else "-",
             )
         )
     print(heading("FLOPs against torch's flop counter, eager attention and experts"))
-    headers = ("technique", "cases", "equal", "worst error", "6 N (or 2 N) over the counter")
-    print(display.table(headers, lines, right="lrrrr"))
+    headers = (
+        *("technique", "cases", "equal", "worst error", "6 N (or 2 N) over the counter"),
+        *("N without the embedding", "recompute over keep"),
+    )
+    print(display.table(headers, lines, right="lrrrrrr"))
 
 
 def _counted(run: Callable[[], object]) -> float:
@@ -155,6 +202,7 @@ def _training_flops(
     config: Config, shape: ModelShape, ways: dict[str, MemorySetting]
 ) -> Iterator[Flops]:
     mixture = "" if shape.experts is None else ", mixture of experts"
+    keeping: dict[MemorySetting, float] = {}
     for technique, setting in ways.items():
         model = build(
             config,
@@ -169,8 +217,21 @@ def _training_flops(
         else:
             counted = _counted(lambda model=model, inputs=inputs: model(**inputs).loss.backward())
         passes = 4.0 if setting.zeroth_order else 6.0
-        simple = passes * shape.num_parameters * setting.tokens
-        yield Flops(technique + mixture, step_flops(shape, setting), counted, simple)
+        keeping[setting] = counted
+        kept = keeping.get(replace(setting, recompute=0, selective=False), 0.0)
+        yield Flops(
+            technique + mixture,
+            step_flops(shape, setting),
+            counted,
+            passes * shape.num_parameters * setting.tokens,
+            passes * _body(shape) * setting.tokens,
+            kept if setting.recompute else 0.0,
+        )
+
+
+def _body(shape: ModelShape) -> int:
+    """Parameters without the embedding: of a tied head without the head as well."""
+    return shape.num_parameters - shape.parameters_by_part["embedding"]
 
 
 def _twice_forward(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> None:
@@ -206,27 +267,27 @@ def _keeps_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> 
 def _other_flops(config: Config, shape: ModelShape) -> Iterator[Flops]:
     """Scoring by a forward and by a gradient, and decoding."""
     model, inputs = build(config, attention="eager"), batch(ROWS, SEQUENCE)
-    forward = 2.0 * shape.num_parameters * ROWS
+    forward, body = (2.0 * n * ROWS for n in (shape.num_parameters, _body(shape)))
     with torch.no_grad():
         counted = _counted(lambda: model(**inputs))
     predicted = score_flops(shape, ROWS, SEQUENCE)
-    yield Flops("scoring by a forward", predicted, counted, forward * SEQUENCE)
+    yield Flops("scoring by a forward", predicted, counted, forward * SEQUENCE, body * SEQUENCE)
     layers = getattr(model.base_model, "layers", None) or getattr(model.base_model, "h", None)
     if layers is not None and not shape.tie_word_embeddings:
         model.requires_grad_(False)
         layers[-1].requires_grad_(True)
         counted = _counted(lambda: model(**inputs).loss.backward())
         predicted = gradient_score_flops(shape, ROWS, SEQUENCE, last_layers=1)
-        simple = 3 * forward * SEQUENCE
-        yield Flops("scoring by the last layer's gradient", predicted, counted, simple)
+        rules = (3 * n * SEQUENCE for n in (forward, body))
+        yield Flops("scoring by the last layer's gradient", predicted, counted, *rules)
     model.eval()
     model.config.use_cache = True
     ids = torch.ones(ROWS, PROMPT, dtype=torch.long)
     options = dict(max_new_tokens=GENERATED, min_new_tokens=GENERATED, do_sample=False)
     counted = _counted(lambda: model.generate(ids, **options))
     predicted = decode_flops(shape, ROWS, PROMPT, GENERATED)
-    simple = forward * (PROMPT + GENERATED - 1)
-    yield Flops("decoding with a cache", predicted, counted, simple)
+    rules = (n * (PROMPT + GENERATED - 1) for n in (forward, body))
+    yield Flops("decoding with a cache", predicted, counted, *rules)
 
 
 META = ("Llama-3-8B", "Llama-3.2-1B", "Qwen2.5-7B", "Gemma-2-2B", "Phi-3-mini", "GPT-2")

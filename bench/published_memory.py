@@ -2,7 +2,8 @@
 
     python bench/published_memory.py [--tables FILE.csv ...] [--ftuneai PYTHON] [--deepspeed PYTHON]
 
-The tables are not part of the project. Rows that do not state their setting are listed first, with
+The tables are not part of the project; two rows of PEFT's comparison (``published_peft.csv``)
+stand beside them. Rows that do not state their setting are listed first, with
 the first rule that they break (``published_rows.py``); rows of other implementations stand in a
 table of their own, since they keep other tensors than Hugging Face's do. A row whose setting
 thrifty has no word for is shown with what is missing, and counts for its peers.
@@ -10,7 +11,8 @@ thrifty has no word for is shown with what is missing, and counts for its peers.
 Each number is compared with its own quantity: `allocated`, what tensors hold, and `active`, which
 adds the padding of blocks, with thrifty's account; `reserved` with what `costs/allocator.py` makes
 of it, its share calibrated on the other reserved rows of that table, never on the row itself;
-`device` with the CUDA context as well.
+`device` with the CUDA context as well. The 90% interval is looked at the same way, and apart for
+other implementations, which it is not made for.
 """
 
 from __future__ import annotations
@@ -39,10 +41,11 @@ from published_rows import (
     setting_of,
 )
 from thrifty import display
-from thrifty.costs.allocator import RESERVED_SHARE
+from thrifty.costs.allocator import INTERVAL, RESERVED_SHARE, share_interval
 from thrifty.costs.memory import RUNTIME_BYTES, account
 
 TABLES = Path(__file__).parents[2] / "shared" / "research" / "memory_tables.csv"
+OWN = Path(__file__).with_name("published_peft.csv")
 
 Estimator = Callable[[peers.Job], float | None]
 
@@ -68,25 +71,53 @@ def thrifty_bytes(row: Row, shares: dict[int, float]) -> float:
     if row.quantity not in ("reserved", "device"):
         return allocated
     others = [share for line, share in shares.items() if line != row.line]
-    share = statistics.mean(others) if others else RESERVED_SHARE["cuda"][0]
+    share = statistics.median(others) if others else RESERVED_SHARE["cuda"]
     return allocated * (1.0 + share) + RUNTIME_BYTES["cuda"] * (row.quantity == "device")
 
 
 def calibration(rows: Sequence[Row], shares: dict[int, float]) -> str:
     """What the reserved rows say about the allocator."""
-    mean, stderr = RESERVED_SHARE["cuda"]
-    told = f"costs/allocator.py takes {mean:.1%} with a standard error of {stderr:.1%}"
+    told = f"costs/allocator.py takes {RESERVED_SHARE['cuda']:.1%}"
     if not shares:
         return f"no row gives reserved bytes; {told}"
     listed = ", ".join(f"{row.title} {shares[row.line]:+.2%}" for row in rows if row.line in shares)
-    spread = ""
-    if len(shares) > 1:
-        error = statistics.stdev(shares.values()) * (1 + 1 / len(shares)) ** 0.5
-        spread = f", of one more such row ±{error:.1%}"
     return (
         f"Reserved over allocated, {len(shares)} rows: {listed};\n"
-        f"mean {statistics.mean(shares.values()):+.2%}{spread}; {told}"
+        f"median {statistics.median(shares.values()):+.2%}; {told}"
     )
+
+
+def coverage(reserved: Sequence[Row], others: Sequence[Row]) -> str:
+    """How many rows lie in the interval that should hold nine of ten: reserved ones of Hugging
+    Face's code each in that of the rest, other implementations in the one that is in use."""
+    low, high = INTERVAL["cuda"]
+    told = [
+        f"The 90% interval of what is held over the predicted allocated bytes: {low:+.1%} to "
+        f"{high:+.1%}"
+    ]
+    shares = reserved_shares(reserved)
+    if len(shares) > 2:
+        inside = []
+        for line, share in shares.items():
+            ends = share_interval([other for at, other in shares.items() if at != line])
+            inside.append(ends[0] <= share <= ends[1])
+        told.append(
+            f"Hugging Face's code, {len(shares)} reserved rows: {sum(inside)} in the interval of "
+            f"the other {len(shares) - 1}, "
+            f"{sum(low <= share <= high for share in shares.values())} in that of all"
+        )
+    over = []
+    for row in others:
+        with contextlib.suppress(NotYet):
+            assert row.bytes
+            over.append(row.bytes / allocated_bytes(row) - 1.0)
+    if over:
+        told.append(
+            f"other implementations, which it is not made for, {len(over)} rows: "
+            f"{sum(low <= share <= high for share in over)} in it; they lie "
+            f"{min(over):+.1%} to {max(over):+.1%} over"
+        )
+    return "\n".join(told)
 
 
 def exclusions(rows: Sequence[Row]) -> str:
@@ -140,8 +171,11 @@ def compared(rows: Sequence[Row], estimators: dict[str, Estimator]) -> Errors:
     return errors
 
 
-def open_lengths(rows: Iterable[Row]) -> str:
-    """Rows that leave their length open and nothing else, at a short and a long one."""
+def open_lengths(rows: Iterable[Row], estimators: dict[str, Estimator]) -> tuple[str, Errors]:
+    """Rows that leave their length open and nothing else, at a short and a long one: a table, and
+    each estimator's errors at the length that suits it better."""
+    names = ("thrifty", *estimators)
+    errors: Errors = {name: {} for name in names}
     lines = []
     for row in rows:
         if reason_out(row) != UNSTATED_LENGTH:
@@ -154,15 +188,24 @@ def open_lengths(rows: Iterable[Row]) -> str:
         except NotYet:
             continue
         assert row.bytes
-        sizes = [f"{size / 2**30:.2f}" for size in (row.bytes, low, high)]
-        off = [f"{size / row.bytes - 1:+.1%}" for size in (low, high)]
+        jobs = [job_of(end) for end in ends]
+        cells = []
+        for name in names:
+            if name == "thrifty":
+                answers: list[float | None] = [low, high]
+            else:
+                answers = [job and estimators[name](job) for job in jobs]
+            off = [answer / row.bytes - 1 for answer in answers if answer is not None]
+            if off:
+                errors[name][row.line] = min(off, key=abs)
+            cells.append(" / ".join(dict.fromkeys(f"{each:+.1%}" for each in off)) or "-")
         title = f"{row['model']} {row['method']}, {row['optimizer']}"
-        lines.append((title, row.implementation, row.quantity, *sizes, *off))
+        measured = f"{row.bytes / 2**30:.2f}"
+        lines.append((title, row.implementation, row.quantity, measured, *cells))
     if not lines:
-        return "none"
-    lengths = [f"at {length}" for length in LENGTHS]
-    headers = ("row", "ran", "quantity", "measured", *lengths, *lengths)
-    return display.table(headers, lines, right="lll" + "r" * 5)
+        return "none", errors
+    headers = ("row", "ran", "quantity", "measured", *names)
+    return display.table(headers, lines, right="lll" + "r" * (1 + len(names))), errors
 
 
 def summary(errors: Errors, absent: set[str]) -> str:
@@ -196,9 +239,11 @@ def show(tables: Sequence[Path], ftuneai: str = "", deepspeed: str = "") -> int:
         print("hint: name the files with --tables; the project holds no copy", file=sys.stderr)
         return 4
     cells: list[dict[str, str]] = []
-    for path in tables:
+    for path in (*tables, OWN):
+        known = {_subject(each) for each in cells}
         with path.open(encoding="utf-8", newline="") as lines:
-            cells += csv.DictReader(lines)
+            found = list(csv.DictReader(lines))
+        cells += found if path != OWN else [row for row in found if _subject(row) not in known]
     rows = [Row(line, each) for line, each in enumerate(cells)]
     estimators: dict[str, Estimator] = {
         "accelerate": peers.accelerate,
@@ -213,17 +258,28 @@ def show(tables: Sequence[Path], ftuneai: str = "", deepspeed: str = "") -> int:
     print(f"\n{exclusions(rows)}")
     kept = [row for row in rows if not reason_out(row)]
     both: Errors = {}
+    theirs = [row for row in kept if row.implementation == "hf"]
+    others = [row for row in kept if row.implementation != "hf"]
     for title, here in (
-        ("Hugging Face implementations", [row for row in kept if row.implementation == "hf"]),
-        ("Other implementations", [row for row in kept if row.implementation != "hf"]),
+        ("Hugging Face implementations", theirs),
+        ("Other implementations", others),
     ):
         print(f"\n{title}: {len(here)} rows")
         errors = compared(here, estimators)
         print(f"\n{summary(errors, uninstalled)}")
         both = {name: both.get(name, {}) | found for name, found in errors.items()}
     print(f"\nBoth tables\n{summary(both, uninstalled)}")
-    print(f"\nRows that leave their length open alone\n{open_lengths(rows)}")
+    print(f"\n{coverage(theirs, others)}")
+    table, errors = open_lengths(rows, estimators)
+    lengths = " / ".join(map(str, LENGTHS))
+    print(f"\nRows that leave their length open alone, errors at {lengths} tokens\n{table}")
+    print(f"\n{summary(errors, uninstalled)}")
     return 0
+
+
+def _subject(cells: dict[str, str]) -> tuple[str, str]:
+    """What a row is about, whatever the version of its table."""
+    return cells["source"].split("@")[0], cells["method"]
 
 
 def main() -> int:

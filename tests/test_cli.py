@@ -389,6 +389,41 @@ def test_usage_errors(capsys):
     assert "there is no run folder" in capsys.readouterr().err
 
 
+def test_a_row_is_explained(tiny_model, tiny_data, tmp_path, capsys):
+    folder = tmp_path / "run"
+    pool = tmp_path / "pool.jsonl"
+    lines = tiny_data["small_pool"].read_text().splitlines()
+    pool.write_text("\n".join([*lines, lines[0]]) + "\n")
+    data = {**tiny_data, "pool": pool}
+    planned(folder, tiny_model, data, fixed={"selection.max_tokens": 800})
+    command = ["select", str(folder), "--explain"]
+    assert main([*command, "3"]) == 4
+    assert "has no selection yet" in capsys.readouterr().err
+    assert main(["select", str(folder)]) == 0
+    capsys.readouterr()
+    best = json.loads((folder / "selected/selected.jsonl").read_text().splitlines()[0])
+    assert main([*command, str(best["id"])]) == 0
+    said = capsys.readouterr().out
+    assert "in: number 1 of " in said
+    assert "picked by top_k" in said
+    assert "bm25, sums: " in said
+    assert " 0.0% of the rows score higher" in said
+    assert main([*command, f"pool.jsonl:{best['number']}"]) == 0
+    assert capsys.readouterr().out == said
+    assert main([*command, "150"]) == 0
+    assert "out: duplicate of row 0, dropped by a filter" in capsys.readouterr().out
+    outside = next(i for i in range(1, 150) if f'"id": {i},' not in selected_text(folder))
+    assert main([*command, str(outside)]) == 0
+    assert "out: top_k filled 800 tokens with other rows" in capsys.readouterr().out
+    for wrong in ("9999", "nowhere.jsonl:1", "one"):
+        assert main([*command, wrong]) == 4
+        assert "hint: " in capsys.readouterr().err
+
+
+def selected_text(folder):
+    return (folder / "selected/selected.jsonl").read_text()
+
+
 # -- as a process -------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from thrifty import combinations
+from thrifty import combinations, held
 from thrifty.advice import scoring_relief
 from thrifty.core.budget import Budget
 from thrifty.core.contracts import MEMORY_KINDS
@@ -60,8 +60,8 @@ def test_every_combination_is_priced(planned):
     assert found.num_combinations >= 20_000
     assert 0 < found.num_fitting < found.num_combinations
     kinds = {kind: set() for kind in MEMORY_KINDS}
-    for held in found.combinations.held:
-        for kind, name in held.technique_names.items():
+    for way in found.combinations.held:
+        for kind, name in way.technique_names.items():
             kinds[kind].add(name)
     assert kinds == {kind: set(all_names(kind)) for kind in MEMORY_KINDS}
     for candidate in found.candidates:
@@ -98,7 +98,9 @@ def test_a_small_device_takes_techniques_that_make_it_fit(planned):
     small, _ = planned(device="rtx4090", flops=1e18)
     large, _ = planned(device="b200", flops=1e18)
     assert small.chosen.method == "lora"
-    assert small.chosen.makes == "fit"
+    facts = plan_json(*planned(device="rtx4090", flops=1e18), {})["chosen"]
+    assert facts["tags"]["trained"] == "makes it fit"
+    assert facts["makes_it_fit"]
     assert large.chosen.method == "full"
     assert large.chosen.runs
 
@@ -142,10 +144,20 @@ def test_the_binding_term_and_the_ways_out(planned):
 
 def test_scoring_that_binds_offers_a_smaller_proxy(planned):
     found, request = planned(flops=1e18, device="rtx4090", using=("lora", "nf4", "recompute"))
-    assert scoring_relief(found.chosen, request) == []
+    assert scoring_relief(found.chosen.account, request) == []
     scored = replace(found.chosen, scoring_bytes=60e9)
     assert scored.account.peak_phase == "score"
-    assert "a proxy of a tenth" in scoring_relief(scored, request)[0]
+    ways = {way.way: way for way in scoring_relief(scored.account, request)}
+    assert "a proxy of a tenth" in ways["proxy"].text
+    assert ways["evict"].frees_bytes == 0
+    assert "before the training states exist" in ways["evict"].text
+    found, request = planned(flops=1e18, using=("full", "bfloat16", "adamw", "recompute"))
+    again = replace(found.chosen, scoring_bytes=60e9, refreshes=True)
+    assert again.account.peak_phase == "refresh"
+    ways = {way.way: way for way in scoring_relief(again.account, request)}
+    states = again.account.phases["refresh"]["optimizer_states"]
+    assert ways["offload"].frees_bytes == ways["evict"].frees_bytes == states > 0
+    assert ways["offload"].seconds < ways["evict"].seconds
 
 
 def test_more_devices_hold_a_share_each_and_cost_as_many_prices(planned):
@@ -154,7 +166,7 @@ def test_more_devices_hold_a_share_each_and_cost_as_many_prices(planned):
     found, request = planned(
         using=("full", "float32", "adamw"), flops=1e18, device="h100", devices=8
     )
-    counts = {held.num_devices for held in found.combinations.held}
+    counts = {way.num_devices for way in found.combinations.held}
     assert counts == {1, 2, 4, 8}
     for candidate in found.candidates:
         count = candidate.setting.num_devices
@@ -290,6 +302,6 @@ def test_a_quality_is_the_product_of_priors():
     bf16 = combinations.variants("weights", ["bfloat16"])[0]
     lora = combinations.variants("trained", ["lora"])[0]
     sgd = combinations.variants("states", ["sgd"])[0]
-    quality = combinations.quality_of((full, bf16, sgd), Priors({}))
+    quality = held.quality_of((full, bf16, sgd), Priors({}))
     assert quality.mean == pytest.approx(0.9 * 0.3)
-    assert combinations.quality_of((lora, bf16), Priors({})).mean == pytest.approx(0.6)
+    assert held.quality_of((lora, bf16), Priors({})).mean == pytest.approx(0.6)

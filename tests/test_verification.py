@@ -18,8 +18,9 @@ from thrifty.costs.operations import Adapter
 from thrifty.costs.setting import MemorySetting, States, Storage
 from thrifty.costs.shape import ModelShape, read_shape
 from thrifty.fake_device import as_on_the_device
-from thrifty.fake_step import Tape, record
+from thrifty.fake_step import Instant, Tape, record
 from thrifty.memory.states.adafactor import Adafactor
+from thrifty.meta_step import run_step
 from thrifty.trainer import build_model
 from thrifty.verification import PHASES, trace, verify
 
@@ -27,7 +28,7 @@ LLAMA: dict[str, Any] = dict(
     model_type="llama",
     hidden_size=64,
     intermediate_size=176,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
     vocab_size=160,
@@ -37,13 +38,13 @@ SIX = LLAMA | dict(num_hidden_layers=6)
 GEMMA3 = LLAMA | dict(
     model_type="gemma3_text", head_dim=32, sliding_window=16, sliding_window_pattern=2
 )
-GPT2 = dict(model_type="gpt2", n_embd=64, n_layer=3, n_head=4, vocab_size=160, n_positions=128)
+GPT2 = dict(model_type="gpt2", n_embd=64, n_layer=2, n_head=4, vocab_size=160, n_positions=128)
 MIXTRAL = LLAMA | dict(model_type="mixtral", num_local_experts=4)
 OPT = dict(model_type="opt", hidden_size=64, ffn_dim=176, num_hidden_layers=2, vocab_size=160)
 OPT |= dict(num_attention_heads=4, max_position_embeddings=128, word_embed_proj_dim=32)
 FALCON = dict(model_type="falcon", hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
 FALCON |= dict(vocab_size=160, multi_query=True, parallel_attn=True, bias=False, alibi=False)
-WIDE = LLAMA | dict(vocab_size=2000, num_hidden_layers=2)
+WIDE = LLAMA | dict(vocab_size=2000)
 LATENT: dict[str, Any] = LLAMA | dict(
     model_type="deepseek_v3",
     num_key_value_heads=4,
@@ -77,7 +78,7 @@ def test_torchs_own_tracker_sees_the_same_peak(fields):
     model = fake_step.skeleton(LLAMA, setting, 2)
     tracker = MemTracker()
     with FakeTensorMode(), as_on_the_device(setting):
-        fake_step._materialise(model, setting)
+        fake_step.materialise(model, setting)
         with tracker:
             tracker.track_external(model)
             fake_step._step(model, setting, Tape())
@@ -128,8 +129,8 @@ def _allocated_peak(run: Any) -> int:
 @pytest.mark.parametrize(
     ("config", "fields"),
     [
-        (LLAMA, dict(masked=False, recompute=2)),
-        (LLAMA, dict(adapter=Adapter(rank=4, layers=(2,)), adapter_dtype="bfloat16")),
+        (LLAMA | dict(num_hidden_layers=3), dict(masked=False, recompute=2)),
+        (LLAMA, dict(adapter=Adapter(rank=4, layers=(1,)), adapter_dtype="bfloat16")),
         (LLAMA, dict(gradient_accumulation_steps=2, fused=False, device_kind="cuda")),
         (GPT2, dict(device_kind="cuda")),
         (MIXTRAL, dict(device_kind="cuda")),
@@ -145,7 +146,7 @@ def test_the_closed_form_is_near(config, fields):
 @pytest.mark.parametrize(
     ("config", "fields", "depths"),
     [
-        (SIX, dict(), (2, 3)),
+        (SIX, dict(recompute=1), (2, 3)),
         (SIX, dict(adapter=FEW), (2, 3)),
         (GEMMA3 | dict(num_hidden_layers=9), dict(), (3, 5)),
         (SIX, dict(adapter=Adapter(rank=4, layers=(4,))), (6,)),
@@ -154,9 +155,18 @@ def test_the_closed_form_is_near(config, fields):
 )
 def test_few_layers_tell_of_all(config, fields, depths):
     setting = MemorySetting(**BATCH | fields)
-    found = verify(config, setting)
-    assert found.depths == depths
-    assert found.traced == trace(config, setting)
+
+    def highest(depth: int | None) -> dict[Instant, float]:
+        step = run_step(fake_step.skeleton(config, setting, depth), setting)
+        return {instant: float(sizes[0]) for instant, sizes in step.highest(2).items()}
+
+    model = fake_step.base_model(config, setting.dtype)
+    assert verification.depths_that_tell(model, setting) == depths
+    few = verification.carried_on(
+        highest(depths[0]), highest(depths[-1]), depths, config["num_hidden_layers"]
+    )
+    by_phase = verification._by_phase
+    assert by_phase(few) == by_phase(highest(None).items())
 
 
 STORED = Storage(name="nf4", bits=4.127)
@@ -254,7 +264,7 @@ def test_a_plan_that_cannot_be_traced_says_so(tiny_model, capsys):
 def test_attention_on_cuda_stays_fused():
     for config in (LATENT, GPT2):
         shapes = {
-            kind: {b.shape for b in record(config, MemorySetting(**BATCH, device_kind=kind))
+            kind: {b.shape for b in record(config, MemorySetting(**BATCH, device_kind=kind), 1)
                    .inventory("loss")}
             for kind in ("cpu", "cuda")
         }  # fmt: skip
@@ -275,7 +285,7 @@ def test_depths():
 def test_what_is_alive_at_a_peak():
     setting = MemorySetting(**BATCH, dtype="float32", masked=False)
     tape = record(LLAMA, setting)
-    for phase, peak in verification._by_phase(tape.peaks()).items():
+    for phase, peak in verification._by_phase(tape.peaks().items()).items():
         assert tape.inventory(phase).total() == peak
     buffers = tape.inventory("loss")
     logits = next(b for b in buffers if b.operation == "aten._log_softmax.default")
@@ -288,7 +298,7 @@ def test_the_real_model_is_what_runs():
     parameters = sum(p.numel() for p in model.parameters())
     assert parameters == ModelShape.from_config(LLAMA).num_parameters
     with FakeTensorMode():
-        fake_step._materialise(model, MemorySetting())
+        fake_step.materialise(model, MemorySetting())
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
@@ -315,8 +325,11 @@ def test_an_architecture_without_a_closed_form():
     assert "no closed form" in str(found)
 
 
-def test_what_is_printed():
-    text = str(verify(SIX, MemorySetting(**BATCH)))
+def test_what_is_traced_at_two_depths_is_the_whole():
+    found = verify(SIX, MemorySetting(**BATCH))
+    assert found.depths == (2, 3)
+    assert found.traced == trace(SIX, MemorySetting(**BATCH))
+    text = str(found)
     assert text.startswith("verified on fake tensors, carried on from 2 and 3 layers, in ")
     for name in (*PHASES, "peak"):
         assert f"  {name:<9}  traced " in text

@@ -75,3 +75,35 @@ def test_a_file_that_was_cut(model):
     assert "its header is cut" in refusal(model)
     file.write_bytes(b"\x10" + b"\0" * 7 + b"{]" + b" " * 30)
     assert "cannot be read" in refusal(model)
+
+
+def test_another_number_of_layers(model):
+    rewrite(model, num_hidden_layers=4)
+    assert "weights of 2 layers, but the config says 4" in refusal(model)
+    rewrite(model, num_hidden_layers=1)
+    assert "weights of 2 layers, but the config says 1" in refusal(model)
+
+
+def test_layers_of_files_that_are_not_there_yet(model):
+    rewrite(model, num_hidden_layers=4)
+    files = {"a.weight": "model.safetensors", "b.weight": "model-2.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    assert check_weights(model, read_shape(model))
+
+
+def test_another_mlp_or_attention(model):
+    inner = read_shape(model).intermediate_size
+    rewrite(model, intermediate_size=2 * inner)
+    assert f"gate_proj.weight in {model}" in refusal(model)
+    assert f"the config says {2 * inner} x 32" in refusal(model)
+    rewrite(model, intermediate_size=inner, num_key_value_heads=1)
+    assert "k_proj.weight" in refusal(model)
+
+
+def test_packed_weights_are_not_measured(model):
+    """Four bits to a byte: the shape says nothing of the matrix."""
+    weights = load_file(model / "model.safetensors")
+    name = "model.layers.0.mlp.gate_proj.weight"
+    weights[name] = torch.zeros(weights[name].numel() // 2, 1, dtype=torch.uint8)
+    save_file(weights, model / "model.safetensors")
+    assert check_weights(model, read_shape(model))

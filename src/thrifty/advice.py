@@ -4,16 +4,25 @@ and cost, and what would fit on smaller and larger devices."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, cast
 
 import numpy as np
 
-from thrifty.combinations import Combinations, Held
+from thrifty.choices import alternatives
+from thrifty.combinations import Combinations, Neighbours
 from thrifty.core import quantities
-from thrifty.core.contracts import MEMORY_KINDS
+from thrifty.core.contracts import MEMORY_KINDS, MemoryTechnique
+from thrifty.core.resolve import name_of
 from thrifty.costs.allocator import allocatable
 from thrifty.costs.hardware import DEVICES
+from thrifty.costs.job import job_account
+from thrifty.costs.memory import MemoryAccount
+from thrifty.predictions import DISK_BYTES_PER_SECOND
 from thrifty.pricing import MEMORY_MARGIN, Candidate, Request
+
+WORTH_A_LINE = 0.01
+"""Of the peak: what frees less is not told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +31,28 @@ class Swap:
 
     kind: str
     name: str
+    differs: str
+    """From what there is, where that has the same name."""
     frees_bytes: float
-    """Negative: it takes more."""
+    """Of the job's peak."""
+    frees_of_binding_term_bytes: float
+    """Of the largest term there, at the phase that binds now."""
     slows: float
     """Seconds a token over those without it, less one."""
     quality: float
     """Worth of a token, over that without it."""
     runs: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relief:
+    """A way out where scoring takes most."""
+
+    way: Literal["proxy", "offload", "evict"]
+    frees_bytes: float
+    seconds: float | None
+    """Of a batch, or of a refresh; None where it saves time."""
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,65 +68,140 @@ class Elsewhere:
 
 
 def binding_term(chosen: Candidate) -> tuple[str, str]:
-    """The phase of the job at whose peak most is held, and the largest term there but weights."""
-    account = chosen.account
-    terms = {term: size for term, size in account.by_term.items() if term != "weights"}
-    return account.peak_phase, max(terms, key=lambda term: terms[term])
+    """The phase of the job at whose peak most is held, and the largest term there."""
+    terms = chosen.account.by_term
+    return chosen.account.peak_phase, max(terms, key=lambda term: terms[term])
 
 
-def scoring_relief(chosen: Candidate, request: Request) -> list[str]:
-    """Ways out where it is scoring, not training, that takes most: a smaller proxy, whose scores
-    serve a larger model too; or, where rows are scored again while training, the training states
-    off the device meanwhile."""
-    account, shown = chosen.account, quantities.format_bytes
+def scoring_relief(account: MemoryAccount, request: Request) -> list[Relief]:
+    """Ways out where it is scoring, not training, that takes most of a job: a smaller proxy, or
+    what lies beside the pass off the device meanwhile."""
     if account.peak_phase not in ("score", "refresh"):
         return []
+    link, shown, time = (
+        request.device.host_bytes_per_second,
+        quantities.format_bytes,
+        quantities.format_seconds,
+    )
     own = account.phases["score"]["weights"]
-    ways = [f"a proxy of a tenth of the size frees about {shown(0.9 * own)} of scoring"]
-    if account.peak_phase == "refresh":
-        states = account.phase_bytes("save")
-        link = request.device.host_bytes_per_second
-        ways.append(
-            f"the training states wait on the host: frees {shown(states)} for "
-            f"{quantities.format_seconds(2 * states / link)} a refresh"
+    ways = [
+        Relief(
+            way="proxy",
+            frees_bytes=0.9 * own,
+            seconds=None,
+            text=f"a proxy of a tenth of the size frees about {shown(0.9 * own)} of scoring, and "
+            "its scores serve a larger model too",
         )
-        ways.append("evict them to the last checkpoint: the same, for loading it again")
-    return ways
+    ]
+    if account.peak_phase == "refresh":
+        states = account.phases["save"]["optimizer_states"]  # the weights score
+        reading = states / DISK_BYTES_PER_SECOND
+        return [
+            *ways,
+            Relief(
+                way="offload",
+                frees_bytes=states,
+                seconds=2 * states / link,
+                text=f"the training states wait on the host: frees {shown(states)} for "
+                f"{time(2 * states / link)} a refresh",
+            ),
+            Relief(
+                way="evict",
+                frees_bytes=states,
+                seconds=reading,
+                text=f"evict them to the last checkpoint: frees {shown(states)} for "
+                f"{time(reading)} of loading it again a refresh",
+            ),
+        ]
+    return [
+        *ways,
+        Relief(
+            way="offload",
+            frees_bytes=own,
+            seconds=own / link,
+            text="the scoring model waits on the host, a layer here at a time: frees up to "
+            f"{shown(own)} for {time(own / link)} a batch",
+        ),
+        Relief(
+            way="evict",
+            frees_bytes=0.0,
+            seconds=0.0,
+            text="there is nothing to evict, as rows are scored before the training states exist",
+        ),
+    ]
 
 
-def swaps(chosen: Candidate, combinations: Combinations) -> list[Swap]:
-    """Single changes that free memory, those of most worth and least time first."""
+def swaps(chosen: Candidate, request: Request, combinations: Combinations) -> list[Swap]:
+    """Single changes that free at least a hundredth of the peak: those that take from the binding
+    term first, then those of most worth and least time. Techniques that the user fixed are
+    exchanged as well."""
+    own, setting = chosen.held, chosen.setting
+    phase, term = binding_term(chosen)
+    index = own.micro_batches.index(setting.micro_batch)
+    neighbours = Neighbours(
+        combinations=combinations,
+        shape=request.shape,
+        device=request.device,
+        generated_context=request.generated_context,
+    )
     found: dict[tuple[str, str], Swap] = {}
-    own = chosen.held
-    for held in combinations.held:
-        if (held.masked, held.num_devices) != (own.masked, own.num_devices):
-            continue
-        pairs = zip(MEMORY_KINDS, own.techniques, held.techniques, strict=True)
-        changed = [kind for kind, one, other in pairs if one != other]
-        if len(changed) != 1:
-            continue
-        swap = _swap(changed[0], own, held, chosen.setting.micro_batch)
-        known = found.get((swap.kind, swap.name))
-        if swap.frees_bytes > 0 and (known is None or known.frees_bytes < swap.frees_bytes):
-            found[swap.kind, swap.name] = swap
-    return sorted(found.values(), key=lambda s: (-round(s.quality, 2), s.slows, -s.frees_bytes))
-
-
-def _swap(kind: str, own: Held, other: Held, micro_batch: int) -> Swap:
-    index = own.micro_batches.index(micro_batch)
-    return Swap(
-        kind=kind,
-        name=other.technique_names[kind],
-        frees_bytes=own.peak(index, False) - other.peak(index, False),
-        slows=float(other.seconds_a_row[index] / own.seconds_a_row[index] - 1.0),
-        quality=other.quality.mean / own.quality.mean,
-        runs=all(technique.runs for technique in other.techniques),
+    for place, kind in enumerate(MEMORY_KINDS):
+        for technique in alternatives(request, kind):
+            techniques = [*own.techniques]
+            if technique == techniques[place]:
+                continue
+            techniques[place] = technique
+            other = neighbours.of(own, techniques)
+            if other is None:
+                continue
+            steps = min(setting.gradient_accumulation_steps, other.most_accumulated)
+            account = job_account(
+                request.shape,
+                replace(other.setting(index), gradient_accumulation_steps=steps),
+                scoring_bytes=chosen.scoring_bytes,
+                refreshes=chosen.refreshes,
+                generated_context=chosen.generated_context,
+            )
+            swap = Swap(
+                kind=kind,
+                name=name_of(technique),
+                differs=_differs(technique, own.techniques[place]),
+                frees_bytes=chosen.account.peak_memory_bytes - account.peak_memory_bytes,
+                frees_of_binding_term_bytes=chosen.account.by_term[term]
+                - account.phases.get(phase, account.by_term)[term],
+                slows=float(other.seconds_a_row[index] / own.seconds_a_row[index] - 1.0),
+                quality=other.quality.mean / own.quality.mean,
+                runs=other.runs,
+            )
+            known = found.get((kind, swap.name))
+            if known is None or known.frees_bytes < swap.frees_bytes:
+                found[kind, swap.name] = swap
+    least = WORTH_A_LINE * chosen.account.peak_memory_bytes
+    return sorted(
+        (swap for swap in found.values() if swap.frees_bytes >= least),
+        key=lambda s: (
+            s.frees_of_binding_term_bytes < least,
+            -round(s.quality, 2),
+            s.slows,
+            -s.frees_bytes,
+        ),
     )
 
 
-def elsewhere(request: Request, combinations: Combinations) -> list[Elsewhere]:
+def _differs(technique: MemoryTechnique, own: MemoryTechnique) -> str:
+    """In what a technique differs from one of the same name; nothing where the name says it."""
+    if type(technique) is not type(own):
+        return ""
+    values = [(each.name, getattr(technique, each.name)) for each in fields(cast(Any, technique))]
+    return ", ".join(f"{name} {value}" for name, value in values if value != getattr(own, name))
+
+
+def elsewhere(
+    request: Request, combinations: Combinations, scoring_bytes: float
+) -> list[Elsewhere]:
     """The next smaller and the next larger device of the table: its best quality that fits, and of
-    that the fastest. Sizes of a GPU's tensors hold on another; speeds are compared as here."""
+    that the fastest, scoring included. Sizes of a GPU's tensors hold on another; speeds are
+    compared as here."""
     if request.device.kind != "cuda":
         return []
     sizes = sorted(DEVICES.values(), key=lambda device: device.memory_bytes)
@@ -110,27 +209,22 @@ def elsewhere(request: Request, combinations: Combinations) -> list[Elsewhere]:
     smaller = [device for device in sizes if device.memory_bytes < 0.95 * limit]
     larger = [device for device in sizes if device.memory_bytes > 1.05 * limit]
     return [
-        _best(device.name, device.memory_bytes, combinations)
+        _best(device.name, device.memory_bytes, combinations, scoring_bytes)
         for device in (*smaller[-1:], *larger[:1])
     ]
 
 
-def _best(name: str, memory_bytes: float, combinations: Combinations) -> Elsewhere:
+def _best(
+    name: str, memory_bytes: float, combinations: Combinations, scoring_bytes: float
+) -> Elsewhere:
     most = allocatable(memory_bytes / MEMORY_MARGIN, "cuda")
-    best: tuple[tuple[float, float], Held, int] | None = None
-    for held in combinations.held:
-        if held.num_devices > 1:
-            continue
-        fits = np.flatnonzero(held.block.peaks[held.state] <= most)
-        if not len(fits):
-            continue
-        index = int(fits[np.argmin(held.seconds_a_row[fits])])
-        rank = (-round(held.quality.mean, 3), float(held.seconds_a_row[index]))
-        if best is None or rank < best[0]:
-            best = rank, held, index
-    if best is None:
+    columns = combinations.columns
+    fits = np.flatnonzero((columns.alone <= most) & (columns.num_devices == 1))
+    if scoring_bytes > most or not len(fits):
         return Elsewhere(device=name, memory_bytes=memory_bytes, techniques=None)
-    _, held, index = best
+    worth = columns.quality[fits].round(3)
+    finest = fits[worth == worth.max()]
+    held, index = combinations.at(int(finest[np.argmin(columns.seconds[finest])]))
     return Elsewhere(
         device=name,
         memory_bytes=memory_bytes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,8 @@ from thrifty.combinations import MICRO_BATCHES, Combinations, price_all, variant
 from thrifty.core.contracts import MEMORY_KINDS, MemoryTechnique, Scorer
 from thrifty.core.plan import LoRA
 from thrifty.core.resolve import Spec, all_names, method_class, name_of, resolve
+from thrifty.costs.operations import Adapter
+from thrifty.costs.setting import MemorySetting
 from thrifty.pricing import Request
 
 
@@ -27,6 +29,11 @@ def combinations_of(request: Request, sequence: int) -> Combinations:
                 f"{names} ({kind}) is priced, but a run cannot train with it yet\n"
                 "hint: plan without --pool to see its price, or leave it out"
             )
+    if runs_only and request.num_devices > 1:
+        raise ValueError(
+            f"{request.num_devices} devices are priced, but a run trains on one\n"
+            "hint: plan without --pool to see their price, or leave --devices out"
+        )
     masks = [True, False] if not runs_only and request.device.kind == "cuda" else [True]
     counts = [2**n for n in range(request.num_devices.bit_length())]
     layouts = [
@@ -34,7 +41,7 @@ def combinations_of(request: Request, sequence: int) -> Combinations:
         for masked in masks
         for count in sorted({*(c for c in counts if c < request.num_devices), request.num_devices})
     ]
-    return price_all(
+    found = price_all(
         request.shape,
         request.device,
         sequence=sequence,
@@ -42,32 +49,85 @@ def combinations_of(request: Request, sequence: int) -> Combinations:
         wanted=wanted,
         micro_batches=MICRO_BATCHES if size is None else (int(size),),
         runs_only=runs_only,
+        generated_context=request.generated_context,
+    )
+    if not found.blocks:
+        raise ValueError(_cannot_be_combined(_named(request).values(), found.refused))
+    return found
+
+
+def _cannot_be_combined(names: Iterable[str], refused: Mapping[str, int]) -> str:
+    """With the reasons that the named techniques themselves give."""
+    named = {*names}
+    told = [reason for reason in refused if reason.split(":")[0] in named] or list(refused)
+    return (
+        f"what is asked for cannot be combined: {'; '.join(told)}\n"
+        "hint: leave one of them out, or name what it needs instead"
     )
 
 
 def _wanted(request: Request) -> dict[str, list[MemoryTechnique]]:
     """Kind -> techniques, where the request fixes them."""
-    fixed = request.fixed
-    chosen: dict[str, list[str]] = {}
-    if fixed.get("training.method"):
-        chosen["trained"] = [str(fixed["training.method"])]
-    dtype = fixed.get("training.dtype")
-    recompute = fixed.get("training.activation_checkpointing")
-    if dtype:
-        chosen["weights"] = [str(dtype)]
-    elif not _bf16_pays(request):
+    chosen = {kind: [name] for kind, name in _named(request).items()}
+    if "weights" not in chosen and not _bf16_pays(request):
         chosen["weights"] = ["float32"]
-    if recompute is not None:
-        chosen["activations"] = ["recompute" if recompute else "keep"]
-    for name in request.techniques:
-        chosen[_kind_of(name)] = [name]
-    wanted = {kind: variants(kind, names) for kind, names in chosen.items()}
-    trained = wanted.get("trained") or variants("trained")
-    if fixed.get("training.lora.rank") or fixed.get("training.lora.targets"):
-        trained = [_fitted(technique, lora_of(request)) for technique in trained]
+    wanted = {kind: alternatives(request, kind, names) for kind, names in chosen.items()}
+    trained = wanted.get("trained") or alternatives(request, "trained")
     if request.pool is not None:  # a run's adapters are float32, as PEFT's are
         trained = [t for t in trained if getattr(t, "adapter_dtype", "float32") == "float32"]
     return {**wanted, "trained": trained}
+
+
+def _named(request: Request) -> dict[str, str]:
+    """Kind -> the technique that the user named, with ``--using`` or as a key. Raises ValueError
+    where two of one kind are named, or one that a key contradicts: a step has one of each."""
+    said: dict[str, str] = {}
+    for name in request.techniques:
+        kind = _kind_of(name)
+        if said.setdefault(kind, name) != name:
+            raise ValueError(
+                f"--using {said[kind]} and --using {name} cannot both hold: each is a way to have "
+                f"the same part of a step ({kind})\n"
+                "hint: name one of them, or neither to have all compared"
+            )
+    fixed = request.fixed
+    recompute = fixed.get("training.activation_checkpointing")
+    keys = (
+        ("training.method", "trained", fixed.get("training.method")),
+        ("training.dtype", "weights", fixed.get("training.dtype")),
+        (
+            "training.activation_checkpointing",
+            "activations",
+            None if recompute is None else ("recompute" if recompute else "keep"),
+        ),
+    )
+    for key, kind, meant in keys:
+        if not meant:
+            continue
+        named = said.setdefault(kind, str(meant))
+        if _value_under(kind, named) != _value_under(kind, str(meant)):
+            raise ValueError(
+                f"{key}={fixed[key]} and --using {named} cannot both hold\n"
+                "hint: leave one of them out"
+            )
+    return said
+
+
+def _value_under(kind: str, name: str) -> Any:
+    """What a technique makes of the plan.yaml value that goes with its kind."""
+    setting = variants(kind, [name])[0].rewrite(MemorySetting(adapter=Adapter()))
+    values = {"trained": name, "weights": setting.dtype, "activations": bool(setting.recompute)}
+    return values[kind]
+
+
+def alternatives(
+    request: Request, kind: str, names: list[str] | None = None
+) -> list[MemoryTechnique]:
+    """Those named, or all, with the rank and targets that the request fixes."""
+    found = variants(kind, names)
+    if request.fixed.get("training.lora.rank") or request.fixed.get("training.lora.targets"):
+        found = [_fitted(technique, lora_of(request)) for technique in found]
+    return found
 
 
 def _kind_of(technique: str) -> str:

@@ -115,7 +115,7 @@ def _plan(options: argparse.Namespace) -> None:
         folder = Path(options.output or _free_name("runs"))
         planned, request, _ = preparation.plan_run(asked, folder, display.say)
     else:
-        planned, request = preparation.quick_plan(asked)
+        planned, request = preparation.quick_plan(asked, display.say)
         for note in notes.of_device(request.device, request.budget):
             display.say(note)
     if options.json:
@@ -243,9 +243,16 @@ def _run(options: argparse.Namespace) -> None:
 def _select(options: argparse.Namespace) -> None:
     from thrifty import display, pipeline
     from thrifty.run_folder import RunFolder
+    from thrifty.scoring_engines import engine_named
 
     display.quiet_libraries()
-    pipeline.select(options.run, display.say, tuple(options.set or ()))
+    if options.explain is not None:
+        from thrifty.row_explanation import explain_row
+
+        print(explain_row(RunFolder(Path(options.run)), options.explain))
+        return
+    engine = engine_named(options.engine, options.workers)
+    pipeline.select(options.run, display.say, tuple(options.set or ()), engine)
     print(RunFolder(Path(options.run)).selected("budget"))
 
 
@@ -427,6 +434,16 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--set", action="append", metavar="KEY=VALUE", help=f"for this time: {_SET_HELP}"
         )
+        if name == "select":
+            command.add_argument(
+                "--explain",
+                metavar="ROW",
+                help="why a row (its id, or FILE:NUMBER) is in or out",
+            )
+            command.add_argument(
+                "--engine", default="local", help="where to score: local, processes or ray"
+            )
+            command.add_argument("--workers", type=int, help="of the engine (default: all cores)")
         command.set_defaults(do=do)
 
     report = commands.add_parser("report", help="write RUN/report.html, or print it as JSON")

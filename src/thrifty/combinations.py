@@ -10,124 +10,29 @@ array, so that tens of thousands of combinations take less than a second.
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from thrifty.core.budget import Cost
 from thrifty.core.contracts import MEMORY_KINDS, MemoryTechnique, Worth
 from thrifty.core.resolve import all_names, method_class, name_of
 from thrifty.costs.flops import step_coefficients
 from thrifty.costs.hardware import Device
-from thrifty.costs.memory import peaks
+from thrifty.costs.job import job_peaks
 from thrifty.costs.setting import MemorySetting
 from thrifty.costs.shape import ModelShape
 from thrifty.costs.time import seconds_by_optimizer
+from thrifty.held import Block, Held, quality_of
 from thrifty.priors import Priors, load_priors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
-MOST_ACCUMULATED = 10**6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """Combinations that differ in their optimizer and their micro-batch alone."""
-
-    techniques: tuple[MemoryTechnique, ...]
-    """One of each kind but the last."""
-    states: tuple[MemoryTechnique, ...]
-    settings: tuple[MemorySetting, ...]
-    """An optimizer, at micro-batch 1."""
-    micro_batches: tuple[int, ...]
-    peaks: NDArray[np.float64]  # [num_states, num_batches]
-    accumulating: NDArray[np.float64]
-    """The same while gradients accumulate over micro-batches; infinite where they cannot."""
-    seconds: NDArray[np.float64]  # [num_states, num_batches], of a micro-batch with its update
-    flops: NDArray[np.float64]  # [num_batches]
-
-
-@dataclass(frozen=True)
-class Held:
-    """One way to hold a step, at every micro-batch."""
-
-    block: Block
-    state: int
-    priors: Priors
-
-    @property
-    def techniques(self) -> tuple[MemoryTechnique, ...]:
-        return (*self.block.techniques, self.block.states[self.state])
-
-    @cached_property
-    def technique_names(self) -> dict[str, str]:
-        return dict(zip(MEMORY_KINDS, map(name_of, self.techniques), strict=True))
-
-    @property
-    def name(self) -> str:
-        return " ".join(self.technique_names.values())
-
-    @cached_property
-    def quality(self) -> Worth:
-        return quality_of(self.techniques, self.priors)
-
-    @cached_property
-    def runs(self) -> bool:
-        """Whether a run can train with it; otherwise it is priced alone. A run's packs have their
-        mask, its adapters are float32, and it plans one device."""
-        setting = self.block.settings[self.state]
-        alike = setting.masked and setting.num_devices == 1
-        alike = alike and (setting.adapter is None or setting.adapter_dtype == "float32")
-        return alike and all(technique.runs for technique in self.techniques)
-
-    @property
-    def micro_batches(self) -> tuple[int, ...]:
-        return self.block.micro_batches
-
-    @property
-    def masked(self) -> bool:
-        return self.block.settings[self.state].masked
-
-    @property
-    def num_devices(self) -> int:
-        return self.block.settings[self.state].num_devices
-
-    @property
-    def most_accumulated(self) -> int:
-        return 1 if self.block.settings[self.state].in_backward else MOST_ACCUMULATED
-
-    def setting(self, index: int) -> MemorySetting:
-        return replace(self.block.settings[self.state], micro_batch=self.micro_batches[index])
-
-    def peak(self, index: int, accumulating: bool) -> float:
-        of = self.block.accumulating if accumulating else self.block.peaks
-        return float(of[self.state, index])
-
-    @cached_property
-    def seconds_a_row(self) -> NDArray[np.float64]:
-        """Of each micro-batch."""
-        return self.block.seconds[self.state] / np.array(self.micro_batches)
-
-    def fastest_first(self) -> list[int]:
-        """Micro-batches by time a row; of those within a percent of each other the smaller."""
-        places = np.round(np.log(self.seconds_a_row) / 0.01)
-        return [int(index) for index in np.lexsort((np.array(self.micro_batches), places))]
-
-    def micro(self, index: int) -> Cost:
-        """Of a micro-batch on every device at once, its update included."""
-        setting = self.block.settings[self.state]
-        return Cost(
-            flops=float(self.block.flops[index]) * setting.num_devices,
-            seconds=float(self.block.seconds[self.state, index]),
-            tokens=float(self.micro_batches[index] * setting.sequence * setting.num_devices),
-        )
 
 
 @dataclass(frozen=True)
@@ -143,28 +48,121 @@ class Combinations:
     def num_combinations(self) -> int:
         return sum(block.peaks.size for block in self.blocks)
 
-    def num_fitting(self, limit: float) -> int:
-        """Combinations whose tensors take no more than ``limit`` bytes."""
-        return int(sum((block.peaks <= limit).sum() for block in self.blocks))
+    def num_fitting(self, limit: float, scoring: Callable[[MemorySetting], float]) -> int:
+        """Combinations whose tensors take no more than ``limit`` bytes, those of ``scoring`` under
+        a setting included."""
+        return int(
+            sum(
+                (block.peaks <= limit).sum()
+                for block in self.blocks
+                if scoring(block.settings[0]) <= limit
+            )
+        )
 
     @cached_property
     def held(self) -> list[Held]:
-        return [
-            Held(block, state, self.priors)
-            for block in self.blocks
-            for state in range(len(block.states))
-        ]
+        """In the order of the columns: those of a block follow each other."""
+        qualities: dict[tuple[int, ...], Worth] = {}  # of the same techniques under every layout
+        found = []
+        for block in self.blocks:
+            for state, last in enumerate(block.states):
+                key = tuple(map(id, (*block.techniques, last)))
+                if key not in qualities:
+                    qualities[key] = quality_of((*block.techniques, last), self.priors)
+                found.append(Held(block, state, qualities[key]))
+        return found
+
+    @cached_property
+    def columns(self) -> Columns:
+        held, blocks = self.held, self.blocks
+        size = len(blocks[0].micro_batches)  # of every block
+
+        def each(values: Sequence[float]) -> NDArray[np.float64]:
+            return np.repeat(np.array(values, dtype=float), size)
+
+        return Columns(
+            alone=np.concatenate([block.peaks.ravel() for block in blocks]),
+            accumulating=np.concatenate([block.held_bytes.ravel() for block in blocks]),
+            seconds=np.concatenate(
+                [(block.seconds / block.useful_tokens).ravel() for block in blocks]
+            ),
+            quality=each([one.quality.mean for one in held]),
+            num_devices=each([one.num_devices for one in held]),
+        )
+
+    def at(self, place: int) -> tuple[Held, int]:
+        """The way to hold a step, and the number of its micro-batch, at a place of the columns."""
+        number, index = divmod(place, len(self.blocks[0].micro_batches))
+        return self.held[number], index
+
+    @cached_property
+    def _by_techniques(self) -> dict[tuple[tuple[MemoryTechnique, ...], bool, int], int]:
+        """-> the block, and the number of its first way to hold a step."""
+        found, first = {}, 0
+        for block in self.blocks:
+            layout = block.settings[0]
+            found[block.techniques, layout.masked, layout.num_devices] = first
+            first += len(block.states)
+        return found
+
+    def find(self, like: Held, techniques: Sequence[MemoryTechnique]) -> Held | None:
+        """Techniques under the layout of ``like``; None where they were not priced."""
+        *others, last = techniques
+        first = self._by_techniques.get((tuple(others), like.masked, like.num_devices))
+        if first is None:
+            return None
+        states = self.held[first].block.states
+        return self.held[first + states.index(last)] if last in states else None
 
 
-def quality_of(techniques: tuple[MemoryTechnique, ...], priors: Priors) -> Worth:
-    """Of a token trained on under these, in tokens under the reference: the product of the priors
-    of what departs from it."""
-    trains_weights = name_of(techniques[0]) == "full"
-    worths = [priors.of(technique, trained=trains_weights) for technique in techniques]
-    mean = math.prod(worth.mean for worth in worths)
-    relative = math.hypot(*(worth.stderr / worth.mean for worth in worths))
-    sources = [worth.source for worth in worths if worth.mean != 1.0]
-    return Worth(mean, mean * relative, "; ".join(sources) or "reference")
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """All combinations, an entry each: [num_combinations]."""
+
+    alone: NDArray[np.float64]
+    """Bytes at the peak of a job whose steps have one micro-batch."""
+    accumulating: NDArray[np.float64]
+    """The same where they have several, if they can."""
+    seconds: NDArray[np.float64]
+    """Of a useful token."""
+    quality: NDArray[np.float64]
+    num_devices: NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbours:
+    """Other techniques under the layout of a way to hold a step, priced by the search or now."""
+
+    combinations: Combinations
+    shape: ModelShape
+    device: Device
+    generated_context: int = 0
+    _priced: dict[tuple[Any, ...], Held | None] = field(default_factory=dict)
+
+    def of(self, held: Held, techniques: Sequence[MemoryTechnique]) -> Held | None:
+        """None where one technique refuses another."""
+        key = (*techniques, held.masked, held.num_devices)
+        if key not in self._priced:
+            known = self.combinations.find(held, techniques)
+            self._priced[key] = known or self._price(held, techniques)
+        return self._priced[key]
+
+    def _price(self, held: Held, techniques: Sequence[MemoryTechnique]) -> Held | None:
+        setting = held.start
+        for technique in techniques:
+            if technique.refuses(setting) is not None:
+                return None
+            setting = technique.rewrite(setting)
+        *others, last = techniques
+        block = _block(
+            self.shape,
+            self.device,
+            tuple(others),
+            [(last, setting)],
+            held.micro_batches,
+            self.generated_context,
+        )
+        return Held(block, 0, quality_of(tuple(techniques), self.combinations.priors))
 
 
 def variants(kind: str, names: Sequence[str] | None = None) -> list[MemoryTechnique]:
@@ -185,13 +183,14 @@ def price_all(
     wanted: Mapping[str, Sequence[MemoryTechnique]] | None = None,
     micro_batches: Sequence[int] = MICRO_BATCHES,
     runs_only: bool = False,
+    generated_context: int = 0,
 ) -> Combinations:
     """Price every combination on a device.
 
     ``layouts``: fields of the setting that say how sequences are laid out, and on how many devices.
     ``wanted``: kind ->
     techniques to take; a kind that is missing takes all. ``runs_only``: those alone that a run can
-    train with.
+    train with. ``generated_context``: tokens that an evaluation holds in its cache.
     """
     kinds = [
         [
@@ -208,7 +207,10 @@ def price_all(
         for techniques, setting in _settings(start, kinds[:-1], refused):
             states = _states(setting, kinds[-1], refused)
             if states:
-                blocks.append(_block(shape, device, techniques, states, tuple(micro_batches)))
+                block = _block(
+                    shape, device, techniques, states, tuple(micro_batches), generated_context
+                )
+                blocks.append(block)
     return Combinations(tuple(blocks), load_priors(), dict(refused))
 
 
@@ -248,18 +250,22 @@ def _block(
     techniques: tuple[MemoryTechnique, ...],
     states: Sequence[tuple[MemoryTechnique, MemorySetting]],
     micro_batches: tuple[int, ...],
+    generated_context: int,
 ) -> Block:
     settings = tuple(setting for _, setting in states)
     linear, attention = step_coefficients(shape, settings[0])
     sequence = settings[0].sequence
     tokens = np.array(micro_batches, dtype=float) * sequence
-    alone, accumulating = peaks(shape, settings, micro_batches)
+    alone, accumulating, resident = job_peaks(
+        shape, settings, micro_batches, generated_context=generated_context
+    )
     return Block(
         techniques=techniques,
         states=tuple(technique for technique, _ in states),
         settings=settings,
         micro_batches=micro_batches,
         peaks=alone,
+        resident=resident,
         accumulating=accumulating,
         seconds=seconds_by_optimizer(shape, settings, device, micro_batches),
         flops=tokens * (linear + attention * sequence),

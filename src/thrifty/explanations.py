@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+from thrifty.advice import scoring_relief
+from thrifty.affordable import EVALUATION_SHARE, MAX_BATCH, STEPS_WANTED
 from thrifty.core import quantities
 from thrifty.core.marginal import Choice
 from thrifty.core.plan import Training
-from thrifty.pricing import (
-    EVALUATION_SHARE,
-    MAX_BATCH,
-    STEPS_WANTED,
-    Candidate,
-    Refused,
-    Request,
-    excesses,
-)
+from thrifty.held import REFERENCE
+from thrifty.pricing import Candidate, Refused, Request, excesses
+
+SHORTEST = 64
+"""Tokens of a sequence that is worth offering."""
 
 
-def least_that_would_do(request: Request, refused: Sequence[Refused]) -> str:
-    """What the nearest of all ways lacks: of one limit, if one alone stands in the way."""
+def least_that_would_do(
+    request: Request, refused: Sequence[Refused], larger: Callable[[Refused], str | None]
+) -> str:
+    """What the nearest of all ways lacks: of one limit, if one alone stands in the way; and the
+    ways out. ``larger``: the device that would hold a refused way, for people."""
     passed = [(refusal, excesses(request, refusal.least)) for refusal in refused]
     fewest = min(len(found) for _, found in passed)
     near = [(refusal, found) for refusal, found in passed if len(found) == fewest]
@@ -36,11 +38,35 @@ def least_that_would_do(request: Request, refused: Sequence[Refused]) -> str:
         of = " of peak memory" if resource == "peak_memory_bytes" else ""
         allowed = f" but {show(limit)} is allowed" if limit else ""
         lines.append(f"needs {show(needed)}{of}{allowed}")
-    what = f"the smallest plan ({refusal.name}) " if fewest == 1 else "the nearest plan "
-    return (
-        f"{what}{' and '.join(lines)}\n"
-        "hint: raise that limit to what it needs, or take a smaller model, pool, dev or test set"
+    here = "on this machine's CPU " if request.device.kind == "cpu" else ""
+    what = (
+        f"{here}the smallest plan ({refusal.name}) " if fewest == 1 else f"{here}the nearest plan "
     )
+    ways = ["raise that limit to what it needs"]
+    if "peak_memory_bytes" in found:
+        phase = refusal.account(request).peak_phase
+        lines[-1] += f" (at {phase})"
+        length = _length_that_fits(request, refusal)
+        if length:
+            ways.append(f"shorten rows: --set training.max_length={length} fits the memory")
+        if phase in ("score", "refresh"):
+            ways += [way.text for way in scoring_relief(refusal.account(request), request)]
+        if device := larger(refusal):
+            ways.append(device)
+    smaller = "model, pool, dev or test set" if request.pool else "model"
+    ways.append(f"take a smaller {smaller}")
+    return f"{what}{' and '.join(lines)}\nhint: {'; or '.join(ways)}"
+
+
+def _length_that_fits(request: Request, refusal: Refused) -> int | None:
+    """Half the sequence, or half of that, and so on, at which the refused way fits the memory."""
+    length = refusal.setting.sequence // 2
+    while length >= SHORTEST:
+        shorter = replace(refusal, setting=replace(refusal.setting, sequence=length))
+        if shorter.account(request).peak_memory_bytes <= request.most_allocated:
+            return length
+        length //= 2
+    return None
 
 
 def reasons(
@@ -114,11 +140,10 @@ def reasons(
 
 def _techniques(c: Candidate) -> dict[str, str]:
     """What a run cannot set yet, where it is not the usual."""
-    usual = {"states": "adamw", "loss": "whole"}
     return {
         f"memory.{kind}": f"{c.techniques[kind]}: makes it fit, or faster"
-        for kind, name in usual.items()
-        if c.techniques[kind] != name
+        for kind in ("states", "loss")
+        if c.techniques[kind] != REFERENCE[kind]
     }
 
 

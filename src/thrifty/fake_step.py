@@ -154,7 +154,7 @@ def record(
     model = skeleton(config, setting, num_layers)
     tape = Tape()
     with FakeTensorMode(), tape, as_on_the_device(setting):
-        _materialise(model, setting)
+        materialise(model, setting)
         try:
             _step(model, setting, tape)
         except RuntimeError as error:  # it looks at data, or a kernel has no fake form
@@ -167,9 +167,7 @@ def record(
 
 def _step(model: Any, setting: MemorySetting, tape: Tape) -> None:
     """Forward, backward and optimizer as the Trainer runs them, in a steady state."""
-    shape = setting.micro_batch, setting.sequence
-    names = ("input_ids", "labels", "position_ids")
-    batch = {name: torch.ones(shape, dtype=torch.long) for name in names}
+    batch = batch_of(setting.micro_batch, setting.sequence)
     if setting.zeroth_order:
         _zeroth_order_step(model, batch, tape)
         return
@@ -184,12 +182,12 @@ def _step(model: Any, setting: MemorySetting, tape: Tape) -> None:
             optimizer.zero_grad()
     if setting.in_backward:
         techniques.update_in_backward(dict(zip(trained, optimizers, strict=True)))
-    _mark_layers(layers_of(model), tape)
+    mark_layers(layers_of(model), tape)
     if setting.offload:
         techniques.offload(_plain(model).base_model, tape.to_host)
 
     tape.instant = Instant("loss")
-    out = _forward(model, batch, setting.loss_chunk)
+    out = forward(model, batch, setting.loss_chunk)
     loss = out.loss
     if not setting.holds_logits:
         del out
@@ -207,12 +205,19 @@ def _zeroth_order_step(model: Any, batch: dict[str, torch.Tensor], tape: Tape) -
     tape.instant = Instant("loss")
     with torch.no_grad():
         for _ in range(2):
-            _forward(model, batch)
+            forward(model, batch)
         tape.instant = Instant("optimizer")
         techniques.perturb(model.parameters())
 
 
-def _forward(model: Any, batch: dict[str, torch.Tensor], loss_chunk: int = 0) -> Any:
+def batch_of(rows: int, sequence: int) -> dict[str, torch.Tensor]:
+    """[rows, sequence] each."""
+    names = ("input_ids", "labels", "position_ids")
+    return {name: torch.ones(rows, sequence, dtype=torch.long) for name in names}
+
+
+def forward(model: Any, batch: dict[str, torch.Tensor], loss_chunk: int = 0) -> Any:
+    """What the model puts out for a batch of packed rows, its ``loss`` in it."""
     apart = pack_attention_kwargs(
         model.config.model_type,
         batch["position_ids"],
@@ -231,8 +236,9 @@ def _plain(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _mark_layers(layers: torch.nn.ModuleList, tape: Tape) -> None:
-    """Have the tape told when the backward enters a layer: when its output's gradient is whole."""
+def mark_layers(layers: torch.nn.ModuleList, tape: Tape) -> list[Any]:
+    """Have the tape told when the backward enters a layer: when its output's gradient is whole.
+    Gives the hooks' handles."""
 
     def mark(layer: int, tensor: torch.Tensor) -> None:
         def enter(_: torch.Tensor) -> None:
@@ -241,16 +247,19 @@ def _mark_layers(layers: torch.nn.ModuleList, tape: Tape) -> None:
         if tensor.requires_grad:
             tensor.register_hook(enter)
 
-    for index, layer in enumerate(layers):
+    handles = [
         layer.register_forward_pre_hook(
             lambda _, args, kwargs, below=index - 1: mark(
                 below, args[0] if args else kwargs["hidden_states"]
             ),
             with_kwargs=True,
         )
-    layers[-1].register_forward_hook(
+        for index, layer in enumerate(layers)
+    ]
+    top = layers[-1].register_forward_hook(
         lambda _, args, out: mark(len(layers) - 1, out if isinstance(out, torch.Tensor) else out[0])
     )
+    return [*handles, top]
 
 
 # The model: its structure on the meta device, then its tensors one by one as fake ones.
@@ -341,8 +350,8 @@ def _adapted(model: Any, adapter: Adapter, default_targets: Sequence[str]) -> An
         return get_peft_model(model, options)
 
 
-def _materialise(model: torch.nn.Module, setting: MemorySetting) -> None:
-    """Replace the tensors of a skeleton by new ones on the CPU; tied ones stay tied."""
+def materialise(model: torch.nn.Module, setting: MemorySetting) -> None:
+    """Replace the tensors of a skeleton by new ones on the default device; tied ones stay tied."""
     made: dict[int, torch.Tensor] = {}
 
     def new(old: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,13 @@
 """A model whose architecture has no closed form, counted as transformers and PEFT really build it.
 
     parameters   on the meta device, by part                                         exact
-    bytes        of a training step on fake tensors (``fake_step.py``), by phase and term
-    FLOPs        of a forward and a backward on the meta device, as ``FlopCounterMode`` counts the
-                 products of eager attention
+    bytes        of a training step there (``meta_step.py``), by phase and term, for any number of
+                 rows a batch
+    FLOPs        of the products of the same step
 
 Two depths n < m that end on the same kind of layer tell of all L: v(n) + (L - n) (v(m) - v(n)) /
 (m - n), for each instant of the step apart. FLOPs of a row of S tokens are S (a + b S), solved from
-two lengths; a third says whether it is so.
+the length that is asked, where they are exact, and half of it.
 
 Limits: bfloat16, AdamW, one device, a step without accumulation; no code but transformers' own.
 Where a model runs a loop over tokens in place of a kernel that is not installed, its bytes would be
@@ -17,9 +17,10 @@ the loop's, and none are given.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +29,8 @@ from thrifty.costs.setting import MemorySetting
 from thrifty.costs.shape import PARTS
 
 if TYPE_CHECKING:
-    from thrifty.fake_step import Instant, Tape
+    from thrifty.meta_step import Step
 
-LENGTHS = (128, 256, 512)
-"""Of the rows that FLOPs are counted on: multiples of what chunked attention pads to."""
 OTHER = "other"
 """The part of parameters that are of none of ``PARTS``."""
 
@@ -46,11 +45,48 @@ class Flops:
 
     token: float
     pair: float
-    error: float
-    """Of that form, at a third length."""
 
     def per_token(self, sequence: int) -> float:
         return self.token + self.pair * sequence
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """One way to train a model: what a step takes, with any number of rows in a batch."""
+
+    steps: tuple[Step, ...]
+    """At each of ``depths``."""
+    depths: tuple[int, ...]
+    num_layers: int
+    flops: Flops
+
+    def account(self, rows: int) -> MemoryAccount:
+        """Bytes by phase and term."""
+        from thrifty.verification import carried_on
+
+        near, far = self.steps[0], self.steps[-1]
+        beyond = _beyond(self.depths, self.num_layers)
+        weights = near.weights + beyond * (far.weights - near.weights)
+        states = near.states + beyond * (far.states - near.states)
+        highest = near.highest(rows), far.highest(rows)
+        phases: dict[str, dict[str, float]] = {}
+        most: dict[str, float] = {}
+        for instant, sizes in carried_on(*highest, self.depths, self.num_layers):
+            total, gradients = map(float, sizes)
+            if total > most.get(instant.phase, 0.0):
+                most[instant.phase] = total
+                phases[instant.phase] = {
+                    "weights": weights,
+                    "gradients": gradients,
+                    "optimizer_states": states,
+                    "activations": total - weights - gradients - states,
+                }
+        return MemoryAccount(phases=phases)
+
+    def largest(self, limit: float, most: int) -> int:
+        """How many rows fit into ``limit`` bytes, at most ``most``; 0 where not one does."""
+        sizes = range(1, most + 1)
+        return bisect_right(sizes, limit, key=lambda rows: self.account(rows).peak_memory_bytes)
 
 
 @dataclass(frozen=True)
@@ -119,74 +155,57 @@ class Measured:
     @cached_property
     def depths(self) -> tuple[int, ...]:
         """How many layers tell of all. Raises NotTraced for a model with none to cut."""
-        from thrifty.verification import verify
+        from thrifty.verification import depths_that_tell
 
-        self._refuse_loops()
         with _traced():
-            return verify(self.config, MemorySetting(micro_batch=1, sequence=LENGTHS[0])).depths
+            depths = depths_that_tell(self.model, MemorySetting())
+            self._refuse_loops(depths[0])
+        return depths
 
-    def _refuse_loops(self) -> None:
-        few, many = (_num_kernels(self.config, length) for length in (16, 32))
+    def _refuse_loops(self, depth: int) -> None:
+        """Raises NotTraced where twice the rows, twice as long, are many more kernels."""
+        from thrifty.fake_step import skeleton
+        from thrifty.meta_step import num_kernels
+
+        setting = MemorySetting()
+        model = skeleton(self.config, setting, depth)
+        few, many = (num_kernels(model, setting, size, size) for size in (16, 32))
         if many - few >= 16:
             raise NotTraced(
                 "it runs a loop over tokens, kernel by kernel, in place of a fused kernel that is "
                 "not installed"
             )
 
-    def account(self, setting: MemorySetting) -> MemoryAccount:
-        """Bytes of a training step, by phase and term. Raises NotTraced."""
-        from thrifty.fake_step import record, skeleton
+    def step(self, setting: MemorySetting) -> MeasuredStep:
+        """Of rows of ``setting.sequence`` tokens; its micro-batch says nothing. Raises
+        NotTraced."""
+        from thrifty.fake_step import layers_of, skeleton
+        from thrifty.meta_step import run_step
 
+        lengths = (setting.sequence, setting.sequence // 2 or 2)
+        found = []
         with _traced():
-            highest = [_highest(record(self.config, setting, depth)) for depth in self.depths]
-            tensors = _tensors(skeleton(self.config, setting, None), setting)
-        weights = sum(size for size, _ in tensors)
-        states = 2.0 * sum(size for size, trained in tensors if trained)
-        phases: dict[str, dict[str, float]] = {}
-        most: dict[str, float] = {}
-        for instant, total, gradients in self._at_full_depth(highest):
-            if instant.phase != "setup" and total > most.get(instant.phase, 0.0):
-                most[instant.phase] = total
-                phases[instant.phase] = {
-                    "weights": weights,
-                    "gradients": gradients,
-                    "optimizer_states": states,
-                    "activations": total - weights - gradients - states,
-                }
-        return MemoryAccount(phases=phases)
-
-    def _at_full_depth(
-        self, highest: list[dict[Instant, tuple[int, int]]]
-    ) -> Iterator[tuple[Instant, float, float]]:
-        """Each instant's bytes and, of them, gradients. Layers count from below and from above."""
-        near, far = highest[0], highest[-1]
-        period = self.depths[-1] - self.depths[0]
-        beyond = self.num_layers - self.depths[0]
-        for instant, values in near.items():
-            partners = [instant]
-            if instant.phase == "backward" and instant.layer >= self.depths[0] - period:
-                partners.append(instant._replace(layer=instant.layer + period))
-            for partner in partners if period else [instant]:
-                if partner in far:
-                    total, gradients = (
-                        low + (beyond / period * (high - low) if period else 0.0)
-                        for low, high in zip(values, far[partner], strict=True)
-                    )
-                    yield instant, total, gradients
-
-    def flops(self, setting: MemorySetting) -> Flops:
-        """Of a step under a setting's adapter and recomputation. Raises NotTraced."""
-        counts = [_count(self.config, setting, depth) for depth in self.depths]
-        near, far = counts[0], counts[-1]
-        period = self.depths[-1] - self.depths[0]
-        beyond = (self.num_layers - self.depths[0]) / period if period else 0.0
-        short, long, longest = (
-            low + beyond * (high - low) for low, high in zip(near, far, strict=True)
+            model = skeleton(self.config, setting, self.depths[-1])
+            for depth in reversed(self.depths):
+                del layers_of(model)[depth:]
+                found.append([run_step(model, replace(setting, sequence=s)) for s in lengths])
+        (near, near_half), (far, far_half) = found[-1], found[0]
+        beyond = _beyond(self.depths, self.num_layers)
+        whole = near.flops + beyond * (far.flops - near.flops)
+        half = near_half.flops + beyond * (far_half.flops - near_half.flops)
+        pair = (whole / lengths[0] - half / lengths[1]) / (lengths[0] - lengths[1])
+        return MeasuredStep(
+            steps=tuple(step for step, _ in reversed(found)),
+            depths=self.depths,
+            num_layers=self.num_layers,
+            flops=Flops(whole / lengths[0] - pair * lengths[0], pair),
         )
-        s, t, u = LENGTHS
-        pair = (long / t - short / s) / (t - s)
-        token = short / s - pair * s
-        return Flops(token, pair, u * (token + pair * u) / longest - 1.0)
+
+
+def _beyond(depths: tuple[int, ...], depth: int) -> float:
+    """How many times what the second depth adds to the first lies above it."""
+    period = depths[-1] - depths[0]
+    return (depth - depths[0]) / period if period else 0.0
 
 
 @contextmanager
@@ -237,90 +256,3 @@ def _part(model: Any, path: list[str]) -> str:
     if within(_OF_EXPERTS) or name == "gate":
         return "experts"
     return "mlp" if within(_OF_MLP) else OTHER
-
-
-# -- bytes --------------------------------------------------------------------------------------
-
-
-def _highest(tape: Tape) -> dict[Instant, tuple[int, int]]:
-    """The most bytes alive in each instant and, of them, gradients: what the passes leave to the
-    optimizer."""
-    left = {}
-    for instant, size, buffer in tape.events:
-        if instant.phase == "optimizer":
-            break
-        left[id(buffer)] = buffer if size > 0 else None
-    gradients = {key for key, born in left.items() if born and born.instant.phase != "setup"}
-    level = (0, 0)
-    highest: dict[Instant, tuple[int, int]] = {}
-    for instant, size, buffer in tape.events:
-        before = highest.get(instant, level)
-        level = (level[0] + size, level[1] + size * (id(buffer) in gradients))
-        highest[instant] = max(before, level)
-    return highest
-
-
-def _tensors(model: Any, setting: MemorySetting) -> list[tuple[int, bool]]:
-    """Bytes of each, and whether it is trained. Adapters get their dtype as the step begins."""
-    import torch
-
-    itemsize = getattr(torch, setting.adapter_dtype).itemsize
-    found = []
-    for tensor in (*model.parameters(), *model.buffers()):
-        of_adapter = setting.adapter is not None and tensor.requires_grad
-        size = tensor.numel() * (itemsize if of_adapter else tensor.itemsize)
-        found.append((size, tensor.requires_grad))
-    return found
-
-
-# -- FLOPs --------------------------------------------------------------------------------------
-
-
-def _count(config: Mapping[str, Any], setting: MemorySetting, depth: int) -> list[float]:
-    """FLOPs of forward and backward of a row of each of ``LENGTHS``."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from thrifty.fake_step import skeleton
-
-    counts = []
-    with _traced():
-        model = skeleton(config, setting, depth)
-        for length in LENGTHS:
-            with FlopCounterMode(display=False) as counter:
-                _run(model, length).loss.backward()
-            counts.append(float(counter.get_total_flops()))
-    return counts
-
-
-def _num_kernels(config: Mapping[str, Any], length: int) -> int:
-    """Of a forward."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    from thrifty.fake_step import skeleton
-
-    class Counter(TorchDispatchMode):
-        kernels = 0
-
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-        ) -> Any:
-            self.kernels += 1
-            return func(*args, **(kwargs or {}))
-
-    with _traced():
-        model = skeleton(config, MemorySetting(), None)
-        with torch.no_grad(), Counter() as counter:
-            _run(model, length)
-    return counter.kernels
-
-
-def _run(model: Any, length: int) -> Any:
-    """A forward on the meta device, in operations whose products the counter knows."""
-    import torch
-
-    model.set_attn_implementation("eager")
-    model.set_experts_implementation("batched_mm")
-    ids = torch.ones(1, length, dtype=torch.long, device="meta")
-    # With a mask given, none is made from positions, which would be looked at.
-    return model(input_ids=ids, attention_mask=ids, labels=ids, use_cache=False)

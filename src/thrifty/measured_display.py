@@ -7,7 +7,7 @@ from typing import Any
 
 from thrifty.core import quantities
 from thrifty.display import table
-from thrifty.measured_plan import AFFINE, DTYPE, TRACED_BATCHES, MeasuredPlan, Way
+from thrifty.measured_plan import DTYPE, MeasuredPlan, Way
 
 _TERMS = ("weights", "gradients", "optimizer_states", "activations")
 
@@ -34,13 +34,13 @@ def _lines(plan: MeasuredPlan) -> Iterator[str]:
         )
         yield _ways_table(plan, measured)
         yield ""
-        yield "memory by phase and term at that micro-batch, measured on fake tensors:"
+        yield "memory by phase and term at that micro-batch, measured on the meta device:"
         yield _phases_table(measured)
         yield ""
         depths = " and ".join(map(str, model.depths))
         carried = "" if len(model.depths) == 1 else f", carried on to {model.num_layers}"
         yield (
-            f"measured on fake tensors at {depths} layers{carried}, in {plan.seconds:.0f} s; "
+            f"measured on the meta device at {depths} layers{carried}, in {plan.seconds:.1f} s; "
             "FLOPs of dense attention"
         )
         yield "predicted: time, as FLOPs over the device's rate and nothing else"
@@ -93,17 +93,6 @@ def _phases_table(ways: list[Way]) -> str:
 
 
 def _remarks(way: Way) -> Iterator[str]:
-    if abs(way.affine_error) > AFFINE:
-        yield (
-            f"{way.name}: bytes are not affine in the micro-batch; the line through "
-            f"{' and '.join(map(str, TRACED_BATCHES))} is off by {way.affine_error:+.1%} at "
-            f"{max(way.accounts):,}"
-        )
-    if abs(way.flops.error) > AFFINE:
-        yield (
-            f"{way.name}: FLOPs are not affine in tokens and their square "
-            f"({way.flops.error:+.1%} at a third length)"
-        )
     if way.closed_form is not None:
         size, flops = way.closed_form
         yield (
@@ -125,7 +114,7 @@ def measured_json(plan: MeasuredPlan) -> dict[str, Any]:
             "num_parameters_by_part": model.parameters_by_part,
         },
         "measured": {
-            "source": "measured on fake tensors",
+            "source": "measured on the meta device",
             "failed": plan.failed or None,
             "dtype": DTYPE,
             "max_length": plan.sequence,
@@ -158,14 +147,13 @@ def _way_json(plan: MeasuredPlan, way: Way) -> dict[str, Any]:
         "bytes_by_phase_and_term": way.account.phases,
         "bytes_by_micro_batch_and_phase": {
             str(size): {phase: each.phase_bytes(phase) for phase in each.phases}
-            for size, each in sorted(way.accounts.items())
+            for size in sorted({1, way.micro_batch})
+            for each in (way.measured.account(size),)
         },
-        "affine_error": way.affine_error,
-        "memory_source": "measured on fake tensors",
+        "memory_source": "measured on the meta device",
         "flops_per_token": way.flops_per_token,
         "flops_per_token_without_attention": way.flops.token,
         "flops_per_token_and_key": way.flops.pair,
-        "flops_form_error": way.flops.error,
         "flops_source": "measured on the meta device",
         "seconds_per_token": plan.seconds_of(way.flops_per_token),
         "tokens": tokens,

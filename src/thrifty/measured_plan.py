@@ -1,17 +1,16 @@
 """What of a measured model fits: the largest micro-batch of each way to train it, its memory by
 phase and term, its FLOPs and its time.
 
-Bytes of a phase are affine in the micro-batch but for what overtakes what within it. A line through
-two micro-batches names the largest that fits; that one is then measured itself, and where it lies
-off the line the answer says so. Time is a plain roofline: FLOPs over the device's rate.
+Bytes are known for every micro-batch. Time is a plain roofline: FLOPs over the device's rate.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from thrifty.core import quantities
 from thrifty.core.budget import Budget
@@ -23,7 +22,7 @@ from thrifty.costs.operations import Adapter
 from thrifty.costs.setting import MemorySetting
 from thrifty.costs.shape import ModelShape, read_config
 from thrifty.costs.time import rate
-from thrifty.measured import Flops, Measured, NotTraced
+from thrifty.measured import Flops, Measured, MeasuredStep, NotTraced
 from thrifty.planner import NoPlanFits
 from thrifty.preparation import Asked
 from thrifty.pricing import MEMORY_MARGIN
@@ -35,11 +34,7 @@ LORA = Adapter(rank=16)
 """On every linear of the layers, in float32, as PEFT does where nothing else is said."""
 WAYS = ((None, 0), (None, 1), (LORA, 0), (LORA, 1))
 """Adapter and recomputation."""
-TRACED_BATCHES = (1, 4)
-"""Micro-batches that a line is drawn through."""
 LARGEST_BATCH = 1024
-AFFINE = 0.002
-"""How far off its line, or its form, a number may lie without a word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +43,11 @@ class Way:
 
     trained: str
     recompute: bool
-    failed: str = ""
-    accounts: Mapping[int, MemoryAccount]
-    """By micro-batch, those that were measured."""
-    flops: Flops
     limit: float
     """Bytes that tensors may take."""
     sequence: int
+    step: MeasuredStep | None = None
+    failed: str = ""
     closed_form: tuple[float, float] | None = None
     """Bytes at ``micro_batch`` and FLOPs a token, of a known architecture."""
 
@@ -62,32 +55,36 @@ class Way:
     def name(self) -> str:
         return f"{self.trained} {'recompute' if self.recompute else 'keep'}"
 
+    @cached_property
+    def _largest(self) -> int:
+        return self.measured.largest(self.limit, LARGEST_BATCH)
+
+    @property
+    def measured(self) -> MeasuredStep:
+        """The step, where it did not fail."""
+        assert self.step is not None, self.failed
+        return self.step
+
     @property
     def fits(self) -> bool:
-        return any(each.peak_memory_bytes <= self.limit for each in self.accounts.values())
+        return not self.failed and self._largest > 0
 
     @property
     def micro_batch(self) -> int:
         """The largest that fits; 1 where none does."""
-        sizes = [b for b, each in self.accounts.items() if each.peak_memory_bytes <= self.limit]
-        return max(sizes, default=1)
+        return max(1, self._largest)
+
+    @cached_property
+    def account(self) -> MemoryAccount:
+        return self.measured.account(self.micro_batch)
 
     @property
-    def account(self) -> MemoryAccount:
-        return self.accounts[self.micro_batch]
+    def flops(self) -> Flops:
+        return self.measured.flops
 
     @property
     def flops_per_token(self) -> float:
         return self.flops.per_token(self.sequence)
-
-    @property
-    def affine_error(self) -> float:
-        """Of the line through the first two micro-batches, at the largest measured."""
-        most = max(self.accounts)
-        if most <= TRACED_BATCHES[0]:
-            return 0.0
-        line = _line(self.accounts, *TRACED_BATCHES)
-        return max(at(most) for at in line.values()) / self.accounts[most].peak_memory_bytes - 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +137,7 @@ def measured_plan(asked: Asked, say: Callable[[str], None]) -> MeasuredPlan:
     folder, revision = locate(asked.model, asked.revision, weights=False)
     model = Measured(read_config(folder))
     sequence = _sequence(asked, model)
-    say(f"building and tracing {asked.model} on fake tensors, some seconds a way to train it ...")
+    say(f"building and tracing {asked.model} on the meta device ...")
     plan = MeasuredPlan(
         model=model,
         path=asked.model,
@@ -166,8 +163,12 @@ def measured_plan(asked: Asked, say: Callable[[str], None]) -> MeasuredPlan:
         failed = reasons.pop() if len(reasons) == 1 else ""
     except NotTraced as error:
         ways, failed = (), str(error)
-    ways = tuple(sorted(ways, key=lambda w: (bool(w.failed), not w.fits, w.flops.token)))
+    ways = tuple(sorted(ways, key=_rank))
     return replace(plan, ways=ways, failed=failed, seconds=time.perf_counter() - start)
+
+
+def _rank(way: Way) -> tuple[bool, bool, float]:
+    return bool(way.failed), not way.fits, 0.0 if way.failed else way.flops.token
 
 
 def check(plan: MeasuredPlan) -> None:
@@ -232,18 +233,14 @@ def _sequence(asked: Asked, model: Measured) -> int:
 
 
 def _way(model: Measured, setting: MemorySetting, limit: float) -> Way:
-    trained = "full" if setting.adapter is None else "lora"
     way = Way(
-        trained=trained,
+        trained="full" if setting.adapter is None else "lora",
         recompute=bool(setting.recompute),
-        accounts={},
-        flops=Flops(math.inf, math.inf, 0.0),
         limit=limit,
         sequence=setting.sequence,
     )
     try:
-        accounts = _accounts(model, setting, limit)
-        way = replace(way, accounts=accounts, flops=model.flops(setting))
+        way = replace(way, step=model.step(setting))
     except NotTraced as error:
         return replace(way, failed=str(error))
     try:
@@ -254,45 +251,3 @@ def _way(model: Measured, setting: MemorySetting, limit: float) -> Way:
     token, pair = step_coefficients(shape, setting)
     closed = account(shape, setting).peak_memory_bytes, token + pair * setting.sequence
     return replace(way, closed_form=closed)
-
-
-def _accounts(model: Measured, setting: MemorySetting, limit: float) -> dict[int, MemoryAccount]:
-    """At the micro-batches of a line and the largest that fits; where none does, at the least."""
-
-    def fits(micro_batch: int) -> bool:
-        if micro_batch not in found:
-            found[micro_batch] = model.account(replace(setting, micro_batch=micro_batch))
-        return found[micro_batch].peak_memory_bytes <= limit
-
-    found: dict[int, MemoryAccount] = {}
-    low, high = TRACED_BATCHES
-    if fits(low):
-        near = high if fits(high) else low
-        largest = _largest(found, low, high, limit)
-        if not fits(largest):
-            # What overtakes makes the bytes convex, and so no larger than this nearer line.
-            fits(_largest(found, near, largest, limit))
-    return found
-
-
-def _largest(found: Mapping[int, MemoryAccount], low: int, high: int, limit: float) -> int:
-    """The largest micro-batch that fits by the lines through two, at least the lower."""
-    line = _line(found, low, high)
-    size = LARGEST_BATCH
-    for at in line.values():
-        slope = at(1) - at(0)
-        if slope > 0.0:
-            size = min(size, math.floor((limit - at(0)) / slope * (1 + 1e-12)))
-    return max(size, low)
-
-
-def _line(
-    found: Mapping[int, MemoryAccount], low: int, high: int
-) -> dict[str, Callable[[int], float]]:
-    """The bytes of each phase by micro-batch, as two of them tell."""
-
-    def through(phase: str) -> Callable[[int], float]:
-        first, last = found[low].phase_bytes(phase), found[high].phase_bytes(phase)
-        return lambda size: first + (last - first) * (size - low) / (high - low)
-
-    return {phase: through(phase) for phase in found[low].phases}

@@ -1,17 +1,24 @@
 """What one should know of a plan before its numbers are believed, a line each, said once: rows that
-measure too little, a device that was measured while it was busy."""
+measure too little, a device that was measured while it was busy, a config that leaves sizes out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from thrifty.core import quantities
 from thrifty.core.budget import Budget
 from thrifty.core.plan import Target
+from thrifty.costs import families
 from thrifty.costs.hardware import Device
 
 FEW_ROWS = 16
 """Fewer dev rows than these say little: one odd row moves their loss."""
+
+
+def of_config(config: Mapping[str, Any]) -> Iterator[str]:
+    """``config``: a model's config.json."""
+    yield from families.notes(config)
 
 
 def of_device(device: Device, budget: Budget) -> Iterator[str]:

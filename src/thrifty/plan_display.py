@@ -13,23 +13,30 @@ from thrifty.advice import (
     scoring_relief,
     swaps,
 )
+from thrifty.answers import Answers, Purposes
 from thrifty.core import quantities
+from thrifty.core.contracts import MEMORY_KINDS
+from thrifty.costs.hardware import cache_folder
 from thrifty.display import table
+from thrifty.held import Held
+from thrifty.pareto import Point, pareto_front, thinned
 from thrifty.planner import Planned
 from thrifty.pricing import Candidate, Request
 
 _SHOWN_CANDIDATES = 10
-_SHOWN_SWAPS = 5
+_SHOWN_SWAPS = 8
 TERMS_SOURCE = {"runtime": "calibrated", "allocator": "calibrated"}
 """Where a term's bytes come from; all others are closed form."""
 MAKES = {"fit": "makes it fit", "faster": "better per FLOP"}
+"""What a technique is there for, as its file says."""
+ORDER = "useful tokens x quality"
 
 
 def plan_text(planned: Planned, request: Request) -> str:
     """The candidates, the choice with its memory by term, what binds and the ways out, and a line a
     choice why."""
     c = planned.chosen
-    parts = [_candidates(planned), "", f"chosen: {c.name}"]
+    parts = [*_where(request), _candidates(planned, request), "", f"chosen: {c.name}"]
     runs = next((other for other in planned.candidates if other.runs), None)
     if not c.runs and runs is not None:
         size = quantities.format_bytes(runs.peak_memory_bytes)
@@ -38,6 +45,7 @@ def plan_text(planned: Planned, request: Request) -> str:
             f"a run can train with: {runs.name}, {size}, {seconds}, gain {runs.gain.mean:.3f}"
         )
     parts += _memory(planned, request)
+    parts.append(_front(planned, request))
     stages = [
         f"{name} {quantities.format_flops(cost.flops)}, {quantities.format_seconds(cost.seconds)}"
         for name, cost in c.by_stage.items()
@@ -50,6 +58,14 @@ def plan_text(planned: Planned, request: Request) -> str:
     parts += ["", "why"]
     parts += [f"  {key:<42} {reason}" for key, reason in planned.why.items()]
     return "\n".join(parts)
+
+
+def _where(request: Request) -> Iterator[str]:
+    if request.device.kind == "cpu":
+        yield (
+            f"planned for this machine's CPU, {request.device.name}; "
+            "--device NAME plans for another, as in --device h100\n"
+        )
 
 
 def _memory(planned: Planned, request: Request) -> Iterator[str]:
@@ -71,19 +87,20 @@ def _memory(planned: Planned, request: Request) -> Iterator[str]:
     yield f"  by phase: {', '.join(phases)}"
     phase, term = binding_term(c)
     yield f"the binding term is {term.replace('_', ' ')} at {phase}"
-    for way in scoring_relief(c, request):
-        yield f"  {way}"
-    for swap in swaps(c, planned.combinations)[:_SHOWN_SWAPS]:
+    for way in scoring_relief(c.account, request):
+        yield f"  {way.text}"
+    for swap in swaps(c, request, planned.combinations)[:_SHOWN_SWAPS]:
         yield f"  {_swap_text(swap)}"
-    for other in elsewhere(request, planned.combinations):
+    for other in elsewhere(request, planned.combinations, c.scoring_bytes):
         yield _elsewhere_text(other)
 
 
 def _swap_text(swap: Swap) -> str:
     worth = "" if round(swap.quality, 2) == 1 else f", a token worth {swap.quality:.2f} as much"
     priced = "" if swap.runs else " (priced; a run cannot train with it yet)"
+    name = f"{swap.name} with {swap.differs}" if swap.differs else swap.name
     return (
-        f"{swap.name} frees {quantities.format_bytes(swap.frees_bytes)} for "
+        f"{name} frees {quantities.format_bytes(swap.frees_bytes)} for "
         f"{100 * swap.slows:+.0f}% time{worth}{priced}"
     )
 
@@ -98,16 +115,17 @@ def _elsewhere_text(other: Elsewhere) -> str:
     )
 
 
-def _candidates(planned: Planned) -> str:
+def _candidates(planned: Planned, request: Request) -> str:
     shown: list[Candidate] = [planned.chosen]
     best: dict[tuple[str, str], Candidate] = {}
     for candidate in planned.candidates:
         kind = candidate.scorer, " ".join(candidate.techniques.values())
         best.setdefault(kind, candidate)
     shown += [c for c in best.values() if c is not planned.chosen][: _SHOWN_CANDIDATES - 1]
+    resource, purposes = _scarce(planned.chosen), Purposes(planned.combinations, request)
     headers = (
-        "", "candidate", "memory", "steps", "tokens", "FLOPs", "time", "$", "quality",
-        "gain (a guess)", "",
+        "", "candidate", "memory", "steps", "tokens", "FLOPs", "time", "$", "a useful token",
+        "quality", "gain (a guess)", "",
     )  # fmt: skip
     rows = [
         (
@@ -119,24 +137,68 @@ def _candidates(planned: Planned) -> str:
             quantities.format_flops(c.total.flops),
             quantities.format_seconds(c.total.seconds),
             "?" if c.total.dollars is None else quantities.format_dollars(c.total.dollars),
+            _microseconds(c.seconds_per_useful_token)
+            if resource == "seconds"
+            else quantities.format_flops(c.flops_per_useful_token),
             f"{c.quality.mean:.2f} ± {c.quality.stderr:.2f}",
             f"{c.gain.mean:.3f}" + (f" ± {c.gain.stderr:.3f}" if c.gain.stderr >= 5e-4 else ""),
-            MAKES[c.makes] + ("" if c.runs else ", priced only"),
+            _answers_text(purposes.of(c)) + ("" if c.runs else "priced only"),
         )
         for c in shown
     ]
     fitting = f"{planned.num_fitting:,} of {planned.num_combinations:,} combinations fit"
     legend = "the fastest of each quality and size (4x2: micro-batch 4, accumulated twice)"
-    return f"{fitting}; {legend}:\n" + table(headers, rows, right="llrrrrrrrrl")
+    order = (
+        f"in order of what the budget buys, {ORDER}, * the fastest within the priors' error of the "
+        f"best; quality is a prior that {cache_folder() / 'priors.yaml'} edits"
+    )
+    listed = table(headers, rows, right="llrrrrrrrrrl")
+    return f"{fitting}; {legend}:\n{listed}\n{order}"
+
+
+def _answers_text(answers: Answers) -> str:
+    pairs = ((MAKES["fit"], answers.makes_it_fit), (MAKES["faster"], answers.better_per_flop))
+    return "".join(f"{what}: {', '.join(names)}; " for what, names in pairs if names)
+
+
+def _scarce(chosen: Candidate) -> str:
+    """What a useful token is priced in: the resource that binds."""
+    return "flops" if chosen.binding == "flops" else "seconds"
+
+
+def _microseconds(seconds: float) -> str:
+    micro = 1e6 * seconds
+    return f"{micro:,.0f} µs" if micro >= 100 else f"{micro:.3g} µs"
+
+
+def _front(planned: Planned, request: Request) -> str:
+    front = pareto_front(planned.combinations, request.most_allocated)
+    rows = [
+        (
+            "",
+            quantities.format_bytes(point.memory_bytes),
+            _microseconds(point.seconds_per_useful_token),
+            f"{point.held.quality.mean:.2f} ± {point.held.quality.stderr:.2f}",
+            point.held.describe(str(point.micro_batch)),
+        )
+        for point in thinned(front)
+    ]
+    headers = ("", "memory", "a useful token", "quality", "way, its micro-batch last")
+    listed = table(headers, rows, right="lrrrl")
+    return (
+        f"memory against time: {len(front):,} ways are beaten by none in memory, time and quality; "
+        f"of each step of memory, the one that buys most:\n{listed}"
+    )
 
 
 def plan_json(planned: Planned, request: Request, model: Mapping[str, Any]) -> dict[str, Any]:
     c = planned.chosen
     total, device = c.total, c.device_memory
     phase, term = binding_term(c)
+    purposes = Purposes(planned.combinations, request)
     return {
         "model": dict(model),
-        "chosen": _candidate_json(c),
+        "chosen": _candidate_json(c, purposes),
         "predicted": {
             "peak_memory_bytes": c.peak_memory_bytes,
             "peak_memory_bytes_by_term": dict(c.memory),
@@ -157,26 +219,63 @@ def plan_json(planned: Planned, request: Request, model: Mapping[str, Any]) -> d
         },
         "binding": c.binding,
         "binding_memory": {"phase": phase, "term": term},
-        "swaps": [vars(swap) for swap in swaps(c, planned.combinations)],
-        "elsewhere": [vars(other) for other in elsewhere(request, planned.combinations)],
+        "relief": [vars(way) for way in scoring_relief(c.account, request)],
+        "swaps": [vars(swap) for swap in swaps(c, request, planned.combinations)],
+        "elsewhere": [
+            vars(other) for other in elsewhere(request, planned.combinations, c.scoring_bytes)
+        ],
+        "pareto": [
+            _point_json(point)
+            for point in pareto_front(planned.combinations, request.most_allocated)
+        ],
         "num_combinations": planned.num_combinations,
         "num_fitting": planned.num_fitting,
         "refused": dict(planned.combinations.refused),
-        "candidates": [_candidate_json(candidate) for candidate in planned.candidates],
+        "rank_by": {
+            "order": ORDER,
+            "resource": _scarce(c),
+            "priors": str(cache_folder() / "priors.yaml"),
+        },
+        "candidates": [_candidate_json(candidate, purposes) for candidate in planned.candidates],
         "why": dict(planned.why),
     }
 
 
-def _candidate_json(c: Candidate) -> dict[str, Any]:
+def _quality_json(held: Held) -> dict[str, Any]:
+    worth = held.quality
+    return {"mean": worth.mean, "stderr": worth.stderr, "source": worth.source}
+
+
+def _point_json(point: Point) -> dict[str, Any]:
+    held = point.held
+    return {
+        "techniques": dict(held.technique_names),
+        "masked": held.masked,
+        "num_devices": held.num_devices,
+        "runs": held.runs,
+        "micro_batch": point.micro_batch,
+        "memory_bytes": point.memory_bytes,
+        "seconds_per_useful_token": point.seconds_per_useful_token,
+        "flops_per_useful_token": point.flops_per_useful_token,
+        "quality": _quality_json(held),
+    }
+
+
+def _candidate_json(c: Candidate, purposes: Purposes) -> dict[str, Any]:
+    answers = purposes.of(c)
     return {
         "name": c.name,
         "scorer": c.scorer,
         "techniques": dict(c.techniques),
-        "makes": c.makes,
+        "tags": {
+            kind: MAKES[technique.makes]
+            for kind, technique in zip(MEMORY_KINDS, c.held.techniques, strict=True)
+        },
+        "makes_it_fit": list(answers.makes_it_fit),
+        "better_per_flop": list(answers.better_per_flop),
         "runs": c.runs,
-        "quality": c.quality.mean,
-        "quality_stderr": c.quality.stderr,
-        "quality_source": c.quality.source,
+        "num_devices": c.held.num_devices,
+        "quality": _quality_json(c.held),
         "method": c.method,
         "dtype": c.dtype,
         "activation_checkpointing": c.activation_checkpointing,
@@ -190,8 +289,8 @@ def _candidate_json(c: Candidate) -> dict[str, Any]:
         "flops": c.total.flops,
         "seconds": c.total.seconds,
         "dollars": c.total.dollars,
-        "seconds_per_useful_token": c.step.seconds / c.useful_tokens,
-        "flops_per_useful_token": c.step.flops / c.useful_tokens,
+        "seconds_per_useful_token": c.seconds_per_useful_token,
+        "flops_per_useful_token": c.flops_per_useful_token,
         "gain": c.gain.mean,
         "gain_stderr": c.gain.stderr,
         "binding": c.binding,

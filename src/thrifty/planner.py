@@ -10,16 +10,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
+from thrifty.affordable import UNLIMITED_TOKENS
 from thrifty.choices import combinations_of, lora_of, scorers_of, sequence_of
-from thrifty.combinations import Combinations, Held
+from thrifty.combinations import Combinations
+from thrifty.core import quantities
+from thrifty.core.ledger import Rates
 from thrifty.core.marginal import Choice, Option, choose
 from thrifty.core.plan import LoRA, Training
+from thrifty.costs.allocator import allocatable
+from thrifty.costs.hardware import DEVICES, dollars_per_hour
 from thrifty.explanations import least_that_would_do, reasons
-from thrifty.pricing import Candidate, Pricing, Refused, Request
+from thrifty.held import Held
+from thrifty.pricing import MEMORY_MARGIN, Candidate, Pricing, Refused, Request
 
 COOLDOWN_SHARE = 0.2
 WARMUP_SHARE = 0.05
@@ -29,6 +36,10 @@ MAX_LEARNING_RATE = 2e-3
 NEAR = 0.025
 """Of prior gain: a quarter of the effective tokens, which is less than the priors can tell, and not
 worth hours."""
+ABOUT_AS_FAST = 1.1
+"""Predicted seconds are no better than that."""
+MOST_TRIED = 2
+"""Larger devices that are searched where nothing fits."""
 PRICED_WHOLE = 40
 """Ways to hold a step that are priced with every scorer."""
 
@@ -55,6 +66,15 @@ class NoPlanFits(ValueError):
 
 def search(request: Request) -> Planned:
     """Price all combinations and choose. Raises NoPlanFits, ValueError for impossible requests."""
+    found = _search(request)
+    if isinstance(found, Planned):
+        return found
+    larger = partial(_on_a_larger_device, request)
+    raise NoPlanFits(least_that_would_do(request, found, larger))
+
+
+def _search(request: Request) -> Planned | list[Refused]:
+    """The plan, or where nothing fits what was lacking."""
     scorers = list(scorers_of(request))
     combinations = combinations_of(request, sequence_of(request))
     pricing = Pricing(request)
@@ -68,14 +88,16 @@ def search(request: Request) -> Planned:
             elif found is not None:
                 refused.append(found)
     if not fitting and not refused:
-        tokens = request.pool.num_tokens if request.pool else 0
+        tokens = request.pool.num_tokens if request.pool else UNLIMITED_TOKENS
+        whose = "the pool's " if request.pool else ""
         raise ValueError(
-            f"the pool's {tokens:,} tokens do not fill one training step\n"
-            "hint: give a larger pool, or a smaller training.max_length, "
-            "training.per_device_train_batch_size or training.gradient_accumulation_steps"
+            f"{whose}{tokens:,.0f} tokens do not fill one training step\n"
+            f"hint: give {'a larger pool, or ' if request.pool else ''}a smaller "
+            "training.max_length, training.per_device_train_batch_size or "
+            "training.gradient_accumulation_steps"
         )
     if not fitting:
-        raise NoPlanFits(least_that_would_do(request, refused))
+        return refused
     fitting.sort(key=lambda c: (-round(c.gain.mean, 3), c.total.seconds, c.peak_memory_bytes))
     finalists = _finalists(fitting)
     options = [Option(c.name, c.gain, c.total, c.binding) for c in finalists]
@@ -89,7 +111,10 @@ def search(request: Request) -> Planned:
         chosen=chosen,
         candidates=tuple(fitting),
         num_combinations=combinations.num_combinations * len(scorers),
-        num_fitting=combinations.num_fitting(request.most_allocated) * len(scorers),
+        num_fitting=sum(
+            combinations.num_fitting(request.most_allocated, partial(pricing.scoring_bytes, scorer))
+            for _, scorer in scorers
+        ),
         choice=choice,
         why=reasons(request, chosen, choice, training),
         training=training,
@@ -97,20 +122,60 @@ def search(request: Request) -> Planned:
     )
 
 
+def _on_a_larger_device(request: Request, refusal: Refused) -> str | None:
+    """The smallest known GPU on which the request has a plan, with what that takes; None where none
+    has. Its own list price counts."""
+    gpu = request.device.kind == "cuda"  # a CPU's bytes say little of what a GPU would take
+    alone = replace(refusal, setting=replace(refusal.setting, gradient_accumulation_steps=1))
+    needed = alone.account(request).peak_memory_bytes if gpu else 0.0
+    priced = sorted(
+        ((device, dollars_per_hour(device)) for device in DEVICES.values()),
+        key=lambda each: (each[0].memory_bytes, each[1] or math.inf),
+    )
+    tried = 0
+    for device, price in priced:
+        holds = allocatable(device.memory_bytes / MEMORY_MARGIN, device.kind)
+        unknown = price is None and request.budget.dollars is not None
+        if device.memory_bytes <= request.memory_limit or holds < needed or unknown:
+            continue
+        if tried == MOST_TRIED:
+            break
+        tried += 1
+        try:
+            found = _search(
+                replace(
+                    request,
+                    device=device,
+                    rates=Rates.hourly(price, device.tdp_watts),
+                    budget=replace(request.budget, memory_bytes=None),
+                )
+            )
+        except ValueError:  # of a technique that needs another kind of device
+            continue
+        if isinstance(found, Planned):
+            total = found.chosen.total
+            dollars = "" if total.dollars is None else quantities.format_dollars(total.dollars)
+            return (
+                f"plan for --device {device.name} ({quantities.format_bytes(device.memory_bytes)})"
+                f": {found.chosen.name}, {quantities.format_seconds(total.seconds)}"
+                f"{', ' if dollars else ''}{dollars}"
+            )
+    return None
+
+
 def _worth_pricing(combinations: Combinations, request: Request) -> list[Held]:
     """Of each quality the fastest that fits, of each device memory that it takes the fastest; and
     the smallest of all, for what a larger budget would have to be."""
-    limit = request.most_allocated
-    found: list[tuple[float, float, Held]] = []
-    smallest: tuple[float, Held] | None = None
-    for held in combinations.held:
-        peaks = held.block.peaks[held.state]
-        fits = np.flatnonzero(peaks <= limit)
-        if len(fits):
-            rows = held.seconds_a_row[fits]
-            found.append((float(rows.min()), float(peaks[fits].min()), held))
-        elif smallest is None or peaks.min() < smallest[0]:
-            smallest = (float(peaks.min()), held)
+    limit, columns = request.most_allocated, combinations.columns
+    size = len(combinations.blocks[0].micro_batches)
+    peaks, seconds = columns.alone.reshape(-1, size), columns.seconds.reshape(-1, size)
+    fits = peaks <= limit
+    fastest = np.where(fits, seconds, np.inf).min(axis=1)
+    least_bytes = peaks.min(axis=1)
+    found = [
+        (float(fastest[number]), float(least_bytes[number]), combinations.held[number])
+        for number in np.flatnonzero(fits.any(axis=1))
+    ]
     kept: list[Held] = []
     smaller: dict[tuple[float, float, bool, bool, int], float] = {}
     found.sort(key=lambda each: each[0])
@@ -127,35 +192,35 @@ def _worth_pricing(combinations: Combinations, request: Request) -> list[Held]:
             smaller[like] = least
             kept.append(held)
     best = sorted(kept, key=lambda held: (-held.runs, -held.quality.mean))[:PRICED_WHOLE]
-    if not best and smallest is not None:
-        best = [smallest[1]]
-    return best
+    return best or [combinations.held[int(least_bytes.argmin())]]
 
 
 def _finalists(ranked: Sequence[Candidate]) -> list[Candidate]:
     """The best way to hold a step for each scorer, `uniform` first: it wins ties. Of those whose
-    lower bound is no more than ``NEAR`` below that of the best, the fastest is taken."""
+    lower bound is no more than ``NEAR`` below that of the best, the fastest is taken; of those
+    about as fast, the one that is surely worth most."""
     by_scorer: dict[str, list[Candidate]] = {}
     for candidate in ranked:
         by_scorer.setdefault(candidate.scorer, []).append(candidate)
     best = []
     for candidates in by_scorer.values():
-        top = candidates[0]
-        best_surely = top.gain.mean - _guess(top)
-        near = [c for c in candidates if c.gain.mean - _guess(c) >= best_surely - NEAR]
-        best.append(min(near or [top], key=_preference))
+        least = _surely(candidates[0]) - NEAR
+        near = [c for c in candidates if _surely(c) >= least]
+        near = [c for c in near if c.runs] or near  # what a run can train with first
+        fastest = min(_seconds_a_token(c) for c in near)
+        alike = [c for c in near if _seconds_a_token(c) <= ABOUT_AS_FAST * fastest]
+        best.append(min(alike, key=lambda c: (-round(_surely(c), 3), c.peak_memory_bytes)))
     return sorted(best, key=lambda c: (c.scorer != "uniform", -c.gain.mean))
 
 
-def _preference(candidate: Candidate) -> tuple[bool, float, float, float]:
-    """What a run can train with first, then speed to two digits, worth, size."""
-    speed = float(f"{candidate.step.seconds / candidate.step.tokens:.2g}")
-    return not candidate.runs, speed, -candidate.gain.mean, candidate.peak_memory_bytes
+def _seconds_a_token(candidate: Candidate) -> float:
+    return candidate.step.seconds / candidate.step.tokens
 
 
-def _guess(candidate: Candidate) -> float:
-    """What the quality prior alone adds to the error of a gain."""
-    return 0.1 * candidate.quality.stderr / candidate.quality.mean
+def _surely(candidate: Candidate) -> float:
+    """A gain less what the quality prior alone adds to its error."""
+    quality = candidate.quality
+    return candidate.gain.mean - 0.1 * quality.stderr / quality.mean
 
 
 # -- the rest of the plan -----------------------------------------------------------------------

@@ -10,7 +10,8 @@ from thrifty.core.plan import Training
 from thrifty.costs.allocator import device_memory
 from thrifty.costs.flops import Adapter, step_flops
 from thrifty.costs.hardware import Device
-from thrifty.costs.memory import MemorySetting, account, checkpoint_bytes, weight_bytes
+from thrifty.costs.job import job_account
+from thrifty.costs.memory import MemorySetting, checkpoint_bytes, weight_bytes
 from thrifty.costs.shape import ModelShape
 from thrifty.costs.time import step_seconds
 from thrifty.signals.forward import forward_cost
@@ -66,7 +67,7 @@ def predictions(
     """What a step, an evaluation, a checkpoint and the test (of two models) take. The step's FLOPs
     and tokens are exact; tokens are positions, the padding of packs included."""
     setting = setting_of(training, shape, device)
-    peak = device_memory(account(shape, setting).peak_memory_bytes, device.kind).device
+    peak = device_memory(job_account(shape, setting).peak_memory_bytes, device.kind).device
     micro = Cost(
         flops=step_flops(shape, setting),
         seconds=step_seconds(shape, setting, device),

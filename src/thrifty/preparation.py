@@ -23,7 +23,7 @@ from thrifty.core.budget import Budget, PoolStats
 from thrifty.core.ledger import Ledger, Rates
 from thrifty.core.plan import ModelSource, Objective, Plan, PoolSource, Target
 from thrifty.costs.hardware import Device, dollars_per_hour, load_device
-from thrifty.costs.shape import ModelShape, read_shape
+from thrifty.costs.shape import ModelShape, read_config, read_shape
 from thrifty.progress import counted
 from thrifty.run_folder import RunFolder
 from thrifty.signals.models import locate
@@ -74,7 +74,9 @@ class Asked:
             object.__setattr__(self, "budget", plans.read_budget(values))
 
 
-def quick_plan(asked: Asked) -> tuple[planner.Planned, planner.Request]:
+def quick_plan(
+    asked: Asked, say: Say = lambda line: None
+) -> tuple[planner.Planned, planner.Request]:
     """Plan from the model's config alone: no pool, no tokenizer, no weights, nothing written."""
     if asked.targets:
         raise ValueError("a target without a pool steers nothing\nhint: add --pool ROWS")
@@ -82,6 +84,8 @@ def quick_plan(asked: Asked) -> tuple[planner.Planned, planner.Request]:
     folder, _ = locate(asked.model, asked.revision, weights=False)
     shape = read_shape(folder)
     check_weights(folder, shape)
+    for note in notes.of_config(read_config(folder)):
+        say(note)
     request = _request(asked, shape)
     return planner.search(request), request
 
@@ -102,6 +106,8 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
     shape = read_shape(model_folder)
     if not check_weights(model_folder, shape) and revision is None:
         say(f"{model_folder} has no safetensors weights yet: a run will need them")
+    for note in notes.of_config(read_config(model_folder)):
+        say(note)
     folder = folder.absolute()
     new_parents = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)

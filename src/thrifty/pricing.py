@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from thrifty.combinations import Held
+from thrifty.affordable import accumulation as accumulation_of
+from thrifty.affordable import affordable, ceiling, minus, reserved, watch
 from thrifty.core.budget import Budget, Cost, PoolStats
 from thrifty.core.contracts import Scorer, Work, Worth
 from thrifty.core.ledger import Rates
@@ -21,32 +22,18 @@ from thrifty.core.marginal import Estimate
 from thrifty.core.resolve import Spec, name_of, resolve
 from thrifty.costs.allocator import DeviceMemory, allocatable, device_memory
 from thrifty.costs.hardware import Device
-from thrifty.costs.job import job_account
-from thrifty.costs.memory import RUNTIME_BYTES, MemoryAccount, MemorySetting
+from thrifty.costs.job import job_account, scoring_beside
+from thrifty.costs.memory import MemoryAccount, MemorySetting
 from thrifty.costs.shape import ModelShape
-from thrifty.costs.time import SECONDS_MARGIN
-from thrifty.effective_tokens import MAX_EPOCHS, best_repetition, prior_gain
-from thrifty.predictions import Predictions, Predictor
+from thrifty.effective_tokens import best_repetition, prior_gain
+from thrifty.held import PACKING_FILL, Held
+from thrifty.predictions import Predictor
 from thrifty.priors import load_priors
 from thrifty.signals.embeddings import embedding_cost
 
-STEPS_WANTED = 300
-MAX_BATCH = 128
-"""Sequences of an optimizer step."""
-EVALUATION_SHARE = 0.1
-"""The most of the budget that evaluations during training may take."""
-CHECKPOINT_SHARE = 0.05
-"""The most of the training time that saving may take."""
-PACKING_FILL = 0.96
-"""Share of a packed batch that is tokens, not padding, under best-fit decreasing."""
 MEMORY_MARGIN = 1.05
-CLOCKED = ("seconds", "dollars", "joules")
-FASTER = 2.0
-"""How much faster than predicted a run may turn out before it ends for want of steps."""
 PICK_SECONDS = 2.5e-5
 """Of filtering and picking, a row."""
-UNLIMITED_TOKENS = 10e6
-"""Priced where nothing but memory is limited and there is no pool."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +56,12 @@ class Request:
     """Memory techniques that the user named."""
     num_devices: int = 1
     """At most."""
+    refreshes: bool = False
+    """The pool is scored again while training, beside its states. No plan.yaml key asks for it: a
+    run does not refresh yet."""
+    generated_context: int = 0
+    """Tokens that an evaluation's generation holds in its cache; a run evaluates a loss alone,
+    which takes none."""
 
     def on(self, num_devices: int) -> Request:
         """The same, paid for so many devices."""
@@ -102,7 +95,10 @@ class Candidate:
     scorer: str
     scorer_spec: Spec
     scoring_bytes: float
+    refreshes: bool
+    generated_context: int
     peak_memory_bytes: float
+    """On the device, of all phases of the job."""
     step: Cost
     """Of an optimizer step."""
     max_steps: int
@@ -124,11 +120,6 @@ class Candidate:
     @property
     def quality(self) -> Worth:
         return self.held.quality
-
-    @property
-    def makes(self) -> Literal["fit", "faster"]:
-        """Whether some of its techniques are there to make it fit."""
-        return "fit" if any(t.makes == "fit" for t in self.held.techniques) else "faster"
 
     @property
     def runs(self) -> bool:
@@ -160,14 +151,8 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        usual = {"states": "adamw", "activations": "keep", "loss": "whole"}
-        shown = [name for kind, name in self.techniques.items() if usual.get(kind) != name]
         batch = f"{self.per_device_train_batch_size}x{self.gradient_accumulation_steps}"
-        adapters = self.setting.adapter is not None and self.setting.adapter_dtype != "float32"
-        loose = ["bf16 adapters"] if adapters else []
-        open_ = [] if self.setting.masked else ["flash"]
-        many = [] if self.setting.num_devices == 1 else [f"on {self.setting.num_devices} devices"]
-        return f"{self.scorer}, {' '.join((*shown, *loose, *open_, batch, *many))}"
+        return f"{self.scorer}, {self.held.describe(batch)}"
 
     @property
     def total(self) -> Cost:
@@ -176,7 +161,13 @@ class Candidate:
     @cached_property
     def account(self) -> MemoryAccount:
         """Allocated bytes of every phase of the job, by term."""
-        return job_account(self.shape, self.setting, scoring_bytes=self.scoring_bytes)
+        return job_account(
+            self.shape,
+            self.setting,
+            scoring_bytes=self.scoring_bytes,
+            refreshes=self.refreshes,
+            generated_context=self.generated_context,
+        )
 
     @property
     def memory(self) -> Mapping[str, float]:
@@ -195,13 +186,33 @@ class Candidate:
         """Of a step: those that are no padding."""
         return self.step.tokens * PACKING_FILL
 
+    @property
+    def seconds_per_useful_token(self) -> float:
+        return self.step.seconds / self.useful_tokens
 
-@dataclass(frozen=True)
+    @property
+    def flops_per_useful_token(self) -> float:
+        return self.step.flops / self.useful_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
 class Refused:
     """Why a way does not fit: the least that it would take of everything."""
 
     name: str
     least: Cost
+    setting: MemorySetting
+    scoring_bytes: float
+
+    def account(self, request: Request) -> MemoryAccount:
+        """Allocated bytes of every phase of the job, by term."""
+        return job_account(
+            request.shape,
+            self.setting,
+            scoring_bytes=self.scoring_bytes,
+            refreshes=request.refreshes,
+            generated_context=request.generated_context,
+        )
 
 
 class Pricing:
@@ -236,33 +247,42 @@ class Pricing:
         scoring = self._score(scorer, setting)
         once = scoring + costs.load * (2 if scorer.needs_model else 1) + costs.test
         # Steps without watching first, for how much watching a share of them pays; then with it.
-        left = _minus(request, once + costs.watching(2, 1))
-        wanted, binding = _affordable(request, costs.step, left, pool_tokens)
+        left = minus(request, once + costs.watching(2, 1))
+        wanted, binding = affordable(request, costs.step, left, pool_tokens)
         rows = micro_batch * num_devices
-        accumulation = _accumulation(request, wanted * rows, rows)
+        accumulation = accumulation_of(request, wanted * rows, rows, least=int(micro_batch == 1))
         if accumulation < 1:
             return None
         accumulation = min(accumulation, held.most_accumulated)
-        peak = held.peak(index, accumulation > 1)
-        runtime = float(RUNTIME_BYTES[request.device.kind])
-        peak = max(device_memory(peak, request.device.kind).device, scoring.peak_memory_bytes)
+        peak = max(held.peak(index, accumulation > 1), scoring.peak_memory_bytes)
+        if request.refreshes:
+            beside = scoring_beside(request.shape, setting, scoring.peak_memory_bytes)
+            peak = max(peak, held.resident + beside)
+        kind = request.device.kind
+        peak = device_memory(peak, kind).device
+        scored = device_memory(scoring.peak_memory_bytes, kind).device if request.pool else 0.0
         step = costs.step * accumulation
-        evaluations, saves = _watch(request, costs, step, wanted / accumulation)
+        evaluations, saves = watch(request, costs, step, wanted / accumulation)
         each = step  # with its share of what was asked to come at fixed distances
         if apart := request.fixed.get("training.eval_steps"):
             each = each + (costs.evaluation + costs.checkpoint) * (1 / apart)
             evaluations, saves = 2, 1
-        left = _minus(request, once + costs.watching(evaluations, saves))
-        possible, binding = _affordable(request, each, left, pool_tokens)
+        left = minus(request, once + costs.watching(evaluations, saves))
+        possible, binding = affordable(request, each, left, pool_tokens)
         steps = int(possible)
-        evaluations, saves = _watch(request, costs, step, steps)
+        evaluations, saves = watch(request, costs, step, steps)
         if request.fixed.get("training.max_steps"):
             steps = min(steps, int(request.fixed["training.max_steps"]))
         if steps < 1 and binding == "epochs":
             return None
         if steps < 1 or peak * MEMORY_MARGIN > request.memory_limit:
-            least = _reserved(request, once + costs.watching(evaluations, saves) + step)
-            return Refused(held.name, replace(least, peak_memory_bytes=peak * MEMORY_MARGIN))
+            least = reserved(request, once + costs.watching(evaluations, saves) + step)
+            return Refused(
+                name=held.describe(f"{micro_batch}x{accumulation}"),
+                least=replace(least, peak_memory_bytes=peak * MEMORY_MARGIN),
+                setting=replace(setting, gradient_accumulation_steps=accumulation),
+                scoring_bytes=scoring.peak_memory_bytes,
+            )
         tokens = steps * step.tokens * PACKING_FILL
         epochs, keep, effective = best_repetition(
             self.priors.of(scorer),
@@ -274,7 +294,7 @@ class Pricing:
         )
         training = costs.load + step * steps + costs.watching(evaluations, saves)
         stages = {
-            "select": scoring + costs.load * scorer.needs_model,
+            "select": replace(scoring + costs.load * scorer.needs_model, peak_memory_bytes=scored),
             "train": replace(training, peak_memory_bytes=peak),
             "test": costs.test,
         }
@@ -284,11 +304,13 @@ class Pricing:
             setting=replace(setting, gradient_accumulation_steps=accumulation),
             scorer=name_of(scorer),
             scorer_spec=spec,
-            scoring_bytes=max(0.0, scoring.peak_memory_bytes - runtime),
+            scoring_bytes=scoring.peak_memory_bytes,
+            refreshes=request.refreshes,
+            generated_context=request.generated_context,
             peak_memory_bytes=peak,
             step=request.rates.of(step),
             max_steps=steps,
-            ceiling=_ceiling(request, each, left, pool_tokens, steps, binding),
+            ceiling=ceiling(request, each, left, pool_tokens, steps, binding),
             num_evaluations=evaluations,
             epochs=epochs,
             keep_tokens=keep,
@@ -296,6 +318,10 @@ class Pricing:
             binding=binding,
             gain=prior_gain(effective, held.quality, self.priors.of(scorer)),
         )
+
+    def scoring_bytes(self, scorer: Scorer, setting: MemorySetting) -> float:
+        """Of a scorer's pass with the model that it asks."""
+        return self._score(scorer, setting).peak_memory_bytes
 
     @cached_property
     def _needs_vectors(self) -> bool:
@@ -322,11 +348,8 @@ class Pricing:
             cost = scorer.cost(work)
             if self._needs_vectors:
                 cost += embedding_cost(work, request.pool)
-            runtime = float(RUNTIME_BYTES[request.device.kind])
             self._scoring[key] = replace(
-                cost,
-                seconds=cost.seconds + PICK_SECONDS * request.pool.num_examples,
-                peak_memory_bytes=cost.peak_memory_bytes + runtime,
+                cost, seconds=cost.seconds + PICK_SECONDS * request.pool.num_examples
             )
         return self._scoring[key]
 
@@ -347,72 +370,3 @@ def _excess(request: Request, refusal: Refused) -> tuple[int, float]:
     """How far a refused way is from fitting: how many limits it passes, and by how much."""
     found = excesses(request, refusal.least)
     return len(found), float(np.prod(list(found.values()))) if found else 0.0
-
-
-def _reserved(request: Request, cost: Cost) -> Cost:
-    """What the run will set aside for what costs that much: seconds are never certain."""
-    return request.rates.of(replace(cost, seconds=cost.seconds * SECONDS_MARGIN))
-
-
-def _minus(request: Request, spent: Cost) -> Budget:
-    """What the budget leaves beside what must be reserved; a limit that is used up keeps a sliver,
-    so that it binds."""
-    left = request.budget.left(_reserved(request, spent))
-    return replace(request.budget, **{name: max(amount, 1e-30) for name, amount in left.items()})
-
-
-def _affordable(
-    request: Request, step: Cost, left: Budget, pool_tokens: float
-) -> tuple[float, str]:
-    """Steps that the budget buys, and what ends them: a resource, or the pool's epochs."""
-    resource, steps = left.binding(Cost(), request.rates.of(step))
-    cap = MAX_EPOCHS * pool_tokens / max(step.tokens, 1.0)
-    wish = float(request.fixed.get("training.epochs") or 0.0)
-    if wish:
-        cap = wish * pool_tokens / max(step.tokens, 1.0)
-    if resource is None:  # nothing is limited: one pass, as people do by default
-        whole = pool_tokens if math.isfinite(pool_tokens) else UNLIMITED_TOKENS
-        cap = min(cap, (wish or 1.0) * whole / max(step.tokens, 1.0))
-    return (cap, "epochs") if cap < steps else (steps, resource or "epochs")
-
-
-def _ceiling(
-    request: Request, step: Cost, left: Budget, pool_tokens: float, steps: int, binding: str
-) -> int:
-    """Twice as many steps where time or what follows from it binds, if all else allows."""
-    if binding not in CLOCKED or request.fixed.get("training.max_steps"):
-        return steps
-    timeless = replace(left, **dict.fromkeys(CLOCKED))
-    possible, _ = _affordable(request, step, timeless, pool_tokens)
-    return max(steps, int(min(FASTER * steps, possible)))
-
-
-def _accumulation(request: Request, sequences: float, micro_batch: int) -> int:
-    """Micro-batches of an optimizer step: about 300 steps in all, at most 128 sequences each. Zero
-    where one micro-batch is more than that."""
-    fixed = request.fixed.get("training.gradient_accumulation_steps")
-    if fixed is not None:
-        return int(fixed)
-    batch = 2 ** round(math.log2(max(1.0, min(sequences / STEPS_WANTED, MAX_BATCH))))
-    least = 1 if request.fixed.get("training.per_device_train_batch_size") else 0
-    return max(least, batch // micro_batch)
-
-
-def _watch(request: Request, costs: Predictions, step: Cost, steps: float) -> tuple[int, int]:
-    """Evaluations, the first and the last included, and a checkpoint at each but the first, or the
-    best evaluated model could not be kept: as many as their shares of what training takes pay for,
-    unless the user fixed how far apart they are."""
-    training = step * steps
-    most = min(16, int(steps) + 1)
-    for share, each, more in (
-        (EVALUATION_SHARE, costs.evaluation, 0),
-        (CHECKPOINT_SHARE, costs.checkpoint, 1),  # at every evaluation but the first
-    ):
-        for resource in ("flops", "seconds"):
-            price = each.of(resource) or 0.0
-            if price > 0:
-                most = min(most, int(share * (training.of(resource) or 0.0) / price) + more)
-    evaluations = max(3, most)
-    if apart := request.fixed.get("training.eval_steps"):
-        evaluations = math.ceil(steps / apart) + 1
-    return evaluations, evaluations - 1

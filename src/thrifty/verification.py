@@ -10,7 +10,7 @@ maximum is taken last. Where layers follow no pattern, all are traced.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,13 +105,11 @@ def verify(
     predicted = None
     if has_closed_form(config):
         predicted = _predicted(ModelShape.from_config(config), setting)
-    kinds = _kinds(base_model(config, setting.dtype), setting)
-    depth = len(kinds)
-    depths = (depth,) if full_depth else _depths(kinds)
+    model = base_model(config, setting.dtype)
+    depth = len(layers_of(model))
+    depths = (depth,) if full_depth else depths_that_tell(model, setting)
     peaks = [record(config, setting, each).peaks() for each in depths]
-    traced = _by_phase(peaks[0])
-    if len(peaks) > 1:
-        traced = _carried_on(peaks[0], peaks[1], depths, depth)
+    traced = _by_phase(carried_on(peaks[0], peaks[-1], depths, depth))
     seconds = time.perf_counter() - start
     return Verification(predicted=predicted, traced=traced, depths=depths, seconds=seconds)
 
@@ -130,7 +128,12 @@ def trace(
     config: Mapping[str, Any], setting: MemorySetting, num_layers: int | None = None
 ) -> dict[str, float]:
     """The most bytes alive in each phase of the real step, cut to its first ``num_layers``."""
-    return _by_phase(record(config, setting, num_layers).peaks())
+    return _by_phase(record(config, setting, num_layers).peaks().items())
+
+
+def depths_that_tell(model: Any, setting: MemorySetting) -> tuple[int, ...]:
+    """The two depths that tell of all layers of a model, or its own where two would be as deep."""
+    return _depths(_kinds(model, setting))
 
 
 def _kinds(model: Any, setting: MemorySetting) -> list[Any]:
@@ -169,28 +172,29 @@ def _depths(kinds: list[Any]) -> tuple[int, ...]:
     return best
 
 
-def _carried_on(
-    near: dict[Instant, int], far: dict[Instant, int], depths: tuple[int, ...], depth: int
-) -> dict[str, float]:
-    """The peaks at ``depth`` from those at two lesser depths."""
-    phases = dict.fromkeys(PHASES, 0.0)
-    low, high = depths
-    period = high - low
+def carried_on(
+    near: Mapping[Instant, Any], far: Mapping[Instant, Any], depths: tuple[int, ...], depth: int
+) -> Iterator[tuple[Instant, Any]]:
+    """The most bytes of each instant at ``depth`` from those at two lesser depths, its layers
+    counted from below and from above: an instant may come twice. At one depth, as they are.
+    Bytes: a number, or an array of several."""
+    low, period = depths[0], depths[-1] - depths[0]
+    if not period:
+        yield from near.items()
+        return
     for instant, value in near.items():
-        phase, layer = instant
         partners = [instant]
-        if phase == "backward" and layer >= low - period:
-            partners.append(Instant(phase, layer + period))  # as far from the top as it is
+        if instant.phase == "backward" and instant.layer >= low - period:
+            # As far from the top as it is.
+            partners.append(instant._replace(layer=instant.layer + period))
         for partner in partners:
-            if phase in phases and partner in far:
-                slope = (far[partner] - value) / period
-                phases[phase] = max(phases[phase], value + slope * (depth - low))
-    return phases
+            if partner in far:
+                yield instant, value + (far[partner] - value) * ((depth - low) / period)
 
 
-def _by_phase(peaks: Mapping[Instant, int]) -> dict[str, float]:
+def _by_phase(peaks: Iterable[tuple[Instant, float]]) -> dict[str, float]:
     phases = dict.fromkeys(PHASES, 0.0)
-    for (phase, _), size in peaks.items():
+    for (phase, _), size in peaks:
         if phase in phases:
             phases[phase] = max(phases[phase], float(size))
     return phases

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+import six_n
 import torch
 from published import PUBLISHED, TINY, VARIANTS
 from torch.utils.flop_counter import FlopCounterMode
@@ -209,3 +210,47 @@ def test_a_chunked_loss_makes_its_logits_twice():
     chunked = MemorySetting(micro_batch=ROWS, sequence=SEQUENCE, loss_chunk=8)
     more = step_flops(shape, chunked) - step_flops(shape, whole)
     assert more == 2 * ROWS * SEQUENCE * shape.hidden_size * shape.vocab_size
+
+
+@pytest.fixture(scope="module")
+def by_the_counter():
+    return {way: six_n.counted(setting) for way, setting in six_n.WAYS.items()}
+
+
+@pytest.mark.parametrize("way", six_n.WAYS)
+def test_the_small_model_is_counted_to_the_last_flop(way, by_the_counter):
+    shape = ModelShape.from_config(six_n.SMALL)
+    assert step_flops(shape, six_n.WAYS[way]) == by_the_counter[way].flops
+
+
+@pytest.mark.parametrize(
+    ("way", "over"),
+    [
+        ("full", 0.79),
+        ("LoRA rank 16 on all linears", 1.08),
+        ("LoRA rank 16 on q and v of the last 2 layers", 1.43),
+        ("head alone", 1.96),
+    ],
+)
+def test_where_six_n_is_off(way, over, by_the_counter):
+    assert by_the_counter[way].six_n == pytest.approx(over, abs=0.005)
+
+
+def test_six_n_lacks_attention_and_nothing_else(by_the_counter):
+    """6 N T + 12 L h S T is full training's truth, but for the norms' weights, which N counts."""
+    shape, run = ModelShape.from_config(six_n.SMALL), six_n.RUN
+    products = by_the_counter["full"].num_parameters - 9 * 256
+    attention = 12 * shape.num_layers * shape.query_size * run.sequence * run.tokens
+    assert 6 * products * run.tokens + attention == by_the_counter["full"].flops
+
+
+def test_recomputation_is_no_whole_forward_more(by_the_counter):
+    """x 1.22 of a step and not x 4/3: the head does not run again, nor what a layer ends with."""
+    again, kept = (by_the_counter[way].flops for way in ("full, recompute", "full"))
+    assert again / kept == pytest.approx(1.216, abs=0.002)
+
+
+def test_fused_attention_is_counted_as_nothing_on_a_cpu(by_the_counter):
+    shape, run = ModelShape.from_config(six_n.SMALL), six_n.RUN
+    attention = 12 * shape.num_layers * shape.query_size * run.sequence * run.tokens
+    assert six_n.counted(run, "sdpa").flops == by_the_counter["full"].flops - attention

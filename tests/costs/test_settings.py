@@ -278,3 +278,35 @@ def test_preference_training_counts_its_reference_model():
         more = step_flops(LLAMA, asked) - step_flops(LLAMA, alone)
         assert more == forward_flops(LLAMA, 2, 2048)
         assert step_seconds(LLAMA, asked, h100) > 1.1 * step_seconds(LLAMA, alone, h100)
+
+
+def test_weights_in_few_bits_are_not_moved():
+    from thrifty.memory.trained.mezo import MeZO
+    from thrifty.memory.weights.bfloat16 import BFloat16
+    from thrifty.memory.weights.int8 import Int8
+    from thrifty.memory.weights.nf4 import NF4
+
+    moving = MeZO().rewrite(setting())
+    for stored in (NF4(), NF4(double=False), Int8()):
+        assert "moves the weights themselves" in stored.refuses(moving)
+        assert "cannot be trained themselves" in stored.refuses(setting())
+        assert stored.refuses(setting(adapter=Adapter())) is None
+    assert BFloat16().refuses(moving) is None
+    for fields in ({}, {"zeroth_order": True}):
+        with pytest.raises(ValueError, match="\nhint: train an adapter"):
+            setting(storage=Storage(name="nf4", bits=4.5), **fields)
+
+
+def test_low_rank_states_need_matrices_of_a_higher_rank():
+    from thrifty.memory.states.apollo import Apollo
+    from thrifty.memory.states.galore import GaLore
+
+    for method in (GaLore, Apollo):
+        assert "matrices of rank 16" in method().refuses(setting(adapter=Adapter(rank=16)))
+        assert method(rank=16).refuses(setting(adapter=Adapter(rank=16))) is not None
+        assert method(rank=8).refuses(setting(adapter=Adapter(rank=16))) is None
+        assert method().refuses(setting()) is None
+        assert "without states" in method().refuses(setting(zeroth_order=True))
+        # What is refused would save nothing: AdamW's two moments of each adapter.
+        run = setting(adapter=Adapter(rank=16))
+        assert state_bytes(LLAMA, method().rewrite(run)) == state_bytes(LLAMA, run)

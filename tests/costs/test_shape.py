@@ -10,6 +10,8 @@ import pytest
 from published import PUBLISHED, TINY, VARIANTS
 from releases import PARAMETERS, RELEASES
 
+from thrifty.costs import families
+from thrifty.costs.families.config import ACTIVATIONS
 from thrifty.costs.shape import ModelShape, read_shape
 
 UNCOUNTED = {name: config for name, config in RELEASES.items() if name not in PARAMETERS}
@@ -118,13 +120,108 @@ def test_lora_targets_are_the_linears():
         (TINY["llama"] | {"vocab_size": 0}, "whole number above 0"),
         (TINY["llama"] | {"torch_dtype": "int4"}, "dtype 'int4'"),
         (TINY["opt"] | {"dropout": 2}, "from 0 up to 1"),
-        (TINY["gemma2"] | {"layer_types": ["full_attention"]}, "layer_types"),
+        (TINY["gemma2"] | {"layer_types": ["full_attention"]}, "1 are named"),
+        (TINY["qwen3"] | {"layer_types": ["full_attention"] * 3}, "each of the 2 layers: 3 are"),
+        (TINY["llama"] | {"layer_types": ["full_attention"]}, "layer_types"),
+        (TINY["llama"] | {"layer_types": ["full_attention", "conv"]}, "holds 'conv'"),
+        (TINY["llama"] | {"hidden_size": None}, "hidden_size must be a whole number"),
+        (TINY["gpt2"] | {"n_layer": None}, "n_layer must be a whole number"),
+        (TINY["mixtral"] | {"num_local_experts": None}, "num_local_experts must be"),
+        (TINY["llama"] | {"tie_word_embeddings": "yes"}, "must be true or false, not 'yes'"),
+        (TINY["llama"] | {"tie_word_embeddings": None}, "must be true or false, not None"),
+        (TINY["opt"] | {"enable_bias": 1}, "must be true or false, not 1"),
+        (TINY["llama"] | {"hidden_act": "sillu"}, "hidden_act 'sillu' .*\nhint: did you mean silu"),
+        (TINY["gpt2"] | {"activation_function": None}, "activation_function None is not supported"),
+        (TINY["llama"] | {"rope_parameters": "linear"}, "rope_parameters must be an object"),
+        ({"model_type": "gemma3", "text_config": [1]}, "text_config must be an object"),
+        ({"model_type": ["llama"]}, "is not supported"),
     ],
 )
 def test_bad_configs_are_clear_errors(config, message):
     with pytest.raises(ValueError, match=message) as error:
         ModelShape.from_config(config)
     assert "\nhint: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": None},
+        {"tie_word_embeddings": "yes"},
+        {"layer_types": ["full_attention"]},
+        {"layer_types": ["full_attention"] * 3},
+        {"hidden_act": "sillu"},
+        {"attention_bias": None},
+    ],
+    ids=str,
+)
+def test_what_is_refused_cannot_be_built_either(change):
+    from huggingface_hub.errors import StrictDataclassError
+
+    config = TINY["llama"] | change
+    with pytest.raises(ValueError):
+        ModelShape.from_config(config)
+    with pytest.raises((StrictDataclassError, KeyError)):
+        build(config)
+
+
+def test_the_activations_are_those_of_transformers():
+    from transformers.activations import ACT2FN
+
+    weighted = {name for name in ACT2FN if list(ACT2FN[name].parameters())}
+    assert set(ACT2FN) - weighted == ACTIVATIONS
+
+
+def test_a_complete_config_needs_no_note():
+    for name in ("Llama-3-8B", "Qwen3-30B-A3B", "Gemma-2-2B", "OPT-350m", "Phi-3-mini", "GPT-2"):
+        assert not list(families.notes(PUBLISHED[name])), name
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "default"),
+    [
+        ("llama", "hidden_size", 4096),
+        ("llama", "num_hidden_layers", 32),
+        ("llama", "intermediate_size", 11008),
+        ("llama", "vocab_size", 32000),
+        ("gemma2", "num_key_value_heads", 4),
+        ("gpt2", "n_layer", 12),
+        ("opt", "ffn_dim", 3072),
+        ("gemma3_text", "head_dim", 256),
+        ("mixtral", "num_local_experts", 8),
+        ("deepseek_v3", "n_routed_experts", 256),
+    ],
+)
+def test_a_size_taken_by_default_is_noted(family, key, default):
+    config = {name: value for name, value in TINY[family].items() if name != key}
+    assert not any(key in note for note in families.notes(TINY[family]))
+    (note,) = [note for note in families.notes(config) if key in note]
+    assert f"{key} {default}" in note
+
+
+def test_sizes_that_follow_from_others_are_not_noted():
+    config = {k: v for k, v in TINY["llama"].items() if k != "num_key_value_heads"}
+    assert not list(families.notes(config))
+    assert not list(families.notes(TINY["llama"] | {"num_key_value_heads": None}))
+
+
+def test_quantised_weights_and_other_architectures_are_noted():
+    config = TINY["qwen2"] | {"architectures": ["Qwen2ForCausalLM"]}
+    assert not list(families.notes(config))
+    (note,) = families.notes(config | {"quantization_config": {"quant_method": "gptq"}})
+    assert "stored quantised (gptq)" in note
+    (note,) = families.notes(config | {"architectures": ["Qwen2MoeForCausalLM"]})
+    assert "names Qwen2MoeForCausalLM but model_type qwen2" in note
+    wrapped = {"model_type": "gemma3", "text_config": TINY["gemma3_text"]}
+    wrapped["architectures"] = ["Gemma3ForConditionalGeneration"]
+    assert not list(families.notes(wrapped))
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_the_architecture_that_transformers_writes_is_the_model_types_own(family):
+    name = type(build(TINY[family])).__name__
+    notes = families.notes(TINY[family] | {"architectures": [name]})
+    assert not any("names" in note for note in notes)
 
 
 def test_unreadable_files_are_clear_errors(tmp_path):

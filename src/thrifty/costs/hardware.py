@@ -8,6 +8,7 @@ is None, never zero.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import sys
@@ -122,26 +123,42 @@ DEVICES = {
 ALIASES = {"h100": "h100-sxm", "a100": "a100-80gb", "4090": "rtx4090", "3090": "rtx3090"}
 
 
-def load_device(name: str | None = None) -> Device:
-    """A device of the table, or with None (or "local") this machine as measured.
+HERE = ("cpu", "gpu", "cuda", "here", "this")
+"""What people write for the machine at hand, which has no name."""
 
-    Raises ValueError for an unknown name, with the known ones.
+
+def load_device(name: str | None = None) -> Device:
+    """A device of the table, or with None (or "local") this machine as measured. Case, spaces and
+    hyphens do not matter.
+
+    Raises ValueError for an unknown name, with the nearest known one or all of them.
     """
     if name is None or name == "local":
         return _local()
-    key = name.lower().replace("_", "-").replace(" ", "")
-    key = ALIASES.get(key, key)
     own = _own_devices()
-    if key in own:
-        return own[key]
-    if key not in DEVICES:
-        known = ", ".join(sorted({*DEVICES, *ALIASES, *own}))
+    key = _plain(name)
+    aliases = {alias: DEVICES[known] for alias, known in ALIASES.items()}
+    for known, device in (*own.items(), *DEVICES.items(), *aliases.items()):
+        if _plain(known) == key:
+            return device
+    names = sorted({*DEVICES, *ALIASES, *own})
+    if key in HERE:
         raise ValueError(
-            f"the device {name!r} is not known\n"
-            f"hint: known are {known}; describe another one in {cache_folder() / 'devices.yaml'} "
-            f"as {_EXAMPLE}, or run `thrifty device` on it"
+            f"{name!r} names no device\nhint: leave --device out to plan for this machine's CPU, "
+            f"or name a GPU: {', '.join(names)}"
         )
-    return DEVICES[key]
+    close = difflib.get_close_matches(key, [_plain(each) for each in names], n=1, cutoff=0.75)
+    meant = [each for each in names if _plain(each) in close]
+    likely = f"did you mean {meant[0]}? " if meant else ""
+    raise ValueError(
+        f"the device {name!r} is not known\n"
+        f"hint: {likely}known are {', '.join(names)}; describe another one in "
+        f"{cache_folder() / 'devices.yaml'} as {_EXAMPLE}, or run `thrifty device` on it"
+    )
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 _EXAMPLE = (

@@ -146,11 +146,8 @@ class MemorySetting:
             raise ValueError(
                 f"device kind {self.device_kind!r} is not known\nhint: use cpu or cuda"
             )
-        if self.storage is not None and self.adapter is None and not self.zeroth_order:
-            raise ValueError(
-                f"weights stored in {self.storage.name} cannot be trained themselves\n"
-                "hint: train an adapter on them"
-            )
+        if self.storage is not None and (reason := only_frozen(self, self.storage.name)):
+            raise ValueError(f"{reason}\nhint: train an adapter on them")
         if self.in_backward and self.gradient_accumulation_steps > 1:
             raise ValueError(
                 "gradients that are used up in the backward cannot be accumulated\n"
@@ -195,9 +192,13 @@ def setup_of(shape: ModelShape, setting: MemorySetting, *, backward: bool = True
 
 def only_frozen(setting: MemorySetting, what: str) -> str | None:
     """Why weights in few bits cannot be combined with a setting that trains them."""
-    if setting.adapter is None and not setting.zeroth_order:
-        return f"weights in {what} cannot be trained themselves, only adapters on them"
-    return None
+    if setting.adapter is not None:
+        return None
+    if setting.zeroth_order:
+        return (
+            f"a zeroth-order step moves the weights themselves, by less than {what} can tell apart"
+        )
+    return f"weights in {what} cannot be trained themselves, only adapters on them"
 
 
 def needs_a_gradient(setting: MemorySetting) -> str | None:
@@ -205,3 +206,13 @@ def needs_a_gradient(setting: MemorySetting) -> str | None:
     if setting.zeroth_order:
         return "a zeroth-order update is plain descent, without states"
     return None
+
+
+def needs_wide_matrices(setting: MemorySetting, rank: int) -> str | None:
+    """Why gradients cannot be projected to ``rank``: an adapter's matrices, m x r and r x n, are no
+    wider on their smaller side, so that nothing would be saved."""
+    if setting.adapter is not None and setting.adapter.rank <= rank:
+        return (
+            f"matrices of rank {setting.adapter.rank}, as adapters are, have no rank {rank} in them"
+        )
+    return needs_a_gradient(setting)

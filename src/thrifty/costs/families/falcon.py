@@ -12,16 +12,16 @@ NAMES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 def falcon(config: Config) -> ModelShape:
     hidden = config.count("hidden_size", 4544, alias="n_embed")
     heads = config.count("num_attention_heads", 71)
-    mlp = config.count("ffn_hidden_size", 4 * hidden)
+    mlp = config.count("ffn_hidden_size", 4 * hidden, derived=True)
     if config.rate("hidden_dropout", 0.0) or config.rate("attention_dropout", 0.0):
         config.fail("dropout is not supported")
-    grouped, parallel = config.get("new_decoder_architecture"), config.get("parallel_attn", True)
+    grouped, parallel = config.flag("new_decoder_architecture"), config.flag("parallel_attn", True)
     if grouped and not parallel:
         config.fail("new_decoder_architecture needs parallel_attn")
-    alibi, single = bool(config.get("alibi")), not grouped and config.get("multi_query", True)
+    alibi, single = config.flag("alibi"), not grouped and config.flag("multi_query", True)
     key_heads = heads
     if grouped:
-        key_heads = config.count("num_kv_heads", heads)
+        key_heads = config.count("num_kv_heads", heads, derived=True)
         if heads % key_heads:
             config.fail(f"{heads} attention heads are not a multiple of {key_heads} of keys")
     elif single:
@@ -38,18 +38,18 @@ def falcon(config: Config) -> ModelShape:
         groups=1 if single else heads,
         num_layers=config.count("num_hidden_layers", 32),
         max_position_embeddings=config.count("max_position_embeddings", 2048),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
+        tie_word_embeddings=config.flag("tie_word_embeddings", True),
         linears=linear_shapes(
             ("query_key_value", hidden, (heads + 2 * key_heads) * channels, "attention"),
             ("dense", hidden, hidden, "attention"),
             ("dense_h_to_4h", hidden, mlp, "mlp"),
             ("dense_4h_to_h", mlp, hidden, "mlp"),
-            biased=NAMES if config.get("bias") else (),
+            biased=NAMES if config.flag("bias") else (),
         ),
         norm_parameters=2 * hidden,
         embedding_size=hidden,
         block="parallel" if two_norms else "shared" if parallel else "pre",
-        activation=config.get("activation", "gelu"),
+        activation=config.activation("activation", "gelu"),
         rotary_dim=0 if alibi else channels,
         # sdpa has no fused kernel for one head of keys that is not repeated.
         attention="math" if single else "sdpa",

@@ -32,15 +32,21 @@ def gated(
 
     ``key_value_heads`` 0: as many as heads; ``head_dim`` 0: hidden / heads.
     """
+    if "activation" not in switches:
+        switches["activation"] = config.activation("hidden_act", "silu")
+    if config.values.get("num_key_value_heads", 0) is None:  # a null has a meaning of its own
+        key_value_heads = 0
     hidden = config.count("hidden_size", hidden)
     heads = config.count("num_attention_heads", heads)
-    groups = config.count("num_key_value_heads", key_value_heads or heads)
+    groups = config.count(
+        "num_key_value_heads", key_value_heads or heads, derived=not key_value_heads
+    )
     mlp = config.count("intermediate_size", mlp)
     if heads % groups:
         config.fail(f"{heads} attention heads are not a multiple of {groups} key-value heads")
     if hidden % heads and not head_dim and config.get("head_dim") is None:
         config.fail(f"hidden_size {hidden} is not a multiple of {heads} attention heads")
-    head_dim = config.count("head_dim", head_dim or hidden // heads)
+    head_dim = config.count("head_dim", head_dim or hidden // heads, derived=not head_dim)
     queries, keys = heads * head_dim, groups * head_dim
     if fused:
         linears = linear_shapes(
@@ -71,23 +77,23 @@ def gated(
         intermediate_size=mlp,
         vocab_size=config.count("vocab_size", vocab),
         max_position_embeddings=config.count("max_position_embeddings", positions),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", tied)),
+        tie_word_embeddings=config.flag("tie_word_embeddings", tied),
         dtype=config.dtype(),
         linears=linears,
         norm_parameters=hidden,
         embedding_size=hidden,
         rotary_dim=config.rotary_dim(head_dim, "partial_rotary_factor", 1.0),
         attention_dropout=config.rate("attention_dropout", 0.0),
-        **{"activation": config.get("hidden_act", "silu"), **switches},
+        **switches,
     )
 
 
 def attention_bias(config: Config) -> tuple[str, ...]:
-    return ATTENTION if config.get("attention_bias") else ()
+    return ATTENTION if config.flag("attention_bias") else ()
 
 
 def llama(config: Config) -> ModelShape:
-    return gated(config, biased=attention_bias(config) + (MLP if config.get("mlp_bias") else ()))
+    return gated(config, biased=attention_bias(config) + (MLP if config.flag("mlp_bias") else ()))
 
 
 def mistral(config: Config) -> ModelShape:
@@ -103,7 +109,7 @@ def mistral(config: Config) -> ModelShape:
 
 
 def any_qwen(config: Config, **switches: Any) -> ModelShape:
-    window = config.window(4096) if config.get("use_sliding_window") else 0
+    window = config.window(4096) if config.flag("use_sliding_window") else 0
     first = config.get("max_window_layers", 28)
     sliding = [index >= first for index in range(config.count("num_hidden_layers", 32))]
     return gated(
@@ -129,7 +135,7 @@ def qwen3(config: Config) -> ModelShape:
 def smollm3(config: Config) -> ModelShape:
     """Every fourth layer has no rotary embedding, which only its liveness would show."""
     layers = config.count("num_hidden_layers", 36)
-    window = config.window(0) if config.get("use_sliding_window") else 0
+    window = config.window(0) if config.flag("use_sliding_window") else 0
     every = config.count("no_rope_layer_interval", 4)
     rotated = config.get("no_rope_layers", [(index + 1) % every for index in range(layers)])
     return gated(
@@ -141,7 +147,7 @@ def smollm3(config: Config) -> ModelShape:
         vocab=128_256,
         positions=32768,
         tied=True,
-        biased=attention_bias(config) + (MLP if config.get("mlp_bias") else ()),
+        biased=attention_bias(config) + (MLP if config.flag("mlp_bias") else ()),
         sliding_window=window,
         num_sliding_layers=config.num_sliding([not each for each in rotated]) if window else 0,
     )

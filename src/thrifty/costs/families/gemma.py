@@ -28,7 +28,7 @@ def windowed_gemma(
         norm="wide",
         scaled_embedding=True,
         block="sandwich",
-        activation=config.get("hidden_activation", "gelu_pytorch_tanh"),
+        activation=config.activation("hidden_activation", "gelu_pytorch_tanh"),
         sliding_window=window,
         num_sliding_layers=config.num_sliding(sliding) if window else 0,
         logit_softcap=config.values.get("final_logit_softcapping", softcap) is not None,
@@ -37,7 +37,7 @@ def windowed_gemma(
 
 
 def gemma(config: Config) -> ModelShape:
-    activation = config.get("hidden_act", "gelu_pytorch_tanh")
+    activation = config.activation("hidden_act", "gelu_pytorch_tanh")
     return gated(
         config,
         hidden=3072,

@@ -30,7 +30,7 @@ def any_deepseek(
     heads = config.count("num_attention_heads", heads)
     layers = config.count("num_hidden_layers", layers)
     mlp = config.count("intermediate_size", mlp)
-    if config.count("num_key_value_heads", heads) != heads:
+    if config.count("num_key_value_heads", heads, derived=True) != heads:
         config.fail("num_key_value_heads must equal num_attention_heads")
     # A null means that queries have no latent; only a missing key means the default.
     query_rank = config.values.get("q_lora_rank", 1536) and config.count("q_lora_rank", 1536)
@@ -48,7 +48,7 @@ def any_deepseek(
         else (("q_proj", hidden, queries, "attention"),)
     )
     biased: tuple[str, ...] = ()
-    if config.get("attention_bias"):
+    if config.flag("attention_bias"):
         biased += ("q_a_proj", "kv_a_proj_with_mqa", "o_proj")
     if mlp_bias:
         biased += ("gate_proj", "up_proj", "down_proj")
@@ -62,7 +62,7 @@ def any_deepseek(
         intermediate_size=mlp,
         vocab_size=config.count("vocab_size", vocab),
         max_position_embeddings=config.count("max_position_embeddings", positions),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_word_embeddings=config.flag("tie_word_embeddings"),
         dtype=config.dtype(),
         linears=linear_shapes(
             *into_queries,
@@ -75,7 +75,7 @@ def any_deepseek(
         latent=Latent(query_rank=query_rank or 0, rank=rank, value_dim=value),
         norm_parameters=hidden,
         embedding_size=hidden,
-        activation=config.get("hidden_act", "silu"),
+        activation=config.activation("hidden_act", "silu"),
         rotary_dim=rotated,
         wide_rotary=wide_rotary,
         paired_rotary=wide_rotary,
@@ -119,7 +119,7 @@ def deepseek_v2(config: Config) -> ModelShape:
         first_dense=0,
         shared=2,
         expert=1407,
-        mlp_bias=bool(config.get("mlp_bias")),
+        mlp_bias=config.flag("mlp_bias"),
         wide_rotary=True,
         num=config.count("n_routed_experts", 64, alias="num_experts"),
         # transformers has no default; 6 is what every published config says.
@@ -147,5 +147,5 @@ def deepseek_v3(config: Config) -> ModelShape:
         router="sigmoid",
         groups=config.count("n_group", 8),
         scaled=True,
-        normalised=bool(config.get("norm_topk_prob", True)),
+        normalised=config.flag("norm_topk_prob", True),
     )

@@ -30,9 +30,9 @@ def layer_normed(config: Config, hidden: int, heads: int, mlp: int, **fields: An
 def gpt2(config: Config) -> ModelShape:
     hidden = config.count("n_embd", 768, alias="hidden_size")
     heads = config.count("n_head", 12, alias="num_attention_heads")
-    mlp = config.count("n_inner", 4 * hidden)
+    mlp = config.count("n_inner", 4 * hidden, derived=True)
     positions = config.count("n_positions", 1024, alias="max_position_embeddings")
-    if config.get("add_cross_attention"):
+    if config.flag("add_cross_attention"):
         config.fail("add_cross_attention is not supported")
     return layer_normed(
         config,
@@ -43,7 +43,7 @@ def gpt2(config: Config) -> ModelShape:
         num_layers=config.count("n_layer", 12, alias="num_hidden_layers"),
         max_position_embeddings=positions,
         num_positions=positions,
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
+        tie_word_embeddings=config.flag("tie_word_embeddings", True),
         linears=linear_shapes(
             ("c_attn", hidden, 3 * hidden, "attention"),
             ("c_proj", hidden, hidden, "attention"),
@@ -53,7 +53,7 @@ def gpt2(config: Config) -> ModelShape:
         ),
         norm_parameters=2 * hidden,
         embedding_size=hidden,
-        activation=config.get("activation_function", "gelu_new"),
+        activation=config.activation("activation_function", "gelu_new"),
         dropout=config.rate("resid_pdrop", 0.1),
         embedding_dropout=config.rate("embd_pdrop", 0.1),
         attention_dropout=config.rate("attn_pdrop", 0.1),
@@ -65,7 +65,7 @@ def gpt_neox(config: Config) -> ModelShape:
     heads = config.count("num_attention_heads", 64)
     mlp = config.count("intermediate_size", 24576)
     biased: tuple[str, ...] = ("dense_h_to_4h", "dense_4h_to_h")
-    if config.get("attention_bias", True):
+    if config.flag("attention_bias", True):
         biased += ("query_key_value", "dense")
     return layer_normed(
         config,
@@ -75,7 +75,7 @@ def gpt_neox(config: Config) -> ModelShape:
         vocab=50432,
         num_layers=config.count("num_hidden_layers", 44),
         max_position_embeddings=config.count("max_position_embeddings", 2048),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_word_embeddings=config.flag("tie_word_embeddings"),
         linears=linear_shapes(
             ("query_key_value", hidden, 3 * hidden, "attention"),
             ("dense", hidden, hidden, "attention"),
@@ -85,8 +85,8 @@ def gpt_neox(config: Config) -> ModelShape:
         ),
         norm_parameters=2 * hidden,
         embedding_size=hidden,
-        block="parallel" if config.get("use_parallel_residual", True) else "pre",
-        activation=config.get("hidden_act", "gelu"),
+        block="parallel" if config.flag("use_parallel_residual", True) else "pre",
+        activation=config.activation("hidden_act", "gelu"),
         rotary_dim=config.rotary_dim(hidden // heads, "rotary_pct", 0.25),
         dropout=config.rate("hidden_dropout", 0.0),
         embedding_dropout=config.rate("hidden_dropout", 0.0),
@@ -99,7 +99,7 @@ def opt(config: Config) -> ModelShape:
     heads = config.count("num_attention_heads", 12)
     mlp = config.count("ffn_dim", 3072)
     positions = config.count("max_position_embeddings", 2048)
-    before = bool(config.get("do_layer_norm_before", True))
+    before = config.flag("do_layer_norm_before", True)
     names = ("k_proj", "v_proj", "q_proj", "out_proj", "fc1", "fc2")
     return layer_normed(
         config,
@@ -111,7 +111,7 @@ def opt(config: Config) -> ModelShape:
         max_position_embeddings=positions,
         # OPT offsets its positions by 2.
         num_positions=positions + 2,
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", True)),
+        tie_word_embeddings=config.flag("tie_word_embeddings", True),
         linears=linear_shapes(
             ("q_proj", hidden, hidden, "attention"),
             ("k_proj", hidden, hidden, "attention"),
@@ -119,13 +119,13 @@ def opt(config: Config) -> ModelShape:
             ("out_proj", hidden, hidden, "attention"),
             ("fc1", hidden, mlp, "mlp"),
             ("fc2", mlp, hidden, "mlp"),
-            biased=names if config.get("enable_bias", True) else (),
+            biased=names if config.flag("enable_bias", True) else (),
         ),
-        norm_parameters=2 * hidden if config.get("layer_norm_elementwise_affine", True) else 0,
-        embedding_size=config.count("word_embed_proj_dim", hidden),
+        norm_parameters=2 * hidden if config.flag("layer_norm_elementwise_affine", True) else 0,
+        embedding_size=config.count("word_embed_proj_dim", hidden, derived=True),
         block="pre" if before else "post",
-        final_norm=before and not config.get("_remove_final_layer_norm", False),
-        activation=config.get("activation_function", "relu"),
+        final_norm=before and not config.flag("_remove_final_layer_norm"),
+        activation=config.activation("activation_function", "relu"),
         mask="given",
         dropout=config.rate("dropout", 0.1),
         attention_dropout=config.rate("attention_dropout", 0.0),
@@ -138,7 +138,7 @@ def starcoder2(config: Config) -> ModelShape:
     return _separate(
         config,
         ("o_proj", "c_fc", "c_proj"),
-        biased=config.get("use_bias", True),
+        biased=config.flag("use_bias", True),
         hidden=3072,
         heads=24,
         groups=2,
@@ -148,7 +148,7 @@ def starcoder2(config: Config) -> ModelShape:
         positions=4096,
         tied=True,
         rotated=1.0,
-        activation=config.get("hidden_act", "gelu_pytorch_tanh"),
+        activation=config.activation("hidden_act", "gelu_pytorch_tanh"),
         sliding_window=window,
         num_sliding_layers=layers if window else 0,
         dropout=config.rate("residual_dropout", 0.0),
@@ -158,7 +158,7 @@ def starcoder2(config: Config) -> ModelShape:
 
 def phi(config: Config) -> ModelShape:
     """Phi 1, 1.5 and 2."""
-    if config.get("qk_layernorm"):
+    if config.flag("qk_layernorm"):
         config.fail("qk_layernorm is not supported")
     return _separate(
         config,
@@ -172,7 +172,7 @@ def phi(config: Config) -> ModelShape:
         positions=2048,
         tied=False,
         rotated=0.5,
-        activation=config.get("hidden_act", "gelu_new"),
+        activation=config.activation("hidden_act", "gelu_new"),
         head_bias=True,
         block="shared",
         dropout=config.rate("resid_pdrop", 0.0),
@@ -200,7 +200,7 @@ def _separate(
     attention's output and of the mlp. The sizes given are the defaults for missing keys."""
     hidden = config.count("hidden_size", hidden)
     heads = config.count("num_attention_heads", heads)
-    groups = config.count("num_key_value_heads", groups or heads)
+    groups = config.count("num_key_value_heads", groups or heads, derived=not groups)
     mlp = config.count("intermediate_size", mlp)
     if heads % groups:
         config.fail(f"{heads} attention heads are not a multiple of {groups} key-value heads")
@@ -215,7 +215,7 @@ def _separate(
         groups=groups,
         num_layers=config.count("num_hidden_layers", layers),
         max_position_embeddings=config.count("max_position_embeddings", positions),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", tied)),
+        tie_word_embeddings=config.flag("tie_word_embeddings", tied),
         linears=linear_shapes(
             ("q_proj", hidden, hidden, "attention"),
             ("k_proj", hidden, keys, "attention"),

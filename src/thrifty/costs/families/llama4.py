@@ -31,11 +31,11 @@ def llama4_text(config: Config) -> ModelShape:
         vocab=202_048,
         positions=4096 * 32,
         biased=attention_bias(config),
-        qk_norm="unit" if config.get("use_qk_norm", True) else "",
+        qk_norm="unit" if config.flag("use_qk_norm", True) else "",
         wide_rotary=True,
         paired_rotary=True,
         no_rope_layers=frozenset(index for index in range(layers) if not rotated[index]),
-        tempered=bool(config.get("attn_temperature_tuning", True)),
+        tempered=config.flag("attn_temperature_tuning", True),
         sliding_window=chunk,
         num_sliding_layers=config.num_sliding(
             [bool(each) for each in rotated[:layers]], "chunked_attention"

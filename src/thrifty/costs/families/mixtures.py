@@ -60,7 +60,7 @@ def _sparse_layers(config: Config, layers: int) -> list[int]:
 
 
 def qwen2_moe(config: Config) -> ModelShape:
-    window = config.window(4096) if config.get("use_sliding_window") else 0
+    window = config.window(4096) if config.flag("use_sliding_window") else 0
     layers = config.count("num_hidden_layers", 24)
     first = config.get("max_window_layers", 28)
     sliding = [index >= first for index in range(layers)]
@@ -73,7 +73,7 @@ def qwen2_moe(config: Config) -> ModelShape:
         key_value_heads=16,
         vocab=151936,
         positions=32768,
-        biased=ATTENTION[:3] if config.get("qkv_bias", True) else (),
+        biased=ATTENTION[:3] if config.flag("qkv_bias", True) else (),
         sliding_window=window,
         num_sliding_layers=config.num_sliding(sliding) if window else 0,
     )
@@ -88,7 +88,7 @@ def qwen2_moe(config: Config) -> ModelShape:
             active=config.count("num_experts_per_tok", 4),
             intermediate_size=config.count("moe_intermediate_size", 1408),
             router="softmax",
-            normalised=bool(config.get("norm_topk_prob", False)),
+            normalised=config.flag("norm_topk_prob"),
             shared=linear_shapes(
                 ("shared_expert_gate", hidden, 1, "mlp"),
                 ("gate_proj", hidden, inner, "mlp"),
@@ -101,7 +101,7 @@ def qwen2_moe(config: Config) -> ModelShape:
 
 
 def qwen3_moe(config: Config) -> ModelShape:
-    window = config.window(4096) if config.get("use_sliding_window") else 0
+    window = config.window(4096) if config.flag("use_sliding_window") else 0
     layers = config.count("num_hidden_layers", 24)
     shape = gated(
         config,
@@ -126,7 +126,7 @@ def qwen3_moe(config: Config) -> ModelShape:
             active=config.count("num_experts_per_tok", 8),
             intermediate_size=config.count("moe_intermediate_size", 768),
             router="softmax",
-            normalised=bool(config.get("norm_topk_prob", False)),
+            normalised=config.flag("norm_topk_prob"),
         ),
     )
 
@@ -146,7 +146,7 @@ def gpt_oss(config: Config) -> ModelShape:
         head_dim=64,
         vocab=201_088,
         positions=131_072,
-        biased=ATTENTION if config.get("attention_bias", True) else (),
+        biased=ATTENTION if config.flag("attention_bias", True) else (),
         norm="wide",
         attention="eager",
         mask="given",

@@ -7,7 +7,7 @@ from math import inf
 
 from thrifty.core.contracts import MemoryTechnique, Worth
 from thrifty.core.ranges import check_ranges
-from thrifty.costs.setting import MemorySetting, States, needs_a_gradient
+from thrifty.costs.setting import MemorySetting, States, needs_wide_matrices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Apollo(MemoryTechnique):
         check_ranges(self, rank=(1, inf))
 
     def refuses(self, setting: MemorySetting) -> str | None:
-        return needs_a_gradient(setting)
+        return needs_wide_matrices(setting, self.rank)
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(

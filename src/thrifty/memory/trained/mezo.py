@@ -1,6 +1,7 @@
 """No gradient: the loss on both sides of a random direction (MeZO).
 
-g = (L(w + eps z) - L(w - eps z)) / (2 eps) z, with z made anew from its seed.
+g = (L(w + eps z) - L(w - eps z)) / (2 eps) z, with z, standard normal, made anew from its seed.
+The weights themselves are moved by eps z, eps 1e-3: what is stored in few bits cannot follow.
 """
 
 from __future__ import annotations

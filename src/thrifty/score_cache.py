@@ -5,7 +5,7 @@
 The name hashes all that scores depend on: the method with its options and its code, the rows and
 how they were split, the target's rows, the weights looked at. ``cost.json`` says what they cost and
 where they came from, so that a run that takes them over can say so. Entries appear by a rename,
-whole. They are small (4 bytes a row and target); ``THRIFTY_ROWS_CACHE_GIB=0`` switches this off too.
+whole. They are small, 4 bytes a row and target; ``THRIFTY_ROWS_CACHE_GIB=0`` switches this off too.
 """
 
 from __future__ import annotations

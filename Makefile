@@ -22,7 +22,7 @@ demo: setup
 	$(BIN)/thrifty demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadgroup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow" -n 2

@@ -19,6 +19,18 @@ os.environ["THRIFTY_CACHE"] = tempfile.mkdtemp(prefix="thrifty-tests-")
 os.environ["THRIFTY_ROWS_CACHE_GIB"] = "0"  # nor rows that another test has tokenised
 
 
+_MADE_ONCE = ("done", "golden", "corpus", "scored")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one run, or of one set of files, which take seconds to make, share a worker."""
+    for item in items:
+        for name in _MADE_ONCE:
+            if name in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(name))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def measured_machine() -> None:
     """A cautious guess, taken for measured: measuring takes seconds."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 
 import pytest
 
@@ -14,7 +16,8 @@ from thrifty.run_folder import RunFolder
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("THRIFTY_CACHE", str(tmp_path / "cache"))
+    measured = shutil.copytree(os.environ["THRIFTY_CACHE"], tmp_path / "cache")
+    monkeypatch.setenv("THRIFTY_CACHE", str(measured))
     monkeypatch.setenv("THRIFTY_ROWS_CACHE_GIB", "1")
 
 

@@ -63,7 +63,15 @@ def planned(tmp_path, monkeypatch):
 # -- all phases ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("devices", "memory"), [(1, 24), (1, 80), (8, 24), (8, 12)])
+@pytest.mark.parametrize(
+    ("devices", "memory"),
+    [
+        (1, 24),
+        pytest.param(1, 80, marks=pytest.mark.slow),
+        (8, 24),
+        pytest.param(8, 12, marks=pytest.mark.slow),
+    ],
+)
 def test_a_candidate_s_account_is_the_table_s_number(planned, devices, memory):
     found, request = planned(devices=devices, memory_bytes=memory * GIB, flops=1e18)
     assert any(c.held.num_devices == devices for c in found.candidates)
@@ -89,7 +97,7 @@ def test_scoring_counts_in_every_candidate(planned):
         assert again <= candidate.peak_memory_bytes
 
 
-@pytest.mark.parametrize("num_devices", [1, 8])
+@pytest.mark.parametrize("num_devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_priced_peaks_are_those_of_one_account_after_another(planned, num_devices):
     _, request = planned(SMALL, devices=num_devices)
     found = combinations_of(request, 256)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 Config = dict[str, Any]
 
 PUBLISHED: dict[str, Config] = {
@@ -632,3 +634,6 @@ VARIANTS: dict[str, Config] = {
     "opt-untied-no-final": TINY["opt"]
     | dict(tie_word_embeddings=False, _remove_final_layer_norm=True),
 }
+
+WITH_VARIANTS = [*TINY, *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)]
+"""Every family, and under ``slow`` its variants."""

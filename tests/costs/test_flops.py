@@ -7,7 +7,7 @@ import time
 import pytest
 import six_n
 import torch
-from published import PUBLISHED, TINY, VARIANTS
+from published import PUBLISHED, TINY, VARIANTS, WITH_VARIANTS
 from torch.utils.flop_counter import FlopCounterMode
 from tracing import batch, build
 
@@ -30,6 +30,13 @@ THREE = {
 }
 
 
+_USUAL = ("llama", "gemma2", "gpt2", "opt", "mixtral", "deepseek_v3", "falcon", "llama4_text")
+DECODED = [
+    pytest.param(name, marks=() if name in _USUAL else pytest.mark.slow)
+    for name in (*TINY, "mistral-window", "gemma2-window", "opt-post-projected")
+]
+
+
 def counted(run) -> int:
     # On a CPU fused attention counts as nothing, so every model here is eager.
     with FlopCounterMode(display=False) as counter:
@@ -42,7 +49,7 @@ def step(config, **options) -> int:
     return counted(lambda: model(**batch(ROWS, SEQUENCE)).loss.backward())
 
 
-@pytest.mark.parametrize("name", TINY | VARIANTS)
+@pytest.mark.parametrize("name", WITH_VARIANTS)
 def test_full_training(name):
     config = (TINY | VARIANTS)[name]
     shape = ModelShape.from_config(config)
@@ -82,7 +89,7 @@ def test_forward(family):
     assert score_flops(shape, ROWS, SEQUENCE, logits=False) == hidden
 
 
-@pytest.mark.parametrize("name", [*TINY, "mistral-window", "gemma2-window", "opt-post-projected"])
+@pytest.mark.parametrize("name", DECODED)
 def test_decoding(name):
     shape, model = ModelShape.from_config(THREE[name]), build(THREE[name], attention="eager").eval()
     model.config.use_cache = True

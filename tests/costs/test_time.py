@@ -121,7 +121,7 @@ def test_every_device_has_its_source():
 
 
 def test_unknown_devices_are_clear_errors():
-    with pytest.raises(ValueError, match=r"hint: known are .*h100") as error:
+    with pytest.raises(ValueError, match=r"hint: did you mean h100\? known are .*h100") as error:
         load_device("h1000")
     assert "thrifty device" in str(error.value)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 
@@ -14,19 +16,37 @@ from thrifty.preparation import stats_together
 NAMES = all_names("scorer")
 
 
-def scores_of(scorer, pool, target, models, *, order=None):
-    """id -> row of scores, shards scored in ``order``; and what was ticked."""
+def scores_of(scorer, pool, target, models):
+    """id -> row of scores, and what was ticked; the shards scored again backwards give the same."""
     tally = Tally()
     targets = {"sums": target.shard(0)} if scorer.needs_target else {}
     state = scorer.prepare(pool, targets, models, tally)
     found = {}
-    for i in order if order is not None else range(pool.num_shards):
+    for i in range(pool.num_shards):
         shard = pool.shard(i)
         scores = scorer.score(shard, state, tally)
         assert scores.dtype == np.float32
         assert scores.shape == (len(shard), max(len(targets), 1))
         found |= dict(zip(shard.ids.tolist(), scores, strict=True))
+    for i in reversed(range(pool.num_shards)):
+        shard = pool.shard(i)
+        again = scorer.score(shard, state, Tally())
+        np.testing.assert_array_equal(again, [found[row] for row in shard.ids.tolist()])
     return found, tally.cost
+
+
+@pytest.fixture(scope="module")
+def scored(pool, target, models):
+    """name -> what ``scores_of`` says of it, and the model's weights and flags before."""
+
+    @cache
+    def once(name):
+        before = {
+            n: (p.requires_grad, p.detach().clone()) for n, p in models.base().named_parameters()
+        }
+        return *scores_of(resolve("scorer", name), pool, target, models), before
+
+    return once
 
 
 def work_of(pool, target, models):
@@ -54,16 +74,12 @@ def test_says_what_it_is(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_does_not_depend_on_shards_or_their_order(name, pool, whole_pool, target, models):
-    scorer = resolve("scorer", name)
-    forward, _ = scores_of(scorer, pool, target, models)
-    backward, _ = scores_of(scorer, pool, target, models, order=reversed(range(pool.num_shards)))
-    once, _ = scores_of(scorer, whole_pool, target, models)
-    assert forward.keys() == backward.keys() == once.keys()
-    for row, scores in forward.items():
-        np.testing.assert_array_equal(scores, backward[row])
+def test_does_not_depend_on_shards_or_their_order(name, scored, whole_pool, target, models):
+    shards, _, _ = scored(name)
+    once, _ = scores_of(resolve("scorer", name), whole_pool, target, models)
+    assert shards.keys() == once.keys()
     if name != "perplexity":  # its middle band is read off a sample of the shards
-        for row, scores in forward.items():
+        for row, scores in shards.items():
             np.testing.assert_allclose(scores, once[row], rtol=2e-4, atol=2e-5)
 
 
@@ -77,9 +93,9 @@ def test_perplexity_bands_do_not_depend_on_the_shards(pool, whole_pool, target, 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_predicted_flops_are_what_it_charges(name, pool, target, models):
+def test_predicted_flops_are_what_it_charges(name, scored, pool, target, models):
     scorer = resolve("scorer", name)
-    _, charged = scores_of(scorer, pool, target, models)
+    _, charged, _ = scored(name)
     predicted = scorer.cost(work_of(pool, target, models))
     assert predicted.flops == pytest.approx(charged.flops, rel=0.1)
     assert predicted.seconds >= 0
@@ -89,11 +105,9 @@ def test_predicted_flops_are_what_it_charges(name, pool, target, models):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_leaves_the_model_as_it_was(name, pool, target, models):
-    scorer = resolve("scorer", name)
+def test_leaves_the_model_as_it_was(name, scored, models):
+    _, _, before = scored(name)
     model = models.base()
-    before = {n: (p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()}
-    scores_of(scorer, pool, target, models)
     assert not model.training
     for n, p in model.named_parameters():
         assert p.grad is None

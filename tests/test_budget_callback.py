@@ -316,6 +316,7 @@ torch.distributed.destroy_process_group()  # not while another rank still uses i
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="built without distribution")
 def test_all_ranks_stop_at_the_same_step_on_one_ledger(step_flops, tiny_model, tmp_path):
     script = tmp_path / "rank.py"

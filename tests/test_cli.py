@@ -251,6 +251,7 @@ def test_a_damaged_file_and_a_folder_that_is_there(arguments, tmp_path, capsys):
     assert f"error: {run} exists already\nhint: `thrifty run {run}` goes on with it" in error
 
 
+@pytest.mark.slow
 def test_a_device_measured_while_busy_is_said_once(arguments, tmp_path, capsys, monkeypatch):
     from dataclasses import replace
 
@@ -326,7 +327,11 @@ def test_a_pool_with_no_valid_row_and_an_empty_target(arguments, tmp_path, capsy
 
 @pytest.mark.parametrize(
     ("rows", "code", "says"),
-    [(1, 4, "one row cannot be trained on and measured on"), (6, 0, ""), (15, 0, "")],
+    [
+        (1, 4, "one row cannot be trained on and measured on"),
+        (6, 0, ""),
+        pytest.param(15, 0, "", marks=pytest.mark.slow),
+    ],
 )
 def test_tiny_pools(rows, code, says, tiny_model, tmp_path, capsys):
     few = [{"prompt": f"say {n}", "completion": f" {n} plums"} for n in range(rows)]
@@ -518,6 +523,7 @@ def test_plan_and_report_make_no_posix_call(tiny_model, tiny_data, tmp_path):
     assert (folder / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX here")
 def test_sigterm_while_scoring_is_told_and_gone_on_from(tiny_model, tiny_data, tmp_path):
     folder = tmp_path / "run"

@@ -88,6 +88,7 @@ def plan(model: str, endpoint: str, home: Path, *more: str) -> subprocess.Comple
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_hub_model_is_fetched_and_its_revision_recorded(hub, tiny_data, tmp_path):
     made = plan(
         "org/tiny", hub, tmp_path / "home", "--pool", str(tiny_data["small_pool"]),

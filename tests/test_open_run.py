@@ -162,6 +162,7 @@ def test_a_ledger_of_another_version_is_refused(run, capsys):
     assert "hint: " in error
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_with_its_exit_code(run, capsys):
     with RunFolder(run).working():
         process = start("run", str(run))

@@ -280,7 +280,12 @@ def test_a_second_process_is_refused(tiny_model, tiny_data, tmp_path):
 
 @pytest.mark.parametrize(
     "budget",
-    [Budget(flops=3.3e9), Budget(tokens=3000), Budget(flops=9e9, tokens=5000), Budget(seconds=12)],
+    [
+        Budget(flops=3.3e9),
+        Budget(tokens=3000),
+        Budget(flops=9e9, tokens=5000),
+        pytest.param(Budget(seconds=12), marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_no_budget_is_passed(budget, tiny_model, tiny_data, tmp_path):

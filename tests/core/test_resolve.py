@@ -46,7 +46,7 @@ def installed(monkeypatch):
         group = f"thrifty.{kind}"
         groups.setdefault(group, []).append(EntryPoint(name, value, group))
 
-    monkeypatch.setattr(registry, "entry_points", lambda group: groups.get(group, ()))
+    monkeypatch.setattr(registry, "installed", lambda kind: groups.get(f"thrifty.{kind}", ()))
     return install
 
 

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from thrifty.costs.shape import read_shape
-from thrifty.data.tokens import Tokens, load_tokenizer, tokenize_rows, tokenizer_fingerprint
 
 if TYPE_CHECKING:
+    from thrifty.core.contracts import Tokens
     from thrifty.costs.shape import ModelShape
 
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"]
-_NO_TOKENS = Tokens(np.zeros(1, dtype=np.int32), np.zeros(1, dtype=bool))
 
 
 def locate(path: str, revision: str | None = None, *, weights: bool) -> tuple[Path, str | None]:
@@ -152,6 +151,8 @@ class LoadedModels:
         return {"": self}
 
     def other(self, path: str) -> LoadedModels:
+        from thrifty.data.tokens import load_tokenizer, tokenizer_fingerprint
+
         if path not in self._others:
             folder, _ = locate(path, weights=True)
             tokenizer = load_tokenizer(str(folder))
@@ -163,8 +164,11 @@ class LoadedModels:
     def tokens(self, rows: Any) -> Sequence[Tokens]:
         if self.tokenizer is None:
             return rows.tokens
-        split = tokenize_rows(rows.rows, self.tokenizer, self.max_length)
-        return [found if isinstance(found, Tokens) else _NO_TOKENS for found in split]
+        from thrifty.data import tokens
+
+        nothing = tokens.Tokens(np.zeros(1, dtype=np.int32), np.zeros(1, dtype=bool))
+        split = tokens.tokenize_rows(rows.rows, self.tokenizer, self.max_length)
+        return [found if isinstance(found, tokens.Tokens) else nothing for found in split]
 
 
 def load_model(folder: Path, dtype: str, device: str) -> Any:

@@ -73,3 +73,15 @@ def test_switched_off_or_damaged_it_is_as_if_there_were_none(select, tmp_path, m
     monkeypatch.setenv("THRIFTY_ROWS_CACHE_GIB", "0")
     off, _ = select("off")
     assert spent(off).flops > 0
+
+
+def test_a_control_s_rival_is_not_said_to_have_paid(select, tmp_path):
+    from thrifty import pipeline
+    from thrifty.report.summary import summarize
+    from thrifty.report.words import against_control
+
+    select("first")
+    folder, _ = select("second", control=True)
+    pipeline.run(folder, silent)
+    said, _ = against_control(summarize(RunFolder(folder)))
+    assert "scoring taken over from an earlier run" in said

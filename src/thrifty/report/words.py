@@ -246,7 +246,9 @@ def against_control(summary: Mapping[str, Any]) -> tuple[str, str]:
             "even",
         )
     by = f"{with_error(abs(gain), stderr)} {unit}"
-    rival = "a uniform choice at the same total FLOPs, scoring included"
+    taken_over = any(each["name"] == "score or take over" for each in summary["decisions"])
+    scoring = "scoring taken over from an earlier run" if taken_over else "scoring included"
+    rival = f"a uniform choice at the same total FLOPs, {scoring}"
     if stderr is None:
         word = "better" if gain > 0 else "worse"
         return (

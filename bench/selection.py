@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -89,6 +90,7 @@ def measured(data: Path, home: Path, flops: float, name: str, seed: int) -> dict
     """One run, and what the hidden columns say of its choice."""
     folder = home / f"run-{name.replace(' ', '-').replace(',', '')}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(home / "cache" / "scores", ignore_errors=True)  # every choice is paid for
     way = {"max_tokens": 0.0, **WAYS[name]}
     if way["max_tokens"] is None:
         del way["max_tokens"]
@@ -204,6 +206,7 @@ def main() -> int:
     display.quiet_libraries()
     home = options.home or Path(tempfile.mkdtemp(prefix="thrifty-selection-"))
     home.mkdir(parents=True, exist_ok=True)
+    os.environ["THRIFTY_CACHE"] = str(home / "cache")
     results = options.results or home / "results.jsonl"
     names = [name.replace("; ", ", ") for name in options.only.split(",")]
     done = {(r["name"], r["seed"]) for r in read(results)}

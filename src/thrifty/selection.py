@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from thrifty import score_cache
+from thrifty import score_cache, signals
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import Candidates, Held, Models, Picked, Picker, Rows, Scorer
 from thrifty.core.durable import rename_durably
@@ -160,9 +160,12 @@ def _score_mark(job: SelectionJob, scorer: Scorer) -> str:
 
 
 def _code(scorer: Scorer) -> str:
-    """Of the method's file and of thrifty: a mended scorer scores anew."""
-    source = Path(inspect.getfile(type(scorer))).read_bytes()
-    return f"{version('thrifty')} {hashlib.sha256(source).hexdigest()}"
+    """Of the method's file and of the signals: a mended scorer scores anew."""
+    files = [
+        Path(inspect.getfile(type(scorer))),
+        *sorted(Path(signals.__file__).parent.glob("*.py")),
+    ]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _weights(job: SelectionJob, path: str) -> str:

@@ -186,18 +186,18 @@ def recorded(**columns):
 
 def test_forgetting_counts_flips():
     found = recorded(accuracy=[[1, 0, 1], [1, 1, 1], [0, 0, 0], [0, 1, 0.5]])
-    assert resolve("scorer", "forgetting")._scores(found).tolist() == [1, 0, 3, 0.5]
+    assert resolve("scorer", "forgetting").row_scores(found).tolist() == [1, 0, 3, 0.5]
 
 
 def test_cartography_and_aum():
     steady, unsure, low = [0.9, 0.9, 0.9], [0.1, 0.5, 0.9], [0.1, 0.1, 0.1]
     found = recorded(probability=[steady, unsure, low], margin=[[2, 2, 2], [0, 1, 2], [-3, -3, -3]])
     order = {
-        keep: np.argsort(-resolve("scorer", {"cartography": {"keep": keep}})._scores(found))[0]
+        keep: np.argsort(-resolve("scorer", {"cartography": {"keep": keep}}).row_scores(found))[0]
         for keep in ("ambiguous", "easy", "hard")
     }
     assert order == {"ambiguous": 1, "easy": 0, "hard": 2}
-    assert resolve("scorer", "aum")._scores(found).tolist() == [2, 1, -3]
+    assert resolve("scorer", "aum").row_scores(found).tolist() == [2, 1, -3]
 
 
 def test_s2l_draws_evenly_from_the_clusters():
@@ -205,7 +205,7 @@ def test_s2l_draws_evenly_from_the_clusters():
     centres = np.array([[5.0, 4.0, 3.0]] * 60 + [[1.0, 1.0, 1.0]] * 10 + [[9.0, 2.0, 8.0]] * 2)
     found = recorded(loss=centres + rng.normal(0, 0.01, centres.shape))
     scorer = resolve("scorer", {"s2l": {"clusters": 3}})
-    best = np.argsort(-scorer._scores(found), kind="stable")[:14]
+    best = np.argsort(-scorer.row_scores(found), kind="stable")[:14]
     groups = [(best < 60).sum(), ((best >= 60) & (best < 70)).sum(), (best >= 70).sum()]
     assert groups == [6, 6, 2]
 

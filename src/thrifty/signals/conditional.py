@@ -8,15 +8,15 @@ both passes. Of several turns the answers stand one after another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from thrifty.core.budget import Cost, PoolStats
-from thrifty.core.contracts import Meter, Models, Rows, Work
+from thrifty.core.contracts import Meter, Models, Pool, Rows, Scorer, Work
 from thrifty.data.tokens import Tokens
 from thrifty.signals.forward import example_losses, scoring_cost
 
@@ -67,3 +67,29 @@ def difficulty_cost(work: Work, stats: PoolStats, model: str) -> Cost:
         max_tokens=stats.max_tokens,
     )
     return scoring_cost(work, stats, model) + scoring_cost(work, alone, model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DifficultyScorer(Scorer):
+    """A scorer by instruction-following difficulty."""
+
+    model: str = ""
+    """Folder or hub name of the model to score with; empty: the one to be trained."""
+
+    needs_target: ClassVar[bool] = False
+    needs_model: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = ("sft",)
+    cost_class: ClassVar[Literal["free", "text", "forward", "gradient", "training"]] = "forward"
+
+    def cost(self, work: Work) -> Cost:
+        return difficulty_cost(work, work.pool, self.model)
+
+    def prepare(
+        self, pool: Pool, targets: Mapping[str, Rows], models: Models, meter: Meter
+    ) -> Models:
+        return models.other(self.model)
+
+    def score(self, shard: Rows, state: Any, meter: Meter) -> NDArray[np.float32]:
+        found = instruction_following_difficulty(state, shard, meter)
+        # From 1 on the prompt does not help: such a pair is no answer to it, and comes last.
+        return np.where(found < 1, found, -found).astype(np.float32)[:, None]

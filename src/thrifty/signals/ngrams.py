@@ -15,7 +15,15 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
+from thrifty.core.budget import Cost
+from thrifty.core.contracts import Work
+
 _WORD = re.compile(r"\w+|[^\w\s]")
+_TOKENS_PER_SECOND = 1.2e6
+"""Of counting, a pass."""
+_SHARD_ROWS = 4096
+_BYTES_PER_TOKEN = 150.0
+"""Of a shard: its text, its words' hashes, its sparse counts. Both figures are estimates."""
 
 
 def hashed_ngrams(texts: Sequence[str], num_buckets: int) -> Any:
@@ -49,3 +57,12 @@ def _mixed(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> NDArray[np.
         z = first * np.uint64(0x9E3779B97F4A7C15) + second
         z = (z ^ (z >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
         return z ^ (z >> np.uint64(29))
+
+
+def ngrams_cost(work: Work, passes: int) -> Cost:
+    """Of counting the pool's n-grams so many times, a shard at a time."""
+    shard = min(work.pool.num_examples, _SHARD_ROWS) * work.pool.mean_tokens
+    return Cost(
+        seconds=passes * work.pool.num_tokens / _TOKENS_PER_SECOND,
+        peak_memory_bytes=shard * _BYTES_PER_TOKEN,
+    )

@@ -19,13 +19,7 @@ from numpy.typing import NDArray
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import Meter, Models, Pool, Rows, Scorer, Work, Worth
 from thrifty.core.ranges import check_ranges
-from thrifty.signals.ngrams import hashed_ngrams
-
-_TOKENS_PER_SECOND = 1.2e6
-"""Of counting n-grams, a pass."""
-_SHARD_ROWS = 4096
-_BYTES_PER_TOKEN = 150.0
-"""Of a shard: its text, its words' hashes, its sparse counts."""
+from thrifty.signals.ngrams import hashed_ngrams, ngrams_cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +43,7 @@ class DSIR(Scorer):
         check_ranges(self, buckets=(2, inf))
 
     def cost(self, work: Work) -> Cost:
-        shard = min(work.pool.num_examples, _SHARD_ROWS) * work.pool.mean_tokens
-        return Cost(
-            seconds=2 * work.pool.num_tokens / _TOKENS_PER_SECOND,
-            peak_memory_bytes=shard * _BYTES_PER_TOKEN,
-        )
+        return ngrams_cost(work, passes=2)
 
     def prepare(
         self, pool: Pool, targets: Mapping[str, Rows], models: Models, meter: Meter

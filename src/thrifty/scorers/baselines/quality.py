@@ -22,11 +22,8 @@ from thrifty.core.budget import Cost
 from thrifty.core.contracts import Meter, Models, Pool, Rows, Scorer, Work, Worth
 from thrifty.core.ordering import random_key
 from thrifty.core.ranges import check_ranges
-from thrifty.signals.ngrams import hashed_ngrams
+from thrifty.signals.ngrams import hashed_ngrams, ngrams_cost
 
-_TOKENS_PER_SECOND = 1.2e6
-_SHARD_ROWS = 4096
-_BYTES_PER_TOKEN = 150.0
 _FEWEST_OTHERS = 1000
 
 
@@ -55,11 +52,7 @@ class Quality(Scorer):
         check_ranges(self, buckets=(2, inf), decay=(0, inf), seed=(0, 2**32 - 1))
 
     def cost(self, work: Work) -> Cost:
-        shard = min(work.pool.num_examples, _SHARD_ROWS) * work.pool.mean_tokens
-        return Cost(
-            seconds=2 * work.pool.num_tokens / _TOKENS_PER_SECOND,
-            peak_memory_bytes=shard * _BYTES_PER_TOKEN,
-        )
+        return ngrams_cost(work, passes=2)
 
     def prepare(
         self, pool: Pool, targets: Mapping[str, Rows], models: Models, meter: Meter

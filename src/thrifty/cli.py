@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import thrifty
+from thrifty import plan_options
 
 DONE, USAGE, NO_PLAN, BAD_INPUT, RESUMABLE = 0, 2, 3, 4, 5
 
@@ -107,7 +108,7 @@ def _stopped(message: str) -> int:
 def _plan(options: argparse.Namespace) -> None:
     from thrifty import display, notes, plan_display, preparation
 
-    asked = _asked(options)
+    asked = plan_options.asked(options)
     if options.measure:
         _measure(asked, as_json=options.json)
         return
@@ -160,73 +161,6 @@ def _free_name(parent: str) -> str:
     while (Path(parent) / f"run-{number}").exists():
         number += 1
     return f"{parent}/run-{number}"
-
-
-def _asked(options: argparse.Namespace) -> Any:
-    from thrifty.core import quantities
-    from thrifty.core.budget import Budget
-    from thrifty.core.plan import parse_override
-    from thrifty.preparation import Asked
-
-    budget = Budget(
-        memory_bytes=_read(options.memory, quantities.parse_bytes),
-        flops=_read(options.flops, quantities.parse_flops),
-        seconds=_read(options.hours, quantities.parse_hours),
-        dollars=_read(options.dollars, quantities.parse_dollars),
-        tokens=_read(options.tokens, quantities.parse_tokens),
-    )
-    fixed = dict(parse_override(pair) for pair in options.set or ())
-    if options.scorer:
-        fixed["selection.scorer"] = options.scorer
-    return Asked(
-        model=options.model,
-        revision=options.revision,
-        pool=tuple(options.pool or ()),
-        targets=_targets(options),
-        budget=budget,
-        task=options.task,
-        device=options.device,
-        dollars_per_hour=options.price,
-        control=options.control,
-        techniques=tuple(options.using or ()),
-        num_devices=options.devices,
-        fixed=fixed,
-    )
-
-
-def _read(text: str | None, parse: Any) -> float | None:
-    return None if text is None else parse(text)
-
-
-def _targets(options: argparse.Namespace) -> dict[str, Any]:
-    """``--target [NAME=]ROWS``, with ``--dev`` and ``--test`` of the same name beside it."""
-    from thrifty.core.plan import Target
-
-    parts: dict[str, dict[str, list[str]]] = {}
-    for part, given in (
-        ("signal", options.target),
-        ("dev", options.dev),
-        ("test", options.test),
-    ):
-        for text in given or ():
-            name, sign, path = text.partition("=")
-            if not sign:
-                name, path = "target", text
-            parts.setdefault(name, {}).setdefault(part, []).append(path)
-    for name, found in parts.items():
-        if "signal" not in found:
-            raise ValueError(
-                f"--dev or --test name {name!r}, but no --target does\n"
-                f"hint: --target {name}=ROWS gives the rows that show what is wanted"
-            )
-    return {
-        name: Target(
-            signal=tuple(found["signal"]),
-            dev=tuple(found.get("dev", ())),
-            test=tuple(found.get("test", ())),
-        )
-        for name, found in parts.items()
-    }
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -372,12 +306,6 @@ def _unrecognised(arguments: Sequence[str]) -> str:
     return message
 
 
-_SET_HELP = (
-    "fix a plan.yaml value, once per key: training.method=lora, training.lora.rank=8, "
-    "training.learning_rate=1e-4, selection.scorer=bm25, ..."
-)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="thrifty", description=(thrifty.__doc__ or "").partition("\n")[0])
     parser.add_argument("--version", action="version", version=f"thrifty {thrifty.__version__}")
@@ -386,42 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser(
         "plan", help="price every way to spend the budget and write the best into a run folder"
     )
-    plan.add_argument("--model", required=True, help="a transformers model folder or hub name")
-    plan.add_argument("--revision", help="commit or tag of a hub model")
-    plan.add_argument("--pool", nargs="+", metavar="ROWS", help="files, folders, globs or URLs")
-    for part, what in (
-        ("target", "rows like those the model should become good at"),
-        ("dev", "rows that steer training (default: half of the target's)"),
-        ("test", "rows looked at once, at the end"),
-    ):
-        plan.add_argument(f"--{part}", action="append", metavar="[NAME=]ROWS", help=what)
-    plan.add_argument("--task", choices=("sft", "continued", "preference"), default="sft")
-    plan.add_argument("--memory", metavar="24GiB", help="limit on the device's memory")
-    plan.add_argument("--flops", metavar="3e17", help="limit on all FLOPs, scoring included")
-    plan.add_argument("--hours", metavar="2", help="limit on wall-clock time")
-    plan.add_argument("--dollars", metavar="20", help="limit on money")
-    plan.add_argument("--tokens", metavar="20M", help="limit on tokens trained on")
-    plan.add_argument("--device", metavar="h100", help="plan for this device (default: here)")
-    plan.add_argument(
-        "--devices", type=int, default=1, metavar="8", help="shard over up to so many (priced only)"
-    )
-    plan.add_argument(
-        "--using", action="append", metavar="TECHNIQUE", help="a memory technique that it must have"
-    )
-    plan.add_argument("--price", type=float, metavar="2.50", help="dollars an hour of the device")
-    plan.add_argument("--scorer", help="score the pool by this method (default: the planner's)")
-    plan.add_argument("--control", action="store_true", help="also train on a uniform choice")
-    plan.add_argument("-o", "--output", metavar="RUN", help="the run folder to make")
-    plan.add_argument("--json", action="store_true", help="print JSON")
-    plan.add_argument(
-        "--measure",
-        action="store_true",
-        help="build the model without weights and count, also one without a closed form",
-    )
-    plan.add_argument(
-        "--verify", action="store_true", help="trace the chosen step, without weights or device"
-    )
-    plan.add_argument("--set", action="append", metavar="KEY=VALUE", help=_SET_HELP)
+    plan_options.add_to(plan)
     plan.set_defaults(do=_plan)
 
     for name, do, what in (
@@ -432,7 +325,10 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=what)
         command.add_argument("run", metavar="RUN", help="a folder made by `thrifty plan`")
         command.add_argument(
-            "--set", action="append", metavar="KEY=VALUE", help=f"for this time: {_SET_HELP}"
+            "--set",
+            action="append",
+            metavar="KEY=VALUE",
+            help=f"for this time: {plan_options.SET_HELP}",
         )
         if name == "select":
             command.add_argument(

@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 # One thread a process: small models on a busy machine run several times slower with more.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
+# Tests start many processes, which need not compile the sources anew each time.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test test-slow golden lint clean
 

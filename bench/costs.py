@@ -40,7 +40,7 @@ import accuracy
 import counts
 import fake_memory
 import published_memory
-from material import heading
+from material import AS_INSTALLED, heading
 from startup import LLAMA_3_8B
 from thrifty import display
 from thrifty.combinations import price_all
@@ -86,7 +86,7 @@ def _planned(folder: str) -> dict[str, float]:
     command += ["--flops", "3e18", "--memory", "80GiB", "--device", "h100"]
     loop, before = arithmetic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=AS_INSTALLED)
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     combinations = json.loads(done.stdout)["num_combinations"]
@@ -96,7 +96,7 @@ def _planned(folder: str) -> dict[str, float]:
 def search() -> None:
     once = [sys.executable, __file__, "--price-once"]
     priced = [
-        json.loads(subprocess.run(once, check=True, capture_output=True, text=True).stdout)
+        json.loads(subprocess.check_output(once, text=True, env=AS_INSTALLED))
         for _ in range(REPEATS)
     ]
     with tempfile.TemporaryDirectory() as folder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import platform
 import shutil
 from datetime import UTC, datetime
@@ -10,6 +11,9 @@ from pathlib import Path
 
 from thrifty.core.plan import Target
 from thrifty.data.corpus import write_corpus
+
+AS_INSTALLED = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+"""The environment of a process whose start is timed: an installed package lies there compiled."""
 
 
 def heading(title: str) -> str:

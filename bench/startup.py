@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from material import heading
+from material import AS_INSTALLED, heading
 from thrifty import display
 
 LLAMA_3_8B = {
@@ -36,7 +36,7 @@ def seconds(*command: str) -> float:
     found = []
     for _ in range(REPEATS):
         start = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run(command, check=True, capture_output=True, env=AS_INSTALLED)
         found.append(time.perf_counter() - start)
     return statistics.median(found)
 
@@ -46,7 +46,11 @@ def main() -> None:
     probe += "print(time.perf_counter() - t, 'torch' in sys.modules)"
     runs = [
         subprocess.run(
-            [sys.executable, "-c", probe], check=True, capture_output=True, text=True
+            [sys.executable, "-c", probe],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=AS_INSTALLED,
         ).stdout.split()
         for _ in range(REPEATS)
     ]

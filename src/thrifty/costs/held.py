@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from thrifty.costs.setting import ADAMW, MemorySetting, States, Storage
 from thrifty.costs.shape import ITEMSIZE, ModelShape
-from thrifty.costs.trained import trained
+from thrifty.costs.trained import Trained, trained
 
 
 def weight_bytes(shape: ModelShape, setting: MemorySetting) -> float:
@@ -29,7 +29,11 @@ def _weight_bytes(shape: ModelShape, itemsize: int, storage: Storage | None) -> 
 
 def state_bytes(shape: ModelShape, setting: MemorySetting) -> float:
     """Of the optimizer's states."""
-    found, states, itemsize = trained(shape, setting), setting.states, setting.trained_itemsize
+    return _state_bytes(trained(shape, setting), setting.states, setting.trained_itemsize)
+
+
+@lru_cache(maxsize=1024)
+def _state_bytes(found: Trained, states: States, itemsize: int) -> float:
     size = states.vector_bytes(found.vector_elements, itemsize)
     for (rows, columns), count in found.matrices.items():
         size += count * states.matrix_bytes(rows, columns, itemsize)

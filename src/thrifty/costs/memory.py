@@ -126,7 +126,9 @@ def peaks(
     for setting in settings:
         key = step_bytes(setting) if setting.in_backward else -1.0
         if key not in passes:
-            step = Step(shape, replace(setting, gradient_accumulation_steps=1), batches)
+            single = setting.gradient_accumulation_steps == 1
+            alone_in_step = setting if single else replace(setting, gradient_accumulation_steps=1)
+            step = Step(shape, alone_in_step, batches)
             accumulating = np.full(len(batches), np.inf)
             if not setting.in_backward:
                 again = replace(setting, gradient_accumulation_steps=2)

@@ -41,10 +41,10 @@ class Size(NamedTuple):
 
 def total(sizes: Iterable[Size]) -> Size:
     token = keyed = fixed = 0.0
-    for size in sizes:
-        token += size.token
-        keyed += size.map
-        fixed += size.fixed
+    for of_token, of_map, of_all in sizes:
+        token += of_token
+        keyed += of_map
+        fixed += of_all
     return Size(token, keyed, fixed)
 
 

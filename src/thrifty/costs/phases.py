@@ -7,7 +7,6 @@ the layers keep, the gradients made so far, and the buffers beside.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +17,7 @@ from thrifty.costs.liveness import NO_GRADIENTS, Instants, Point
 from thrifty.costs.passes import passes_of
 from thrifty.costs.setting import MemorySetting, setup_of
 from thrifty.costs.shape import ModelShape
+from thrifty.costs.stored import stored_of
 from thrifty.costs.trained import trained
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Step:
         self, shape: ModelShape, setting: MemorySetting, micro_batches: tuple[int, ...]
     ) -> None:
         self.shape, self.setting = shape, setting
-        self.setup = setup_of(shape, replace(setting, micro_batch=max(micro_batches)))
+        self.setup = setup_of(shape, setting, one_row=max(micro_batches) == 1)
         self.passes = passes_of(shape, self.setup, micro_batches, setting.sequence)
         self.tokens, self.keys = self.passes.tokens, self.passes.keys
         self.itemsize = setting.trained_itemsize
@@ -73,9 +73,10 @@ class Step:
         # And of one that an update uses up in the backward, beside what the update makes.
         self.update = step_bytes(setting) if setting.in_backward else 0.0
         self.per_element = (self.left, self.fresh, self.update)
-        every = int(setting.recompute)
-        depth = len(self.passes.kind_of)
-        self.again = np.array([every > 0 and index % every == 0 for index in range(depth)])
+        self.stored = stored_of(
+            self.passes, int(setting.recompute), setting.selective, setting.offload
+        )
+        self.kept = self.stored.kept
 
     # -- what holds whatever the phase ------------------------------------------------------------
 
@@ -136,28 +137,6 @@ class Step:
     def last(self) -> Instant:
         """The update of the weights: the only phase that the optimizer's own buffers enter."""
         return self._perturbation() if self.setting.zeroth_order else self._optimizer()
-
-    # -- what is kept of a layer ------------------------------------------------------------------
-
-    @cached_property
-    def stored(self) -> Bytes:
-        """What each layer leaves on the device after its forward, [num_layers, num_batches]: all it
-        saves, or its input to recompute from, or nothing."""
-        passes = self.passes
-        if self.setting.offload:
-            return np.zeros((len(passes.kind_of), len(self.tokens)))
-        saved = passes.saved[passes.kind_of]
-        if not self.again.any():
-            return saved
-        instead = passes.input
-        if self.setting.selective:
-            instead = instead + passes.products[passes.kind_of]
-        return np.where(self.again[:, None], instead, saved)
-
-    @cached_property
-    def kept(self) -> Bytes:
-        """By all layers and before them."""
-        return self.passes.before + self.stored.sum(axis=0)
 
     def _parts(
         self,
@@ -229,60 +208,33 @@ class Step:
 
     def _last_forward(self) -> Instant:
         """The last layer's forward, which may hold more than the head."""
-        top, setting = self.passes.kinds[self.passes.kind_of[-1]], self.setting
-        points, below = top.forward, self.kept - self.stored[-1]
-        if self.again[-1] or setting.offload:
-            selective = setting.selective and not setting.offload
-            points = top.forward_selective if selective else top.forward_bare
-            below = below + self.passes.input
-        most, at = points.highest(self.tokens, self.keys)
+        top = self.stored.last_forward
 
         def terms(batch: int) -> dict[str, float]:
-            kept, beside, _ = self._parts(points.points[at[batch]], batch, self.tokens)
+            kept, beside, _ = self._parts(top.at[batch], batch, self.tokens)
             return {
-                "activations": float(below[batch]) + kept,
+                "activations": float(top.below[batch]) + kept,
                 "gradients": self._gradients(0.0),
                 "temporaries": beside + self.gathered,
             }
 
-        return Instant(below + most + self._gradients(0.0) + self.gathered, terms)
+        return Instant(top.bytes + self._gradients(0.0) + self.gathered, terms)
 
     def _layers(self) -> Instant:
         """From the last layer down, each leaving its weights' gradients."""
-        passes, kinds = self.passes, self.passes.kind_of
-        modes = {"offload" if self.setting.offload else "backward": ~self.again}
-        modes["selective" if self.setting.selective else "recompute"] = self.again
-        most = np.zeros_like(self.stored)
-        where = np.zeros(self.stored.shape, dtype=int)
-        for mode, chosen in modes.items():
-            if chosen.any():
-                highest, at = passes.highest(mode, self.per_element)
-                most[chosen], where[chosen] = highest[kinds[chosen]], at[kinds[chosen]]
-        # What a recomputed layer starts from waits beside its second forward.
-        waiting = np.where(self.again[:, None], passes.input, 0.0)
-        below = passes.before + np.cumsum(self.stored, axis=0) - self.stored + waiting
-        below[0] -= passes.lone  # the lowest layer is of the other kind
-        held = below + most + passes.done[:, None] * self.left
-        layer = np.argmax(held, axis=0)
-        batches = np.arange(len(self.tokens))
+        layer = self.stored.backward(self.per_element)
         pending = 0.0 if self.left else self.tied
 
         def terms(batch: int) -> dict[str, float]:
-            index = layer[batch]
-            mode = next(mode for mode, chosen in modes.items() if chosen[index])
-            points = getattr(passes.kinds[kinds[index]], mode).points
-            kept, beside, made = self._parts(
-                points[where[index, batch]], batch, self.tokens, self.per_element
-            )
+            kept, beside, made = self._parts(layer.at[batch], batch, self.tokens, self.per_element)
             return {
-                "activations": float(below[index, batch]) + kept,
+                "activations": float(layer.below[batch]) + kept,
                 "logits": float(self.logits[batch]),
-                "gradients": self._gradients(made + pending, float(passes.done[index])),
+                "gradients": self._gradients(made + pending, float(layer.done[batch])),
                 "temporaries": beside + self.gathered,
             }
 
-        rest = self.logits + self._gradients(pending) + self.gathered
-        return Instant(held[layer, batches] + rest, terms)
+        return Instant(layer.bytes + self.logits + self._gradients(pending) + self.gathered, terms)
 
     def _embedding(self) -> Instant | None:
         """The embedding's gradient is dense. Tied to the head it is added to the head's, whose sum

@@ -169,9 +169,17 @@ class MemorySetting:
         return self.itemsize if self.adapter is None else ITEMSIZE[self.adapter_dtype]
 
 
-def setup_of(shape: ModelShape, setting: MemorySetting, *, backward: bool = True) -> Setup:
-    """What of a setting decides which kernels run."""
+def setup_of(
+    shape: ModelShape,
+    setting: MemorySetting,
+    *,
+    backward: bool = True,
+    one_row: bool | None = None,
+) -> Setup:
+    """What of a setting decides which kernels run; ``one_row``: of a micro-batch of one, where it
+    is not the setting's own."""
     backward = backward and not setting.zeroth_order
+    one_row = setting.micro_batch == 1 if one_row is None else one_row
     return Setup(
         itemsize=setting.itemsize,
         adapter_itemsize=ITEMSIZE[setting.adapter_dtype],
@@ -185,7 +193,7 @@ def setup_of(shape: ModelShape, setting: MemorySetting, *, backward: bool = True
         training=backward,
         # A mask that the caller has to give is given also where it hides nothing but the future.
         masked=setting.masked or shape.mask == "given",
-        one_row=shape.attention == "math" and setting.micro_batch == 1,
+        one_row=shape.attention == "math" and one_row,
         window_masked=0 < shape.sliding_window <= setting.sequence,
     )
 

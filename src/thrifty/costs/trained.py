@@ -12,7 +12,7 @@ from thrifty.costs.setting import MemorySetting
 from thrifty.costs.shape import ModelShape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trained:
     """Tensors that get a gradient."""
 

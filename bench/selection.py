@@ -1,14 +1,15 @@
 """Ways to choose data, at one budget that pays for the choosing too.
 
-    python bench/selection.py SHARED/data [--flops 1.8e12] [--seeds 3] [--only dsir,bm25]
+    python bench/selection.py DATA [--flops 1.8e12] [--rows 5000 --share 0.2] [--only dsir,bm25]
 
 Model: stories260K. Pool: the mixed pool, of which prompt and response alone are shown; targets:
-mathematics and general questions. Each method keeps 5% of the pool's tokens, then trains until the
+mathematics and general questions. Each method keeps 5% of the pool's tokens and trains until the
 budget of FLOPs, its scoring and the test included, is spent. Afterwards the columns that nothing
 saw say which share of the kept rows is of a target's domain, and which was damaged on purpose. Also
 the area under the ROC curve with which a score tells damaged rows from others, a kind at a time.
 
-Rows are appended to --results as they come, so that several processes can share the work.
+Rows are appended to --results as they come, so that several processes can share the work. What does
+not fit the budget with its scoring is named and left out: --rows takes a part of the pool.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ from mix import TARGETS, write_targets
 from thrifty import display, stages
 from thrifty.core.budget import Budget
 from thrifty.core.plan import Target
+from thrifty.planner import NoPlanFits
 from thrifty.preparation import Asked, plan_run
 from thrifty.run_folder import RunFolder
 
-SHARE = 0.05
+BM25 = {"scorer": "bm25", "picker": "balanced"}
 WAYS: dict[str, dict[str, Any]] = {
     "uniform": {"scorer": "uniform", "picker": "top_k"},
     "length": {"scorer": "length", "picker": "top_k"},
-    "bm25": {"scorer": "bm25", "picker": "balanced"},
+    "bm25": BM25,
     "dsir": {"scorer": "dsir", "picker": "balanced"},
     "dsir by word": {"scorer": {"dsir": {"by": "word"}}, "picker": "balanced"},
     "dsir, gumbel": {"scorer": "dsir", "picker": "gumbel"},
@@ -60,6 +62,22 @@ WAYS: dict[str, dict[str, Any]] = {
         "picker": "balanced",
         "filters": ["duplicates", "overlap", "near_duplicates"],
     },
+    "bm25, curriculum": {**BM25, "online": "curriculum"},
+    "bm25, curriculum by length": {**BM25, "online": {"curriculum": {"by": "length"}}},
+    "bm25, self-paced": {**BM25, "online": "self_paced"},
+    "bm25, infobatch": {**BM25, "online": "infobatch"},
+    "bm25, rho-1": {**BM25, "online": "rho1"},
+    "bm25, ordered": {**BM25, "online": "ordered"},
+    "quality, infobatch": {"scorer": "quality", "picker": "balanced", "online": "infobatch"},
+    "quality, curriculum": {"scorer": "quality", "picker": "balanced", "online": "curriculum"},
+    "quality, near duplicates out": {
+        "scorer": "quality",
+        "picker": "balanced",
+        "filters": ["duplicates", "overlap", "near_duplicates"],
+    },
+    "less": {"scorer": "less", "picker": "balanced"},
+    "tracin": {"scorer": "tracin", "picker": "balanced"},
+    "grand, coverage": {"scorer": "grand", "picker": "coverage"},
     "full pool": {"scorer": "uniform", "picker": "top_k", "max_tokens": None},
 }
 
@@ -68,14 +86,17 @@ def asked(data: Path, home: Path, flops: float, way: dict[str, Any], seed: int) 
     pool = home / "pool.parquet"
     if not pool.exists():
         table = pq.read_table(data / "mix" / "pool.parquet")
-        pq.write_table(table.select(["prompt", "response"]), pool)
+        pq.write_table(table.take(np.load(home / "rows.npy")).select(["prompt", "response"]), pool)
         write_targets(data, home)
     parts = {t: {p: (str(home / f"{t}-{p}.parquet"),) for p in ("dev", "test")} for t in TARGETS}
     targets = {
         t: Target(signal=parts[t]["dev"], dev=parts[t]["dev"], test=parts[t]["test"])
         for t in TARGETS
     }
-    fixed = {f"selection.{key}": value for key, value in way.items()}
+    fixed = {
+        f"{'training' if key == 'online' else 'selection'}.{key}": value
+        for key, value in way.items()
+    }
     fixed |= {"selection.seed": seed, "training.seed": seed, "training.max_length": 512}
     return Asked(
         model=str(data / "stories260K-hf"),
@@ -86,7 +107,9 @@ def asked(data: Path, home: Path, flops: float, way: dict[str, Any], seed: int) 
     )
 
 
-def measured(data: Path, home: Path, flops: float, name: str, seed: int) -> dict[str, Any]:
+def measured(
+    data: Path, home: Path, flops: float, share: float, name: str, seed: int
+) -> dict[str, Any]:
     """One run, and what the hidden columns say of its choice."""
     folder = home / f"run-{name.replace(' ', '-').replace(',', '')}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -95,7 +118,7 @@ def measured(data: Path, home: Path, flops: float, name: str, seed: int) -> dict
     if way["max_tokens"] is None:
         del way["max_tokens"]
     else:
-        way["max_tokens"] = SHARE * pool_tokens(data, home)
+        way["max_tokens"] = share * pool_tokens(data, home)
     plan_run(asked(data, home, flops, way, seed), folder, quiet)
     with stages.at_work(RunFolder(folder), quiet) as work:
         stages.select(work, work.main)
@@ -118,6 +141,7 @@ def measured(data: Path, home: Path, flops: float, name: str, seed: int) -> dict
             "flops": book.spent().flops,
         }
     hidden = pq.read_table(data / "mix" / "pool.parquet", columns=["domain", "corrupt"])
+    hidden = hidden.take(np.load(home / "rows.npy"))
     domain, corrupt = (np.asarray(hidden[c].to_pylist()) for c in ("domain", "corrupt"))
     ids = np.load(RunFolder(folder).selected("budget") / "ids.npy")
     found["on_target"] = float(np.isin(domain[ids], TARGETS).mean())
@@ -198,6 +222,8 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path)
     parser.add_argument("--flops", type=float, default=1.8e12)
+    parser.add_argument("--rows", type=int, default=None, help="of the pool (default: all)")
+    parser.add_argument("--share", type=float, default=0.05, help="of its tokens to keep")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default=",".join(WAYS).replace(", ", "; "))
     parser.add_argument("--home", type=Path, default=None)
@@ -206,6 +232,10 @@ def main() -> int:
     display.quiet_libraries()
     home = options.home or Path(tempfile.mkdtemp(prefix="thrifty-selection-"))
     home.mkdir(parents=True, exist_ok=True)
+    if not (home / "rows.npy").exists():
+        num_rows = pq.read_metadata(options.data / "mix" / "pool.parquet").num_rows
+        order = np.random.default_rng(0).permutation(num_rows)[: options.rows]
+        np.save(home / "rows.npy", np.sort(order))
     os.environ["THRIFTY_CACHE"] = str(home / "cache")
     results = options.results or home / "results.jsonl"
     names = [name.replace("; ", ", ") for name in options.only.split(",")]
@@ -213,11 +243,20 @@ def main() -> int:
     for seed in range(options.seeds):
         for name in names:
             if (name, seed) not in done:
-                row = measured(options.data, home, options.flops, name, seed)
+                try:
+                    row = measured(options.data, home, options.flops, options.share, name, seed)
+                except NoPlanFits as refusal:
+                    print(f"{name}: {str(refusal).partition(chr(10))[0]}", file=sys.stderr)
+                    continue
                 with results.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(f"{name}, seed {seed}: dev {row['dev']:.3f}", file=sys.stderr, flush=True)
-    print(heading(f"Ways to choose 5% of the mixed pool, {options.flops:.1e} FLOPs in all"))
+    num = len(np.load(home / "rows.npy"))
+    print(
+        heading(
+            f"Ways to choose {options.share:.0%} of {num:,} rows, {options.flops:.1e} FLOPs in all"
+        )
+    )
     columns = ("method", "seeds", "dev", *(f"test {t}" for t in TARGETS), "on target", "damaged")
     columns += ("scoring GFLOP", "s", "off", "off s", "AUROC by kind")
     print(display.table(columns, list(table(read(results))), right="lrrrrrrrrrrl"))

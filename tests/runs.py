@@ -64,3 +64,16 @@ def weights(folder: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     return load_file(folder / "model.safetensors")
+
+
+def interrupt_at(monkeypatch: Any, step: int) -> None:
+    """Ask for a pause, as a signal would, once ``step`` is done."""
+    from thrifty.interruption import PauseCallback
+
+    plain = PauseCallback.on_step_end
+
+    def paused(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.asked = self.asked or state.global_step == step
+        plain(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(PauseCallback, "on_step_end", paused)

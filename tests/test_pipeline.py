@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from tests.conftest import write_jsonl
-from tests.runs import SMALL, asked, finish, ledger, planned, silent, weights
-from thrifty import checkpoints, pipeline, stages
-from thrifty.core.budget import Budget
+from tests.runs import SMALL, asked, finish, interrupt_at, ledger, planned, silent, weights
+from thrifty import checkpoints, pipeline, stages, training_rows
+from thrifty.core.budget import Budget, Cost
 from thrifty.core.ledger import BudgetExceeded
 from thrifty.core.marginal import replay
+from thrifty.data.store import open_store
 from thrifty.planner import NoPlanFits
 from thrifty.preparation import plan_run
 from thrifty.run_folder import RunFolder
@@ -141,7 +142,11 @@ def test_continued_pretraining_with_replay(tiny_model, tiny_data, tmp_path):
     run = RunFolder(folder)
     with stages.at_work(run, silent) as work:
         stages.select(work, work.main)
-        data = stages._training_data(work, work.main)
+        chosen_rows = training_rows.chosen_rows(work, work.main)
+        with work.ledger.stage("train", "full") as stage:
+            rounds = training_rows.rounds_of(work, work.main, chosen_rows, stage, "", Cost())
+        data = training_rows.packed(work.plan.training, rounds)
+        data.members(len(data) - 1)
         chosen = json.loads((run.selected("budget") / "manifest.json").read_text())["num_tokens"]
         first_pass = sum(
             len(data._examples[i].input_ids)
@@ -159,11 +164,11 @@ def test_without_a_target_dev_rows_come_from_the_pool_and_are_not_trained_on(
     planned(folder, tiny_model, tiny_data, **changes, fixed={"selection.scorer": "perplexity"})
     finish(folder)
     run = RunFolder(folder)
-    dev = {bytes(p) for p in stages.open_store(run.target("pool", "dev")).shard(0).fingerprints}
+    dev = {bytes(p) for p in open_store(run.target("pool", "dev")).shard(0).fingerprints}
     assert dev
     import numpy as np
 
-    pool = stages.open_store(run.pool)
+    pool = open_store(run.pool)
     chosen = pool.take(np.load(run.selected("budget") / "ids.npy"))
     assert not dev & {bytes(p) for p in chosen.fingerprints}
 
@@ -180,19 +185,6 @@ def test_a_run_of_few_steps_keeps_a_row_however_many_passes_were_asked(
 
 
 # -- resuming -----------------------------------------------------------------------------------
-
-
-def interrupt_at(monkeypatch, step: int) -> None:
-    """Ask for a pause, as a signal would, once ``step`` is done."""
-    from thrifty.interruption import PauseCallback
-
-    plain = PauseCallback.on_step_end
-
-    def paused(self, args, state, control, **kwargs):
-        self.asked = self.asked or state.global_step == step
-        plain(self, args, state, control, **kwargs)
-
-    monkeypatch.setattr(PauseCallback, "on_step_end", paused)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -187,7 +187,14 @@ def _select(options: argparse.Namespace) -> None:
         return
     engine = engine_named(options.engine, options.workers)
     pipeline.select(options.run, display.say, tuple(options.set or ()), engine)
-    print(RunFolder(Path(options.run)).selected("budget"))
+    selected = RunFolder(Path(options.run)).selected("budget")
+    if options.copy_to is not None:
+        from thrifty.data.remote import shown
+        from thrifty.selected import copy_selected
+
+        new = copy_selected(selected, options.copy_to)
+        display.say(f"{'copied to' if new else 'lies already at'} {shown(options.copy_to)}")
+    print(selected)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -340,6 +347,9 @@ def _parser() -> argparse.ArgumentParser:
                 "--engine", default="local", help="where to score: local, processes or ray"
             )
             command.add_argument("--workers", type=int, help="of the engine (default: all cores)")
+            command.add_argument(
+                "--copy-to", metavar="URL", help="then copy what was chosen there, as s3://..."
+            )
         command.set_defaults(do=do)
 
     report = commands.add_parser("report", help="write RUN/report.html, or print it as JSON")

@@ -1,14 +1,16 @@
 """What filters and pickers may look at beside the scores (``contracts.Look``).
 
     scores/vectors-HASH/shard-00000.npy    float16 [rows, width]; a killed pass goes on at the shard
+    scores/vectors-HASH/utility-HASH.npy   float32 [rows, rows] of pairwise utilities
 
-Vectors come from the base model and are charged to the stage.
+Both come from the base model and are charged to the stage.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +21,9 @@ from thrifty.core.budget import Cost
 from thrifty.core.contracts import Models
 from thrifty.core.durable import rename_durably
 from thrifty.core.ledger import Stage
+from thrifty.core.spending import Lease
 from thrifty.data.store import Store
+from thrifty.signals.delift import pairwise_utility, pairwise_utility_flops
 from thrifty.signals.embeddings import row_vectors
 from thrifty.signals.models import local_device
 from thrifty.signals.peak_memory import peak_noted
@@ -38,6 +42,8 @@ class PoolLook:
     stage: Stage
     folder: Path
     """Where the vectors lie: named after the pool and the model."""
+    lease: Lease | None = None
+    """Of filtering and picking, while they are at work."""
 
     def texts(self) -> Iterator[tuple[NDArray[np.int64], Sequence[str]]]:
         return ((shard.ids, shard.texts) for shard in self.pool.shards())
@@ -57,6 +63,26 @@ class PoolLook:
             found[here] = shard[places[here] - first]
         return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
 
+    def pairwise_utility(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Made where it is asked for, since who asks depends on the scores; kept once it is whole.
+
+        Seconds are predicted from FLOPs as those of the vectors are.
+        """
+        file = self.folder / f"utility-{hashlib.sha256(ids.tobytes()).hexdigest()[:12]}.npy"
+        if file.is_file():
+            return np.load(file)
+        rows, shape = self.pool.take(ids), self.models.shape
+        flops = pairwise_utility_flops(shape, rows.num_tokens.tolist())
+        seconds = self.predicted.seconds / max(self.predicted.flops, 1.0) * flops
+        predicted = replace(self.predicted, flops=flops, seconds=seconds)
+        self.stage.require(self.load + predicted, "comparing rows in pairs")
+        assert self.lease is not None
+        with peak_noted(self.lease, local_device()):
+            found = pairwise_utility(self.models.base(), shape, rows.tokens, self.lease)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _save(file, found)
+        return found
+
     def make_vectors(self) -> None:
         """Those that are missing, charged to the stage."""
         todo = [i for i, file in enumerate(self._files) if not file.is_file()]
@@ -74,10 +100,7 @@ class PoolLook:
             ):
                 examples = self.pool.shard(i).tokens
                 vectors = row_vectors(model, self.models.shape, examples, lease)
-                aside = self._files[i].with_suffix(".new")
-                with aside.open("wb") as file:
-                    np.save(file, vectors.astype(np.float16))
-                rename_durably(aside, self._files[i])
+                _save(self._files[i], vectors.astype(np.float16))
 
     @cached_property
     def _files(self) -> list[Path]:
@@ -86,3 +109,11 @@ class PoolLook:
     @cached_property
     def _ids(self) -> NDArray[np.int64]:
         return np.concatenate([shard.ids for shard in self.pool.shards()])
+
+
+def _save(path: Path, values: NDArray[np.floating]) -> None:
+    """Whole or not at all."""
+    aside = path.with_suffix(".new")
+    with aside.open("wb") as file:
+        np.save(file, values)
+    rename_durably(aside, path)

@@ -249,6 +249,7 @@ def training_of(chosen: Candidate, request: Request) -> Training:
         cooldown_steps=cooldown,
         eval_steps=eval_steps,
         save_steps=int(request.fixed.get("training.save_steps") or eval_steps),
+        online=request.fixed.get("training.online", Training().online),
     )
 
 

@@ -90,8 +90,7 @@ class Predictor:
     def of(self, setting: MemorySetting, micro: Cost) -> Predictions:
         """With ``micro`` the cost of a micro-batch."""
         save = checkpoint_bytes(self.shape, setting) / DISK_BYTES_PER_SECOND + 0.1
-        read = weight_bytes(self.shape, setting) / DISK_BYTES_PER_SECOND
-        load = Cost(seconds=read + BUILD_SECONDS)
+        load = Cost(seconds=self.load_seconds(setting))
         tested = (self._cost_of_rows(self.test, setting) + load) * 2 if self.test else Cost()
         return Predictions(
             step=micro,
@@ -100,6 +99,10 @@ class Predictor:
             load=load,
             test=tested,
         )
+
+    def load_seconds(self, setting: MemorySetting) -> float:
+        """Of the base model."""
+        return weight_bytes(self.shape, setting) / DISK_BYTES_PER_SECOND + BUILD_SECONDS
 
     def _cost_of_rows(self, stats: PoolStats | None, setting: MemorySetting) -> Cost:
         """Of evaluating rows in batches no larger than a training pass, inside whose peak it

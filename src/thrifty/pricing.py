@@ -19,6 +19,7 @@ from thrifty.core.budget import Budget, Cost, PoolStats
 from thrifty.core.contracts import Scorer, Work, Worth
 from thrifty.core.ledger import Rates
 from thrifty.core.marginal import Estimate
+from thrifty.core.plan import Training
 from thrifty.core.resolve import Spec, name_of, resolve
 from thrifty.costs.allocator import DeviceMemory, allocatable, device_memory
 from thrifty.costs.hardware import Device
@@ -249,12 +250,16 @@ class Pricing:
         # Steps without watching first, for how much watching a share of them pays; then with it.
         left = minus(request, once + costs.watching(2, 1))
         wanted, binding = affordable(request, costs.step, left, pool_tokens)
+        _, kept, _ = self._repetition(scorer, wanted * costs.step.tokens * PACKING_FILL)
+        online = self._online(setting, kept)
+        once += online
         rows = micro_batch * num_devices
         accumulation = accumulation_of(request, wanted * rows, rows, least=int(micro_batch == 1))
         if accumulation < 1:
             return None
         accumulation = min(accumulation, held.most_accumulated)
-        peak = max(held.peak(index, accumulation > 1), scoring.peak_memory_bytes)
+        looked = max(scoring.peak_memory_bytes, online.peak_memory_bytes)
+        peak = max(held.peak(index, accumulation > 1), looked)
         if request.refreshes:
             beside = scoring_beside(request.shape, setting, scoring.peak_memory_bytes)
             peak = max(peak, held.resident + beside)
@@ -284,15 +289,8 @@ class Pricing:
                 scoring_bytes=scoring.peak_memory_bytes,
             )
         tokens = steps * step.tokens * PACKING_FILL
-        epochs, keep, effective = best_repetition(
-            self.priors.of(scorer),
-            tokens,
-            pool_tokens,
-            float(request.pool.max_tokens) if request.pool else 0.0,
-            request.fixed.get("selection.max_tokens"),
-            request.fixed.get("training.epochs"),
-        )
-        training = costs.load + step * steps + costs.watching(evaluations, saves)
+        epochs, keep, effective = self._repetition(scorer, tokens)
+        training = online + costs.load + step * steps + costs.watching(evaluations, saves)
         stages = {
             "select": replace(scoring + costs.load * scorer.needs_model, peak_memory_bytes=scored),
             "train": replace(training, peak_memory_bytes=peak),
@@ -319,6 +317,30 @@ class Pricing:
             gain=prior_gain(effective, held.quality, self.priors.of(scorer)),
         )
 
+    def _repetition(self, scorer: Scorer, tokens: float) -> tuple[float, float, float]:
+        """Epochs, tokens to keep and effective tokens, where training takes ``tokens``."""
+        pool, fixed = self.request.pool, self.request.fixed
+        return best_repetition(
+            self.priors.of(scorer),
+            tokens,
+            float(pool.num_tokens) if pool else math.inf,
+            float(pool.max_tokens) if pool else 0.0,
+            fixed.get("selection.max_tokens"),
+            fixed.get("training.epochs"),
+        )
+
+    def _online(self, setting: MemorySetting, tokens: float) -> Cost:
+        """What the online method that the user named does before training, on ``tokens`` of the
+        pool."""
+        method = resolve("online", self.request.fixed.get("training.online", Training().online))
+        pool = self.request.pool
+        if pool is None or not pool.num_tokens:
+            return Cost()
+        cost = method.cost(self._work(pool.part(min(1.0, tokens / pool.num_tokens)), setting))
+        if not cost.flops:
+            return cost
+        return cost + Cost(seconds=self.predictor.load_seconds(setting))
+
     def scoring_bytes(self, scorer: Scorer, setting: MemorySetting) -> float:
         """Of a scorer's pass with the model that it asks."""
         return self._score(scorer, setting).peak_memory_bytes
@@ -337,21 +359,27 @@ class Pricing:
             return Cost()
         key = scorer, setting.dtype, setting.sequence
         if key not in self._scoring:
-            work = Work(
-                pool=request.pool,
-                targets=request.targets,
-                shape=request.shape,
-                device=request.device,
-                dtype="bfloat16" if setting.dtype == "bfloat16" else "float32",
-                max_length=setting.sequence,
-            )
+            work = self._work(request.pool, setting)
             cost = scorer.cost(work)
             if self._needs_vectors:
                 cost += embedding_cost(work, request.pool)
+            if spec := request.fixed.get("selection.picker"):
+                cost += resolve("picker", spec).cost(work)
             self._scoring[key] = replace(
                 cost, seconds=cost.seconds + PICK_SECONDS * request.pool.num_examples
             )
         return self._scoring[key]
+
+    def _work(self, pool: PoolStats, setting: MemorySetting) -> Work:
+        request = self.request
+        return Work(
+            pool=pool,
+            targets=request.targets,
+            shape=request.shape,
+            device=request.device,
+            dtype="bfloat16" if setting.dtype == "bfloat16" else "float32",
+            max_length=setting.sequence,
+        )
 
 
 def excesses(request: Request, least: Cost) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """A run is a folder: where its parts lie, and who may work on it.
 
     plan.yaml  prepared.json  ledger.sqlite  pool/  targets/NAME/{signal,dev,test}/
-    scores/  selected/  checkpoints/  model/  control/  report.html
+    scores/  selected/  online/  checkpoints/  model/  control/  report.html
 
 One process at a time works on a run; another is refused with the holder's name. Reading (a report)
 needs no lock.
@@ -59,6 +59,9 @@ class RunFolder:
 
     def checkpoints(self, branch: str) -> Path:
         return self._branch(branch) / "checkpoints"
+
+    def online(self, branch: str) -> Path:
+        return self._branch(branch) / "online"
 
     def model(self, branch: str) -> Path:
         return self._branch(branch) / "model"

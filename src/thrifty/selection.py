@@ -12,7 +12,7 @@ import inspect
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,8 @@ def select(job: SelectionJob, stage: Stage) -> None:
     picker: Picker = resolve("picker", plan.selection.picker)
     if any(method.needs_vectors for method in (*filters, picker)):
         look.make_vectors()
-    with stage.spending("pick", Cost()):
-        candidates = _candidates(job, scorer, folder, look)
+    with stage.spending("pick", Cost()) as lease:
+        candidates = _candidates(job, scorer, folder, replace(look, lease=lease))
         left = candidates
         dropped: dict[int, str] = {}
         for each in filters:
@@ -127,8 +127,20 @@ def select(job: SelectionJob, stage: Stage) -> None:
             "scorer": parse_spec("scorer", plan.selection.scorer)[0],
             "picker": parse_spec("picker", plan.selection.picker)[0],
             "scores": folder.name,
+            "in_targets": _in_targets(job, left.where(np.isin(left.ids, picked.ids))),
         }
         write_selected(job.selected, job.pool, candidates, picked, dropped, made_under)
+
+
+def _in_targets(job: SelectionJob, chosen: Candidates) -> dict[str, int]:
+    """Target -> chosen rows whose normalised text is one of its signal rows: they may be trained
+    on, but what is learnt from them is no generalisation."""
+    prints = [bytes(fingerprint) for fingerprint in chosen.fingerprints]
+    found = {}
+    for name, rows in job.signals.items():
+        known = set(map(bytes, rows.fingerprints))
+        found[name] = sum(each in known for each in prints)
+    return {name: count for name, count in found.items() if count}
 
 
 def _pick(job: SelectionJob, picker: Picker, candidates: Candidates, limit: float) -> Picked:
@@ -152,11 +164,16 @@ def _score_mark(job: SelectionJob, scorer: Scorer) -> str:
         _code(scorer),
         rows.fingerprint,
         [rows.tokenizer_fingerprint, rows.max_length],
-        [_weights(job, path) for path in scorer.looks_at] if scorer.needs_model else None,
+        [_weights(job, path) for path in scorer.looks_at] if _looks(scorer) else None,
         {name: b"".join(map(bytes, some.fingerprints)).hex() for name, some in signals.items()},
-        job.plan.training.dtype if scorer.needs_model else None,
+        job.plan.training.dtype if _looks(scorer) else None,
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=dict).encode()).hexdigest()[:12]
+
+
+def _looks(scorer: Scorer) -> bool:
+    """Whether at a model: the one to be trained, or one of its own."""
+    return scorer.needs_model or bool(scorer.model)
 
 
 def _code(scorer: Scorer) -> str:

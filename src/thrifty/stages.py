@@ -10,20 +10,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from thrifty import checkpoints, selection, training
+from thrifty import checkpoints, selection, training, training_rows
 from thrifty.core.budget import Budget, Cost
-from thrifty.core.contracts import Rows, Tokens
+from thrifty.core.contracts import Rows
 from thrifty.core.ledger import BudgetExceeded, Ledger, Stage
-from thrifty.core.ordering import best_first, fill
 from thrifty.core.plan import Training
 from thrifty.core.resolve import parse_spec, resolve
-from thrifty.data.packing import PackedDataset
-from thrifty.data.store import open_store
 from thrifty.data.tokens import load_tokenizer
 from thrifty.evaluation import Measured, measure
 from thrifty.open_run import Branch, Work, at_work
+from thrifty.report.words import in_targets
 from thrifty.scoring_engines import Engine
 from thrifty.signals.models import load_model, local_device
 from thrifty.signals.peak_memory import peak_noted
@@ -67,6 +63,8 @@ def select(work: Work, branch: Branch, engine: Engine | None = None) -> None:
         f"{name}: kept {detail['num_selected']:,} of {detail['num_candidates']:,} rows, "
         f"{detail['num_tokens']:,} tokens"
     )
+    if told := in_targets(detail.get("in_targets", {})):
+        work.say(f"{name}: {told}")
 
 
 # -- train --------------------------------------------------------------------------------------
@@ -88,12 +86,16 @@ def train(work: Work, branch: Branch) -> None:
         if done:  # killed between leaving the model and saying so
             return
         costs = work.predicted(plan)
+        chosen = training_rows.chosen_rows(work, branch)
+        rounds = training_rows.rounds_of(work, branch, chosen, stage, mark, predicted)
+        work.models.release()  # training loads its own
         job = training.TrainingJob(
             training=plan.training,
             base=work.base,
             base_sha256=work.base_sha256,
             tokenizer=load_tokenizer(str(work.base)),
-            data=_training_data(work, branch),
+            data=training_rows.packed(plan.training, rounds),
+            rounds=rounds,
             dev=work.dev,
             weights=work.weights(work.dev),
             rule=resolve("stopping", plan.stopping),
@@ -110,6 +112,8 @@ def train(work: Work, branch: Branch) -> None:
             say=work.say,
         )
         training.train(job, stage)
+        if plan.training.online != Training().online:
+            training_rows.note_savings(stage, rounds, costs.step.flops / costs.step.tokens)
 
 
 def _steps(settings: Training, predicted: Cost) -> str:
@@ -134,35 +138,6 @@ def _training_mark(work: Work, branch: Branch) -> str:
     )
     parts = [settings, chosen["settings"], work.base_sha256]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _training_data(work: Work, branch: Branch) -> PackedDataset:
-    """Packed sequences for every step that the plan allows, in a fixed order."""
-    settings = branch.plan.training
-    ids = np.load(work.run.selected(branch.account) / "ids.npy", allow_pickle=False)
-    examples: list[Tokens] = list(work.pool.take(ids).tokens)
-    if settings.replay_share > 0:
-        examples += _replay(work, settings, sum(len(e.input_ids) for e in examples))
-    tokens = sum(len(e.input_ids) for e in examples)
-    sequences = (
-        settings.max_steps
-        * settings.per_device_train_batch_size
-        * settings.gradient_accumulation_steps
-    )
-    # A pass packs into at least tokens / length sequences, so these passes are surely enough.
-    passes = math.ceil(sequences * settings.max_length / tokens)
-    return PackedDataset(examples, settings.max_length, seed=settings.seed, num_epochs=passes)
-
-
-def _replay(work: Work, settings: Any, tokens: int) -> list[Tokens]:
-    """Rows of the replay sources, drawn uniformly, that make up their share of a pass."""
-    store = open_store(work.run.replay)
-    ids = np.concatenate([shard.ids for shard in store.shards()])
-    lengths = np.concatenate([shard.num_tokens for shard in store.shards()])
-    order = best_first(np.zeros(len(ids)), ids, settings.seed)
-    share = settings.replay_share
-    chosen = order[fill(lengths[order], tokens * share / (1 - share))]
-    return list(store.take(ids[chosen]).tokens)
 
 
 # -- test ---------------------------------------------------------------------------------------
@@ -258,6 +233,7 @@ def control(work: Work) -> Branch:
         eval_steps=max(1, math.ceil(steps / max(evaluations - 1, 1))),
         save_steps=max(1, math.ceil(steps / max(evaluations - 1, 1))),
         report_to=(),
+        online=Training().online,
     )
     tokens = float(steps * costs.step.tokens)
     choice = replace(plan.selection, scorer="uniform", picker="top_k", max_tokens=max(tokens, 1.0))

@@ -30,9 +30,12 @@ from thrifty.evaluation import Measured, measure
 from thrifty.governor import Governor
 from thrifty.interruption import PauseCallback
 from thrifty.reporters import Fenced, is_reporter
+from thrifty.rounds import Rounds
 from thrifty.schedule import WarmupStableDecay
+from thrifty.signals.adapters import with_adapter
 from thrifty.signals.models import load_model
 from thrifty.training_progress import TrainingProgress
+from thrifty.weighed_loss import weighed_loss
 
 ACTIVITY_MARGIN = 1.5
 """Reserved for an evaluation or a checkpoint over what the last one took."""
@@ -51,6 +54,8 @@ class TrainingJob:
     """Map-style dataset of packed sequences, in the order they are trained on."""
     dev: Mapping[str, Rows]
     weights: Mapping[str, float]
+    rounds: Rounds
+    """What is trained on next, and how much it counts; ``data`` asks it."""
     rule: StoppingRule
     objective: Objective
     predicted_step: Cost
@@ -89,6 +94,8 @@ class BudgetedTrainer(Trainer):
         self._measured: Measured | None = None
         if newest is not None and (newest.path / "dev_losses.npz").is_file():
             self._measured = Measured.load(newest.path / "dev_losses.npz", job.weights)
+        if newest is not None and job.rounds.method.watches:
+            job.rounds.load(newest.path)
         self.governor = Governor(
             job.rule,
             self._schedule,
@@ -180,8 +187,15 @@ class BudgetedTrainer(Trainer):
             self.governor.scheduler = self.lr_scheduler
         return self.lr_scheduler
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As ever, with what keeps the packed documents apart."""
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """As ever, with what keeps the packed documents apart; the tokens weighed where the online
+        method does."""
         apart = pack_attention_kwargs(
             self._shape.model_type,
             inputs["position_ids"],
@@ -189,7 +203,15 @@ class BudgetedTrainer(Trainer):
             dtype=self._inner().dtype,
             window=self._shape.sliding_window,
         )
-        return super().compute_loss(model, {**inputs, **apart}, *args, **kwargs)
+        if not self.job.rounds.alters_loss:
+            return super().compute_loss(
+                model, {**inputs, **apart}, return_outputs, num_items_in_batch
+            )
+        aside = {"labels", "rows", "epoch"}
+        shown = {name: value for name, value in inputs.items() if name not in aside}
+        outputs = model(**{**shown, **apart})
+        loss = weighed_loss(outputs.logits, inputs, num_items_in_batch, self.job.rounds)
+        return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The objective on the dev rows, charged, journalled, and put to the governor."""
@@ -265,6 +287,8 @@ class BudgetedTrainer(Trainer):
                 history = self.governor.history()
                 if history and history[-1].step == step:
                     details["dev_loss"] = self._measured.objective
+            if self.job.rounds.method.watches:
+                self.job.rounds.save(folder)
             checkpoints.commit(folder, details)
             checkpoints.retain(self.job.checkpoints, newest=_KEPT_CHECKPOINTS)
             self._seconds["checkpoint"] = lease.used.seconds
@@ -290,6 +314,7 @@ def _arguments(job: TrainingJob, *, resumed: bool) -> TrainingArguments:
         save_total_limit=None,  # retention is ours, by step: theirs goes by file times
         logging_steps=max(1, training.eval_steps // 4),
         logging_nan_inf_filter=False,  # a loss that is not finite is not to be averaged away
+        remove_unused_columns=False,  # which row a token is of is no input of the model
         train_sampling_strategy="sequential",  # the data's own order, the same after a resume
         report_to=list(training.report_to) or "none",
         restore_callback_states_from_checkpoint=False,  # the ledger has them
@@ -306,20 +331,6 @@ def build_model(training: Training, base: Path, device: str) -> Any:
     model = load_model(base, training.dtype, device)
     if training.method == "full":
         return model
-    from peft import LoraConfig, get_peft_model
-
-    targets = training.lora.targets or read_shape(base).lora_targets
-    config = LoraConfig(
-        r=training.lora.rank,
-        lora_alpha=training.lora.alpha,
-        target_modules=list(targets),
-        task_type="CAUSAL_LM",
-    )
-    torch.manual_seed(training.seed)  # adapters begin at random
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise ValueError(
-            f"no adapter can be put on {', '.join(targets)}: {error}\n"
-            "hint: training.lora.targets must name linear layers of the model"
-        ) from None
+    lora = training.lora
+    targets = lora.targets or read_shape(base).lora_targets
+    return with_adapter(model, targets, lora.rank, lora.alpha, training.seed)

@@ -183,6 +183,7 @@ def write_selected(run: RunFolder, **changes: Any) -> None:
             "num_selected": 640,
             "num_tokens": 199_840,
             "dropped": {"duplicate": 41, "in dev rows of asyncio": 3},
+            "in_targets": {"asyncio": 2},
         },
         "histogram.json": {
             "asyncio": {

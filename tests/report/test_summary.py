@@ -55,6 +55,7 @@ def test_promised_keys(finished: RunFolder) -> None:
         "num_selected": 640,
         "tokens_selected": 199_840,
         "dropped": {"duplicate": 41, "in dev rows of asyncio": 3},
+        "in_targets": {"asyncio": 2},
     }
     assert s["quarantine"]["num_bad"] == 16
     assert s["quarantine"]["by_reason"] == {"bad_json": 3, "empty": 12, "nul": 1}

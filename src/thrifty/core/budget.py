@@ -192,6 +192,11 @@ class PoolStats:
     num_squared_tokens: int = 0
     """Sum over examples of their tokens squared, which attention is paid by; 0 where unknown."""
 
+    def part(self, share: float) -> PoolStats:
+        """Of that share of the rows, drawn evenly."""
+        numbers = ("num_examples", "num_tokens", "num_loss_tokens", "num_squared_tokens")
+        return replace(self, **{name: math.ceil(getattr(self, name) * share) for name in numbers})
+
     @property
     def mean_tokens(self) -> float:
         return self.num_tokens / max(self.num_examples, 1)

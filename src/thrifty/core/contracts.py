@@ -169,6 +169,10 @@ class Look(Protocol):
         """[n, width], of unit length: a row's position-weighted mean of last hidden states."""
         ...
 
+    def pairwise_utility(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """[n, n]: how much row j, as an example before it, helps the base model with row i."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
@@ -184,6 +188,13 @@ class Candidates:
     look: Look | None = None
     """None where there is nothing but scores."""
 
+    def __post_init__(self) -> None:
+        ids = self.ids if (np.diff(self.ids) > 0).all() else np.sort(self.ids)
+        if (twice := np.flatnonzero(np.diff(ids) == 0)).size:
+            raise ValueError(
+                f"row {ids[twice[0]]} is among the candidates twice\nhint: each row has its own id"
+            )
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -192,6 +203,13 @@ class Candidates:
         if self.look is None:
             raise ValueError("these candidates have no vectors\nhint: give them a look at the pool")
         return self.look.vectors(self.ids)
+
+    def pairwise_utility(self) -> NDArray[np.float32]:
+        """[n, n]: how much row j, as an example before it, helps the base model with row i. Raises
+        ValueError where there is nothing but scores."""
+        if self.look is None:
+            raise ValueError("these candidates have no model\nhint: give them a look at the pool")
+        return self.look.pairwise_utility(self.ids)
 
     def texts(self) -> Iterator[list[str]]:
         """Those of rows sorted by id, in their order, some at a time. Raises ValueError where there
@@ -253,11 +271,110 @@ class Picker(ABC):
     """Candidates -> rows within a token budget, never over it; ties broken by (seed, id)."""
 
     source: ClassVar[str]
-    needs_vectors: ClassVar[bool] = False
-    """Whether it asks ``candidates.look`` for them, which costs a pass over the pool."""
+
+    @property
+    def needs_vectors(self) -> bool:
+        """Whether it asks ``candidates.look`` for them, which costs a pass over the pool."""
+        return False
+
+    def cost(self, work: Work) -> Cost:
+        """Of what else it asks ``candidates.look`` for, of rows like ``work.pool``."""
+        return Cost()
 
     @abstractmethod
     def pick(self, candidates: Candidates, max_tokens: float, seed: int) -> Picked: ...
+
+
+# -- inside training ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The rows that a run trains on, in the order in which they were picked."""
+
+    tokens: Sequence[Tokens]
+    num_tokens: NDArray[np.int64]  # [n]
+    scores: NDArray[np.float32]
+    """[n], the mean over targets; NaN of rows that were not scored (replay)."""
+
+    def __len__(self) -> int:
+        return len(self.num_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands when it asks for its next rows."""
+
+    number: int
+    """Of rounds before."""
+    share: float
+    """Of the run's tokens that they had, in [0, 1]."""
+    num_tokens: int
+    """That a round has unless it is a whole pass: a twentieth of the run's."""
+    losses: NDArray[np.float64]
+    """[n], nats a token as training saw them last; NaN where it has not. Only if asked for."""
+    drawn: NDArray[np.int64]
+    """[n], in how many rounds each row was."""
+    seed: int
+
+    @property
+    def random(self) -> np.random.Generator:
+        """The round's own: the same on every machine and after a resume."""
+        return np.random.default_rng([self.seed, self.number])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """What is trained on next."""
+
+    rows: NDArray[np.int64]
+    """Places in ``Chosen``, in the order wanted; at least one."""
+    weights: NDArray[np.float32] | None = None
+    """Of their losses, [len(rows)]; None: one each."""
+    left_out: int = 0
+    """Tokens of rows that a plain pass would have trained on at this point and this one saves."""
+
+
+class OnlineMethod(ABC):
+    """Decides while training which rows come next, and how much each token's loss counts.
+
+    A function of what it is given, so that a run that resumes repeats what it would have done.
+    """
+
+    source: ClassVar[str]
+    watches: ClassVar[bool] = False
+    """Whether it asks for the rows' losses, which training then notes (at no extra pass)."""
+    weighs_tokens: ClassVar[bool] = False
+    keeps_order: ClassVar[bool] = False
+    """Whether rows are packed exactly in their order, at the price of more padding."""
+    model: str = ""
+    """Folder or hub name of another model that it looks at; an option of those that can."""
+
+    def cost(self, work: Work) -> Cost:
+        """FLOPs, seconds and peak bytes of preparing for ``work.pool``, the rows chosen."""
+        return Cost()
+
+    def prepare(
+        self, chosen: Chosen, targets: Mapping[str, Rows], models: Models, meter: Meter
+    ) -> Mapping[str, NDArray[Any]]:
+        """What it needs to know before the first step; kept, so that it is paid for once."""
+        return {}
+
+    @abstractmethod
+    def next_round(
+        self, chosen: Chosen, known: Mapping[str, NDArray[Any]], now: Progress
+    ) -> Round: ...
+
+    def token_weights(
+        self,
+        known: Mapping[str, NDArray[Any]],
+        rows: NDArray[np.int64],
+        places: NDArray[np.int64],
+        losses: NDArray[np.float64],
+    ) -> NDArray[np.float64]:
+        """Weights of the tokens of a batch that carry loss, [n]: of row ``rows`` the token at
+        ``places``, with its loss now. Their mean should be 1."""
+        return np.ones(len(losses))
 
 
 # -- stopping -----------------------------------------------------------------------------------
@@ -353,6 +470,7 @@ KINDS: Mapping[str, tuple[str, type]] = {
     "scorer": ("thrifty.scorers", Scorer),
     "filter": ("thrifty.filters", Filter),
     "picker": ("thrifty.pickers", Picker),
+    "online": ("thrifty.online", OnlineMethod),
     "stopping": ("thrifty.stopping", StoppingRule),
     **{kind: (f"thrifty.memory.{kind}", MemoryTechnique) for kind in MEMORY_KINDS},
 }

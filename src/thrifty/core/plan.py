@@ -37,6 +37,7 @@ def _method(kind: str) -> Callable[[Any], Spec]:
 ScorerSpec = Annotated[Spec, _method("scorer")]
 FilterSpec = Annotated[Spec, _method("filter")]
 PickerSpec = Annotated[Spec, _method("picker")]
+OnlineSpec = Annotated[Spec, _method("online")]
 StoppingSpec = Annotated[Spec, _method("stopping")]
 
 
@@ -133,6 +134,8 @@ class Training:
     """Steps of the learning rate's decay, reserved in the budget so that any stop ends well."""
     eval_steps: int = 1
     save_steps: int = 1
+    online: OnlineSpec = "shuffled"
+    """Which of the chosen rows come next while training, and how much their tokens count."""
     replay_share: float = 0.0
     """Continued pretraining: the share of every epoch's tokens drawn from ``replay``."""
     replay: tuple[str, ...] = ()

@@ -6,8 +6,8 @@ one per cent on usual text. Ding et al. 2024 (arXiv:2404.10830) show that not cu
 helps the model too.
 
 ``PackedDataset`` packs window by window of the epoch's order, so that a given order (a curriculum,
-best rows first) survives up to one window, and everything is a function of (seed, epoch): a run
-that resumes at item k sees the item k it would have seen.
+best rows first) survives up to one window, and everything is a function of the orders: a run that
+resumes at item k sees the item k it would have seen.
 
 Documents in a pack must not see each other: ``position_ids`` restart at 0 with every document and
 the model must be called as ``packed_attention.py`` says. No document's first token is predicted,
@@ -16,8 +16,9 @@ since only the document before could predict it.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,7 +112,13 @@ class PackedDataset:
 
     The items of ``num_epochs`` epochs follow one another, each epoch packed from its own order:
     ``order(epoch)``, or a permutation of (seed, epoch). Read them in their order
-    (``train_sampling_strategy="sequential"`` and one epoch in the Trainer's words).
+    (``train_sampling_strategy="sequential"`` and one epoch in the Trainer's words). With
+    ``num_items`` there are as many epochs as so many items take, and an epoch's order is asked for
+    when its first item is, so that it may depend on what happened until then.
+
+    ``exact``: documents follow one another exactly in the order, at the price of more padding.
+    ``tells_rows``: an item also has ``rows`` [sequence], which example each token is of (-1 for
+    padding), and ``epoch`` [sequence].
     """
 
     def __init__(
@@ -121,8 +128,11 @@ class PackedDataset:
         *,
         seed: int = 0,
         num_epochs: int = 1,
+        num_items: int | None = None,
         order: Order | None = None,
         window: int = 1024,
+        exact: bool = False,
+        tells_rows: bool = False,
         pad_token_id: int = 0,
     ) -> None:
         if window < 1 or num_epochs < 1:
@@ -135,23 +145,42 @@ class PackedDataset:
         self.sequence = sequence
         self.pad_token_id = pad_token_id
         self._packs: list[list[int]] = []
+        self._seed, self._order = seed, order
+        self._window, self._exact, self._tells_rows = window, exact, tells_rows
+        self._num_items = num_items
         self.epoch_starts: list[int] = []
         """The first item of each epoch."""
-        for epoch in range(num_epochs):
-            self.epoch_starts.append(len(self._packs))
-            indices = shuffled(len(examples), seed, epoch) if order is None else order(epoch)
-            self._packs += pack_in_order(self._lengths, indices, sequence, window)
+        if num_items is None:
+            for _ in range(num_epochs):
+                self._pack_an_epoch()
+
+    def _pack_an_epoch(self) -> None:
+        epoch = len(self.epoch_starts)
+        if self._order is None:
+            indices: Any = shuffled(len(self._examples), self._seed, epoch)
+        else:
+            indices = self._order(epoch)
+        if self._exact:
+            packs = pack_exactly(self._lengths, indices, self.sequence)
+        else:
+            packs = pack_in_order(self._lengths, indices, self.sequence, self._window)
+        self.epoch_starts.append(len(self._packs))
+        self._packs += packs
 
     def __len__(self) -> int:
-        return len(self._packs)
+        return len(self._packs) if self._num_items is None else self._num_items
 
     def members(self, item: int) -> list[int]:
         """The examples in a pack, in their order in it."""
+        if item >= len(self):
+            raise IndexError(item)
+        while item >= len(self._packs):
+            self._pack_an_epoch()
         return self._packs[item]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of documents in all items; the rest of ``len(self) * sequence`` is padding."""
+        """Tokens of documents in all items packed so far; the rest of each is padding."""
         return int(sum(self._lengths[members].sum() for members in self._packs))
 
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
@@ -160,21 +189,24 @@ class PackedDataset:
         input_ids = np.full(self.sequence, self.pad_token_id, dtype=np.int64)
         labels = np.full(self.sequence, IGNORED, dtype=np.int64)
         position_ids = np.zeros(self.sequence, dtype=np.int64)
+        rows = np.full(self.sequence, -1, dtype=np.int64)
         at = 0
-        for example in (self._examples[i] for i in self._packs[item]):
+        for row in self.members(item):
+            example = self._examples[row]
             size = len(example.input_ids)
             place = slice(at, at + size)
             input_ids[place] = example.input_ids
             labels[place] = np.where(example.loss_mask, example.input_ids, IGNORED)
             labels[at] = IGNORED
             position_ids[place] = np.arange(size)
+            rows[place] = row
             at += size
         position_ids[at:] = np.arange(self.sequence - at)
-        return {
-            "input_ids": torch.from_numpy(input_ids),
-            "labels": torch.from_numpy(labels),
-            "position_ids": torch.from_numpy(position_ids),
-        }
+        columns = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+        if self._tells_rows:
+            epoch = bisect_right(self.epoch_starts, item) - 1
+            columns |= {"rows": rows, "epoch": np.full(self.sequence, epoch)}
+        return {name: torch.from_numpy(column) for name, column in columns.items()}
 
 
 def shuffled(num_examples: int, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -195,4 +227,20 @@ def pack_in_order(
         # Places in the window, so that sorting them restores the order wanted.
         places = sorted(sorted(members) for members in pack(lengths[part], sequence))
         packs += [part[members].tolist() for members in places]
+    return packs
+
+
+def pack_exactly(
+    lengths: NDArray[np.int64], order: Sequence[int] | NDArray[np.integer], sequence: int
+) -> list[list[int]]:
+    """Packs in exactly the order given: a document that does not fit begins the next."""
+    sizes = _checked(lengths, sequence)
+    packs: list[list[int]] = []
+    free = 0
+    for i in map(int, order):
+        if sizes[i] > free:
+            packs.append([])
+            free = sequence
+        packs[-1].append(i)
+        free -= sizes[i]
     return packs

@@ -3,7 +3,7 @@
 A source is one file, a folder saved by ``datasets`` (``save_to_disk``), a folder of files
 (searched through, hidden files left out), or a glob; on the local disk or at any fsspec URL
 (``s3://``, ``http://``, ``hf://``). Sources keep the order they are given in; the files of a folder
-or glob are sorted by path; a file met twice is read once.
+or glob are sorted by path; a file met twice is read once. Faults on the way: ``remote.py``.
 
 Limits: formats are told by the name's ending alone. A folder saved from a ``DatasetDict`` must have
 one split, or be named with its split. No archive is opened.
@@ -21,7 +21,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
-from urllib.parse import urlsplit
+
+from thrifty.data.remote import RemoteFile, is_url, shown
+
+__all__ = ["FORMATS", "SourceFile", "expand", "is_url", "shown"]
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -54,9 +57,7 @@ class SourceFile:
         """The (decompressed) bytes, as a buffered stream."""
         with ExitStack() as stack:
             if is_url(self.location):
-                import fsspec
-
-                raw: Any = stack.enter_context(fsspec.open(self.location, "rb"))
+                raw = stack.enter_context(RemoteFile(self.location))
                 # fsspec's own readline knows no limit
                 stream = cast(BinaryIO, stack.enter_context(io.BufferedReader(raw, 1 << 20)))
             else:
@@ -210,18 +211,6 @@ class _Remote:
 
     def read(self, path: str) -> bytes:
         return self._fs.cat_file(path)
-
-
-def is_url(location: str) -> bool:
-    return "://" in location
-
-
-def shown(location: str) -> str:
-    """Without user, password and query: names end up in files and reports."""
-    if not is_url(location):
-        return location
-    parts = urlsplit(location)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _is_hidden(path: str, below: str) -> bool:

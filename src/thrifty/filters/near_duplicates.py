@@ -35,7 +35,10 @@ class NearDuplicates(Filter):
         check_ranges(self, threshold=(0.1, 1), shingle=(1, inf))
 
     def drop(self, candidates: Candidates, held: Held) -> dict[int, str]:
-        rows = candidates.where(np.argsort(candidates.ids, kind="stable"))
+        rows = candidates
+        if (np.diff(rows.ids) < 0).any():
+            rows = candidates.where(np.argsort(candidates.ids, kind="stable"))
         pairs = near_pairs(rows.texts(), len(rows), self.threshold, self.shingle)
-        groups = connected(pairs, len(rows))
-        return best_of_groups(rows, groups, "near duplicate")
+        places, pairs = np.unique(pairs, return_inverse=True)  # of the rows that are near another
+        groups = connected(pairs.reshape(-1, 2), len(places))
+        return best_of_groups(rows.where(places), groups, "near duplicate")

@@ -26,10 +26,13 @@ class Clusters(Picker):
     clusters: int = 100
 
     source: ClassVar[str] = "arXiv:2402.14526"
-    needs_vectors: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_ranges(self, clusters=(1, inf))
+
+    @property
+    def needs_vectors(self) -> bool:
+        return True
 
     def pick(self, candidates: Candidates, max_tokens: float, seed: int) -> Picked:
         pool = candidates.where(reached(candidates.scores))

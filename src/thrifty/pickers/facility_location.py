@@ -1,10 +1,14 @@
 """Facility location: rows that stand for all others (lazy greedy, arXiv:2411.04425 and before).
 
-    f(S) = sum over i of max over j in S of max(0, v_i . v_j) * (1 + balance * s_j)
+    f(S) = sum over i of max over j in S of max(0, k_ij) * (1 + balance * s_j)
 
-s_j in 0..1 is a row's rank by score: with ``balance`` 0 only likeness counts. Each step takes the
-row with the largest gain a token; f is monotone and submodular, so that greedy is near the best and
-a gain once computed is an upper bound later (Minoux 1978). Of more than ``max_rows`` rows the
+    k_ij = v_i . v_j                                                ``over: vectors``
+    k_ij = d(y_i, p(. | x_i)) - d(y_i, p(. | x_j, y_j, x_i))        ``over: delift``
+
+The second is what row j as an example in context brings for row i (``signals/delift.py``). s_j in
+0..1 is a row's rank by score: with ``balance`` 0 only the kernel counts. Each step takes the row
+with the largest gain a token; f is monotone and submodular, so that greedy is near the best and a
+gain once computed is an upper bound later (Minoux 1978). Of more than ``max_rows`` rows the
 best-scored are looked at.
 """
 
@@ -13,14 +17,19 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 from math import inf
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from thrifty.core.contracts import Candidates, Picked, Picker
+from thrifty.core.budget import Cost
+from thrifty.core.contracts import Candidates, Picked, Picker, Work
 from thrifty.core.ordering import best_first, merged_scores, reached
 from thrifty.core.ranges import check_ranges
+from thrifty.signals.delift import pairwise_utility_cost
+
+_MOST_ROWS = {"vectors": 8192, "delift": 128}
+"""Their square is paid for: in memory and time, over ``delift`` in forward passes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,27 +38,47 @@ class FacilityLocation(Picker):
 
     balance: float = 1.0
     """How much a row's score adds to what it stands for."""
-    max_rows: int = 8192
-    """Rows compared with one another at most, which takes their square in memory and time."""
+    over: Literal["vectors", "delift"] = "vectors"
+    """What makes one row stand for another: likeness, or help as an example in context, which takes
+    a forward pass a pair."""
+    max_rows: int = 0
+    """Rows compared with one another at most; 0: 8,192, over ``delift`` 128."""
 
     source: ClassVar[str] = "arXiv:2411.04425; lazy greedy, Minoux 1978"
-    needs_vectors: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_ranges(self, balance=(0, inf), max_rows=(1, inf))
+        check_ranges(self, balance=(0, inf), max_rows=(0, inf))
+
+    @property
+    def needs_vectors(self) -> bool:
+        return self.over == "vectors"
+
+    @property
+    def _most_rows(self) -> int:
+        return self.max_rows or _MOST_ROWS[self.over]
+
+    def cost(self, work: Work) -> Cost:
+        if self.over == "vectors":
+            return Cost()
+        return pairwise_utility_cost(work, min(self._most_rows, work.pool.num_examples))
 
     def pick(self, candidates: Candidates, max_tokens: float, seed: int) -> Picked:
         pool = candidates.where(reached(candidates.scores))
         scores = merged_scores(pool.scores, pool.weights)
-        order = best_first(scores, pool.ids, seed)[: self.max_rows]
+        order = best_first(scores, pool.ids, seed)[: self._most_rows]
         pool = pool.where(order)
         if not len(pool):
             return Picked.of(pool.ids)
         rank = 1 - np.arange(len(pool)) / max(len(pool) - 1, 1)
-        vectors = pool.vectors().astype(np.float64)
-        likeness = np.maximum(vectors @ vectors.T, 0.0) * (1 + self.balance * rank)
-        kept = _lazy_greedy(likeness, pool.num_tokens.astype(np.float64), max_tokens)
+        kernel = _cosines(pool.vectors()) if self.over == "vectors" else pool.pairwise_utility()
+        stands = np.maximum(kernel.astype(np.float64), 0.0) * (1 + self.balance * rank)
+        kept = _lazy_greedy(stands, pool.num_tokens.astype(np.float64), max_tokens)
         return Picked.of(pool.ids[kept])
+
+
+def _cosines(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
+    exact = vectors.astype(np.float64)
+    return exact @ exact.T
 
 
 def _lazy_greedy(

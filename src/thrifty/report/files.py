@@ -26,7 +26,8 @@ class Files:
     unreadable: list[str] = field(default_factory=list)
 
     def selection(self) -> dict[str, Any] | None:
-        """What was kept, by which method, and how many rows the filters dropped for what reason."""
+        """What was kept, by which method, how many rows the filters dropped for what reason, and
+        how many of those kept are a target's too."""
         found = self._read(self.run.selected("budget") / "manifest.json")
         if found is None:
             return None
@@ -37,6 +38,7 @@ class Files:
             "num_selected": found.get("num_selected"),
             "tokens_selected": found.get("num_tokens"),
             "dropped": _counts(found.get("dropped")),
+            "in_targets": _counts(found.get("in_targets")),
         }
 
     def quarantine(self) -> dict[str, Any] | None:

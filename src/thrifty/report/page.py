@@ -59,6 +59,7 @@ def render(run: RunFolder) -> str:
             s=summary,
             headline=words.headline(summary),
             verdict=words.against_control(summary)[1],
+            in_targets=words.in_targets((summary["selection"] or {}).get("in_targets", {})),
             resources=_resources(summary),
             figures={
                 "budget": Markup(figures.budget_figure(summary)),

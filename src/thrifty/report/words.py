@@ -125,6 +125,17 @@ def _kept(chosen: Mapping[str, Any]) -> str:
     return f"{selected:,} of {candidates:,} rows{size}"
 
 
+def in_targets(counts: Mapping[str, int]) -> str:
+    """That chosen rows are a target's too, how many of which; empty where none is."""
+    if not counts:
+        return ""
+    each = ", ".join(f"{count:,} in {visible(name, 40)}" for name, count in counts.items())
+    return (
+        f"Chosen rows that also stand among a target's own rows: {each}. They may be trained on, "
+        "but what they gain on that target is partly memory."
+    )
+
+
 def ending(summary: Mapping[str, Any]) -> str:
     """How training ended, or how far the run has come."""
     if summary["state"] == "planned":
@@ -275,11 +286,13 @@ def against_control(summary: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def text_summary(summary: Mapping[str, Any]) -> str:
-    """Six to twelve lines: decided, why, spent against predicted, losses, against control."""
+    """Six to fourteen lines: decided, why, spent against predicted, losses, against control."""
     lines = [("decided", decided(summary).rstrip("."))]
     why = _why(summary)
     if why:
         lines.append(("why", why))
+    if overlap := in_targets((summary["selection"] or {}).get("in_targets", {})):
+        lines.append(("overlap", overlap.rstrip(".")))
     lines.append(("ended", ending(summary).rstrip(".")))
     planned = summary["state"] == "planned"
     label = "predicted" if planned else "spent"

@@ -28,7 +28,8 @@ def answers_alone(examples: Sequence[contracts.Tokens], start: int | None) -> li
     """Each example's loss tokens behind ``start``; without a start the first is not predicted."""
     alone = []
     for example in examples:
-        keep = np.asarray(example.loss_mask)
+        keep = np.array(example.loss_mask)
+        keep[:1] = False  # the first token of an example is predicted in neither pass
         first = [] if start is None else [start]
         ids = np.asarray([*first, *np.asarray(example.input_ids)[keep]], dtype=np.int32)
         mask = np.ones(len(ids), dtype=bool)

@@ -9,7 +9,7 @@ changes nothing for the tokens before it and no mask is needed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -137,6 +137,28 @@ def token_statistics(
     return Sums(sums, count)
 
 
+def token_losses(
+    model: Any, shape: ModelShape, examples: Sequence[Tokens], meter: Meter
+) -> list[NDArray[np.float32]]:
+    """Each token's negative log-likelihood, one array an example as long as it is; the first token
+    has no prediction: 0. Ticks ``meter`` like ``example_losses``."""
+    import torch
+
+    found = [np.zeros(len(example.input_ids), dtype=np.float32) for example in examples]
+
+    def visit(batch: list[int], ids: Any, keep: Any) -> None:
+        meter.tick(Cost(flops=forward_flops(shape, *ids.shape)))
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        nll = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        ).view(keep.shape)
+        for i, row in zip(batch, nll.cpu().numpy(), strict=True):
+            found[i][1:] = row[: len(found[i]) - 1]
+
+    each_batch(model, shape, examples, visit)
+    return found
+
+
 def each_batch(
     model: Any,
     shape: ModelShape,
@@ -235,7 +257,23 @@ def _peak(shape: ModelShape, batch: int, sequence: int, dtype: str, device: Any)
 def scoring_cost(work: Work, stats: PoolStats, model: str = "") -> Cost:
     """Of one forward pass over rows like ``stats``, under the base model or another."""
     shape = shape_of(work, model)
+    stats = as_read(stats, shape)
     return forward_cost(shape, stats, work.device, work.dtype, work.max_length)
+
+
+def as_read(stats: PoolStats, shape: ModelShape) -> PoolStats:
+    """``stats`` of rows that the model's context cuts, as near as sums can tell."""
+    most = shape.max_position_embeddings
+    if stats.max_tokens <= most:
+        return stats
+    mean = min(stats.mean_tokens, most)
+    squares = min(stats.mean_squared_tokens, mean * most)
+    return replace(
+        stats,
+        max_tokens=most,
+        num_tokens=round(mean * stats.num_examples),
+        num_squared_tokens=round(squares * stats.num_examples),
+    )
 
 
 def shape_of(work: Work, model: str) -> ModelShape:

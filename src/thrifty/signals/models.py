@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from thrifty.costs.shape import read_shape
+from thrifty.signals.classifier import Classifier, is_classifier
+from thrifty.signals.sentence_vectors import SentenceModel, is_sentence_model
 
 if TYPE_CHECKING:
-    from thrifty.core.contracts import Tokens
+    from thrifty.core.contracts import Models, Tokens
     from thrifty.costs.shape import ModelShape
 
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"]
@@ -32,7 +34,7 @@ def locate(path: str, revision: str | None = None, *, weights: bool) -> tuple[Pa
     its own message: no such folder, no such repository, gated, offline and not cached.
     """
     folder = Path(path).expanduser()
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() or is_sentence_model(folder):
         return folder, None
     if folder.exists():
         raise ValueError(
@@ -88,6 +90,8 @@ def _download(name: str, revision: str | None, *, weights: bool) -> tuple[Path, 
 def weights_sha256(folder: Path) -> str:
     """Of the names and bytes of all weight files. Raises ValueError where there are none."""
     files = sorted(folder.glob("*.safetensors"))
+    if is_sentence_model(folder):
+        files = sorted(folder.rglob("*.safetensors"))
     if not files:
         raise ValueError(
             f"{folder} has no safetensors weights\n"
@@ -146,28 +150,51 @@ class LoadedModels:
     def base(self) -> Any:
         return self._base
 
+    def release(self) -> None:
+        """Let go of the weights, which are loaded again if they are asked for again."""
+        for name in ("_base", "_others"):
+            self.__dict__.pop(name, None)
+
     @cached_property
-    def _others(self) -> dict[str, LoadedModels]:
+    def _others(self) -> dict[str, Models]:
         return {"": self}
 
-    def other(self, path: str) -> LoadedModels:
-        from thrifty.data.tokens import load_tokenizer, tokenizer_fingerprint
-
+    def other(self, path: str) -> Models:
+        """Also a classifier or a sentence-transformers model, which the scorers that can look at
+        one tell by its class."""
         if path not in self._others:
             folder, _ = locate(path, weights=True)
-            tokenizer = load_tokenizer(str(folder))
-            pools = tokenizer_fingerprint(load_tokenizer(str(self.folder)))
-            same = tokenizer_fingerprint(tokenizer) == pools
-            self._others[path] = replace(self, folder=folder, tokenizer=None if same else tokenizer)
+            if is_sentence_model(folder):
+                found: Models = SentenceModel(folder, self.dtype, self.device, self.say)
+            elif is_classifier(folder):
+                found = Classifier(folder, self.dtype, self.device, self.say)
+            else:
+                found = self._language_model(folder)
+            self._others[path] = found
         return self._others[path]
 
+    def _language_model(self, folder: Path) -> LoadedModels:
+        from thrifty.data.tokens import load_tokenizer, tokenizer_fingerprint
+
+        tokenizer = load_tokenizer(str(folder))
+        pools = tokenizer_fingerprint(load_tokenizer(str(self.folder)))
+        same = tokenizer_fingerprint(tokenizer) == pools
+        return replace(self, folder=folder, tokenizer=None if same else tokenizer)
+
     def tokens(self, rows: Any) -> Sequence[Tokens]:
-        if self.tokenizer is None:
-            return rows.tokens
+        """No more of a row than this model's context holds."""
         from thrifty.data import tokens
 
+        most = self.shape.max_position_embeddings
+        if self.tokenizer is None:
+            if len(rows) == 0 or rows.num_tokens.max() <= most:
+                return rows.tokens
+            return [
+                tokens.Tokens(np.asarray(t.input_ids)[:most], np.asarray(t.loss_mask)[:most])
+                for t in rows.tokens
+            ]
         nothing = tokens.Tokens(np.zeros(1, dtype=np.int32), np.zeros(1, dtype=bool))
-        split = tokens.tokenize_rows(rows.rows, self.tokenizer, self.max_length)
+        split = tokens.tokenize_rows(rows.rows, self.tokenizer, min(self.max_length, most))
         return [found if isinstance(found, tokens.Tokens) else nothing for found in split]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from thrifty.core.budget import Cost, PoolStats
+from thrifty.core.budget import Cost
 from thrifty.core.contracts import Meter, Models, Pool, Tokens, Work
 from thrifty.core.ordering import random_key
 from thrifty.signals.proxy_run import proxy_run, proxy_run_cost
@@ -60,7 +60,7 @@ def record(
 
     Which rows, and their order, depends on ids and seed, not on shards.
     """
-    ids, examples = _chosen(pool, models, max_rows, seed)
+    ids, examples = drawn_examples(pool, models, max_rows, seed)
     shape = (max(len(ids), 1), epochs, len(STATISTICS))
     with tempfile.TemporaryFile(prefix="thrifty-trajectories-") as file:
         values: NDArray[np.float16] = np.memmap(file, np.float16, "w+", shape=shape)
@@ -91,10 +91,10 @@ def record(
     return Trajectories(ids, values[: len(ids)])
 
 
-def _chosen(
+def drawn_examples(
     pool: Pool, models: Models, max_rows: int, seed: int
 ) -> tuple[NDArray[np.int64], list[Tokens]]:
-    """Rows in the order of their ids."""
+    """At most so many rows of the pool, drawn at random, in the order of their ids."""
     ids = np.concatenate([shard.ids for shard in pool.shards()])
     if len(ids) > max_rows:
         ids = ids[np.argsort(random_key(ids, seed), kind="stable")[:max_rows]]
@@ -110,18 +110,7 @@ def _chosen(
 
 def record_cost(work: Work, epochs: int, max_rows: int, model: str) -> Cost:
     """Predicted cost of ``record``."""
-    stats = _share(work.pool, max_rows)
+    stats = work.pool.part(min(1.0, max_rows / max(work.pool.num_examples, 1)))
     cost = proxy_run_cost(work, stats, epochs, model)
     held = stats.num_tokens * _BYTES_PER_TOKEN
     return replace(cost, peak_memory_bytes=cost.peak_memory_bytes + held)
-
-
-def _share(stats: PoolStats, max_rows: int) -> PoolStats:
-    share = min(1.0, max_rows / max(stats.num_examples, 1))
-    return replace(
-        stats,
-        num_examples=round(stats.num_examples * share),
-        num_tokens=round(stats.num_tokens * share),
-        num_loss_tokens=round(stats.num_loss_tokens * share),
-        num_squared_tokens=round(stats.num_squared_tokens * share),
-    )

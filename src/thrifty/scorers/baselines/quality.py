@@ -1,11 +1,14 @@
-"""Quality: a linear classifier on hashed n-grams between good rows and others, as fastText's
-(arXiv:1607.01759; as a filter of pretraining data arXiv:2005.14165, arXiv:2406.11794).
+"""Quality: how good a classifier finds a row. By default a linear one on hashed n-grams between
+good rows and others, as fastText's (arXiv:1607.01759; as a filter of pretraining data
+arXiv:2005.14165, arXiv:2406.11794).
 
     score(z) = w . f(z) + b,   f(z) = c(z) / |c(z)|,
     (w, b) minimise   mean log(1 + exp(-y (w . f + b))) + decay |w|^2 / 2
 
 c are counts of hashed 1- and 2-grams, y = 1 for good rows and -1 for others. Good are the rows of
-``good``, or the target's; the others those of ``bad``, or as many drawn from the pool.
+``good``, or the target's; the others those of ``bad``, or as many drawn from the pool. With
+``model`` it is a ``transformers`` classifier instead, which is not trained (``classifier.py`` of
+``signals``; as FineWeb-Edu's, arXiv:2406.17557).
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from thrifty.core.budget import Cost
 from thrifty.core.contracts import Meter, Models, Pool, Rows, Scorer, Work, Worth
 from thrifty.core.ordering import random_key
 from thrifty.core.ranges import check_ranges
+from thrifty.signals.classifier import Classifier, classifier_cost, no_classifier
 from thrifty.signals.ngrams import hashed_ngrams, ngrams_cost
 
 _FEWEST_OTHERS = 1000
@@ -29,8 +33,13 @@ _FEWEST_OTHERS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Quality(Scorer):
-    """A linear classifier of good rows (yours, or the target's) against bad ones, on words."""
+    """How good a classifier finds a row: one of words, of good rows and bad, or your own model."""
 
+    model: str = ""
+    """Folder or hub name of a transformers classifier; empty: one is trained on words."""
+    label: str = ""
+    """Its label that stands for good, a name or a number; empty: the only one, the second of two.
+    """
     good: tuple[str, ...] = ()
     """Files of good rows; none: the target's rows."""
     bad: tuple[str, ...] = ()
@@ -50,14 +59,32 @@ class Quality(Scorer):
 
     def __post_init__(self) -> None:
         check_ranges(self, buckets=(2, inf), decay=(0, inf), seed=(0, 2**32 - 1))
+        if self.model and (self.good or self.bad):
+            raise ValueError(
+                "quality has both a model and good or bad rows\n"
+                "hint: a model is trained already; leave out one of the two"
+            )
+        if self.label and not self.model:
+            raise ValueError("quality has a label but no model\nhint: a label is one of a model's")
 
     def cost(self, work: Work) -> Cost:
-        return ngrams_cost(work, passes=2)
+        if self.model:
+            return classifier_cost(work, work.pool, self.model)
+        # Of the pool one pass, of the rows that it is fitted on two: counted, and fitted to. Files
+        # of good and bad rows are not read for a price, and taken for as many as are drawn.
+        most = max([_FEWEST_OTHERS, *(target.num_examples for target in work.targets.values())])
+        drawn = min(most, work.pool.num_examples)
+        fitted = sum(target.num_examples + drawn for target in work.targets.values())
+        return ngrams_cost(work, passes=1) * (1 + 2 * fitted / max(work.pool.num_examples, 1))
 
-    def prepare(
-        self, pool: Pool, targets: Mapping[str, Rows], models: Models, meter: Meter
-    ) -> NDArray[np.float64]:
-        """[buckets + 1, num_targets]: weights and, last, the intercept."""
+    def prepare(self, pool: Pool, targets: Mapping[str, Rows], models: Models, meter: Meter) -> Any:
+        """The classifier, the place of its label and the number of targets; or, of words,
+        [buckets + 1, num_targets]: weights and, last, the intercept."""
+        if self.model:
+            classifier = models.other(self.model)
+            if not isinstance(classifier, Classifier):
+                raise no_classifier(self.model)
+            return classifier, classifier.place_of(self.label), max(len(targets), 1)
         asked = [self._texts(self.good) or list(rows.texts) for rows in targets.values()]
         wanted = max(_FEWEST_OTHERS, *(len(texts) for texts in asked))
         bad = self._texts(self.bad) or _drawn(pool, wanted, self.seed)
@@ -71,6 +98,10 @@ class Quality(Scorer):
         return [row.text for row in read_rows(sources) if isinstance(row, Row)] if sources else []
 
     def score(self, shard: Rows, state: Any, meter: Meter) -> NDArray[np.float32]:
+        if self.model:
+            classifier, place, columns = state
+            scores = classifier.scores(shard.texts, place, meter).astype(np.float32)
+            return np.repeat(scores[:, None], columns, axis=1)
         return (_features(shard.texts, self.buckets) @ state[:-1] + state[-1]).astype(np.float32)
 
 

@@ -2,14 +2,14 @@
 
     score(z, target) = cos( g(z), mean over v in target of g(v) / |g(v)| ),   g = grad of L at theta
 
-over the weights of the last decoder layer, one exact backward per example; the backward stops
-below that layer. It is the single-checkpoint, unprojected core of LESS (arXiv:2402.04333) without
+over the weights of the last decoder layer, exact, a batch at a time; the backward stops below that
+layer. It is the single-checkpoint, unprojected core of LESS (arXiv:2402.04333) without
 warm-up and without Adam's direction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any, ClassVar, Literal
@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thrifty.core.budget import Cost
-from thrifty.core.contracts import Meter, Models, Pool, Rows, Scorer, Work, Worth
+from thrifty.core.contracts import Meter, Models, Pool, Rows, Scorer, Tokens, Work, Worth
 from thrifty.core.ranges import check_ranges
-from thrifty.signals.gradients import example_gradients, gradient_scoring_cost
+from thrifty.signals.example_gradients import BatchGradients, each_batch
+from thrifty.signals.gradients import last_layers_cost, last_layers_flops, last_layers_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,34 +44,42 @@ class GradCosine(Scorer):
         check_ranges(self, max_target_rows=(1, inf))
 
     def cost(self, work: Work) -> Cost:
-        total = gradient_scoring_cost(work, work.pool)
+        total = last_layers_cost(work, work.pool, 1)
         for target in work.targets.values():
             share = min(1.0, self.max_target_rows / max(target.num_examples, 1))
-            total += gradient_scoring_cost(work, target) * share
+            total += last_layers_cost(work, target, 1) * share
         return total
 
     def prepare(
         self, pool: Pool, targets: Mapping[str, Rows], models: Models, meter: Meter
-    ) -> tuple[Any, Any, Any]:
+    ) -> tuple[Models, list[Any]]:
+        """The model, and the part of each weight in the targets' directions
+        [num_targets, elements]."""
         import torch
 
-        model, shape = models.base(), models.shape
         directions = []
         for target in targets.values():
-            total = None
-            for gradient in example_gradients(
-                model, shape, target.tokens[: self.max_target_rows], meter
-            ):
-                unit = gradient / gradient.norm().clamp_min(1e-30)
-                total = unit if total is None else total + unit
-            assert total is not None
+            total: Any = 0.0
+            for _, gradients in self._each(models, target.tokens[: self.max_target_rows], meter):
+                flat = gradients.flat()
+                total = total + (flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-30)).sum(0)
             directions.append(total / total.norm().clamp_min(1e-30))
-        return model, shape, torch.stack(directions)
+        sizes = [weight.numel() for weight in last_layers_weights(models.base(), 1)]
+        return models, list(torch.stack(directions).split(sizes, dim=1))
 
     def score(self, shard: Rows, state: Any, meter: Meter) -> NDArray[np.float32]:
-        model, shape, directions = state
-        rows = [
-            (directions @ gradient / gradient.norm().clamp_min(1e-30)).cpu().numpy()
-            for gradient in example_gradients(model, shape, shard.tokens, meter)
-        ]
-        return np.stack(rows).astype(np.float32)
+        models, directions = state
+        found = np.zeros((len(shard), len(directions[0])), dtype=np.float32)
+        for places, gradients in self._each(models, shard.tokens, meter):
+            norms = gradients.squared_norms().sqrt().clamp_min(1e-30)
+            cosines = gradients.products(directions) / norms[:, None]
+            found[places] = cosines.float().cpu().numpy()
+        return found
+
+    def _each(
+        self, models: Models, examples: Sequence[Tokens], meter: Meter
+    ) -> Iterator[tuple[list[int], BatchGradients]]:
+        wanted = last_layers_weights(models.base(), 1)
+        return each_batch(
+            models.base(), wanted, examples, meter, last_layers_flops(models.shape, 1)
+        )

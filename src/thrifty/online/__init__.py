@@ -1,0 +1,1 @@
+"""What is trained on next, decided while training, one method a file."""

@@ -1,0 +1,133 @@
+"""The rounds of a run: which rows were given when, with which weights, and the losses that training
+saw of them. All of it goes into every checkpoint, so that a run that resumes goes on the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thrifty.core.contracts import Chosen, OnlineMethod, Progress, Round
+
+ROUNDS = 20
+"""Of a run, where a method does not want whole passes."""
+FILE = "rounds.npz"
+
+
+class Rounds:
+    """Asks an online method for its rounds as training comes to them."""
+
+    def __init__(
+        self,
+        method: OnlineMethod,
+        chosen: Chosen,
+        known: Mapping[str, NDArray[Any]],
+        *,
+        num_tokens: float,
+        seed: int,
+    ) -> None:
+        """``known``: what the method prepared; ``num_tokens``: of the whole run, as predicted."""
+        self.method, self.chosen, self.known = method, chosen, known
+        self._run_tokens = max(num_tokens, 1.0)
+        self._seed = seed
+        self._rounds: list[Round] = []
+        self._given = 0
+        self._losses = np.full(len(chosen), np.nan)
+        self._drawn = np.zeros(len(chosen), dtype=np.int64)
+
+    @property
+    def alters_loss(self) -> bool:
+        """Whether training has to tell each token's loss, or to weigh it."""
+        return self.method.watches or self.method.weighs_tokens
+
+    @property
+    def left_out(self) -> int:
+        """Tokens that the rounds so far passed over."""
+        return sum(each.left_out for each in self._rounds)
+
+    @property
+    def num_rounds(self) -> int:
+        return len(self._rounds)
+
+    def order(self, number: int) -> NDArray[np.int64]:
+        """The rows of a round; asked for one after the other, and known ones again."""
+        assert number <= len(self._rounds), "rounds come one after the other"
+        if number == len(self._rounds):
+            self._add(self.method.next_round(self.chosen, self.known, self._progress()))
+        return self._rounds[number].rows
+
+    def _progress(self) -> Progress:
+        longest = int(self.chosen.num_tokens.max())
+        return Progress(
+            number=len(self._rounds),
+            share=min(1.0, self._given / self._run_tokens),
+            num_tokens=max(round(self._run_tokens / ROUNDS), longest),
+            losses=self._losses,
+            drawn=self._drawn,
+            seed=self._seed,
+        )
+
+    def _add(self, found: Round) -> None:
+        assert len(found.rows), "a round has a row at least"
+        self._rounds.append(found)
+        self._given += int(self.chosen.num_tokens[found.rows].sum())
+        np.add.at(self._drawn, found.rows, 1)
+
+    def weigh(
+        self,
+        rounds: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        places: NDArray[np.int64],
+        losses: NDArray[np.float64],
+    ) -> NDArray[np.float64]:
+        """Weights of the tokens of a batch that carry loss, [n]: given in the rounds ``rounds``, of
+        the rows ``rows``, at their places there, with their losses now. Notes the losses."""
+        if self.method.watches:
+            which, at = np.unique(rows, return_inverse=True)
+            sums, count = np.bincount(at, losses), np.bincount(at)
+            self._losses[which] = sums / count
+        weights = self.method.token_weights(self.known, rows, places, losses)
+        for number in np.unique(rounds).tolist():
+            given = self._rounds[number]
+            if given.weights is None:
+                continue
+            of_row = np.ones(len(self.chosen))
+            of_row[given.rows] = given.weights
+            here = rounds == number
+            weights[here] *= of_row[rows[here]]
+        return weights
+
+    # -- with a checkpoint ------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Next to a checkpoint's weights."""
+        rounds = self._rounds
+        none = np.zeros(0, dtype=np.float32)
+        np.savez(
+            folder / FILE,
+            losses=self._losses,
+            lengths=[len(each.rows) for each in rounds],
+            rows=np.concatenate([each.rows for each in rounds]),
+            weighed=[each.weights is not None for each in rounds],
+            weights=np.concatenate([none if e.weights is None else e.weights for e in rounds]),
+            left_out=[each.left_out for each in rounds],
+        )
+
+    def load(self, folder: Path) -> None:
+        """Go on from what ``save`` left."""
+        with np.load(folder / FILE, allow_pickle=False) as saved:
+            self._losses = saved["losses"]
+            ends = np.cumsum(saved["lengths"])
+            each_rows = np.split(saved["rows"], ends[:-1])
+            weighed, left_out = saved["weighed"].tolist(), saved["left_out"].tolist()
+            own = np.where(saved["weighed"], saved["lengths"], 0)
+            each_weights = np.split(saved["weights"], np.cumsum(own)[:-1])
+        self._rounds, self._given = [], 0
+        self._drawn = np.zeros(len(self.chosen), dtype=np.int64)
+        parts = zip(each_rows, weighed, each_weights, left_out, strict=True)
+        for rows, is_weighed, weights, left in parts:
+            self._add(Round(rows=rows, weights=weights if is_weighed else None, left_out=left))

@@ -1,0 +1,167 @@
+"""From the chosen rows to what training reads: the rows with their replay, what the online method
+has to know of them, and packed sequences in the order that it gives.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thrifty.core import contracts
+from thrifty.core.budget import Cost, PoolStats
+from thrifty.core.contracts import Chosen, OnlineMethod, Tokens
+from thrifty.core.durable import rename_durably
+from thrifty.core.ledger import Stage
+from thrifty.core.ordering import best_first, fill
+from thrifty.core.plan import Training
+from thrifty.core.resolve import name_of, resolve
+from thrifty.data.packing import PackedDataset
+from thrifty.data.store import open_store
+from thrifty.held import PACKING_FILL
+from thrifty.open_run import Branch, Work
+from thrifty.rounds import Rounds
+from thrifty.signals.models import local_device
+from thrifty.signals.peak_memory import peak_noted
+
+BEFORE_TRAINING = -1
+"""The step of what is charged before the first: it is not lost where training starts over."""
+
+
+def chosen_rows(work: Work, branch: Branch) -> Chosen:
+    """In the order in which they were picked, then those that are replayed."""
+    settings, folder = branch.plan.training, work.run.selected(branch.account)
+    ids = np.load(folder / "ids.npy", allow_pickle=False)
+    examples: list[Tokens] = list(work.pool.take(ids).tokens)
+    if settings.replay_share > 0:
+        examples += _replay(work, settings, sum(len(e.input_ids) for e in examples))
+    scores = np.full(len(examples), np.nan, dtype=np.float32)
+    scores[: len(ids)] = _scores(folder)
+    lengths = np.array([len(e.input_ids) for e in examples], dtype=np.int64)
+    return Chosen(tokens=examples, num_tokens=lengths, scores=scores)
+
+
+def _scores(folder: Path) -> NDArray[np.float32]:
+    from datasets import load_from_disk
+
+    rows: Any = load_from_disk(str(folder / "data"))
+    names = [name for name in rows.column_names if name.startswith("score_")]
+    return np.mean([np.asarray(rows[name], dtype=np.float32) for name in names], axis=0)
+
+
+def _replay(work: Work, settings: Training, tokens: int) -> list[Tokens]:
+    """Rows of the replay sources, drawn uniformly, that make up their share of a pass."""
+    store = open_store(work.run.replay)
+    ids = np.concatenate([shard.ids for shard in store.shards()])
+    lengths = np.concatenate([shard.num_tokens for shard in store.shards()])
+    order = best_first(np.zeros(len(ids)), ids, settings.seed)
+    share = settings.replay_share
+    chosen = order[fill(lengths[order], tokens * share / (1 - share))]
+    return list(store.take(ids[chosen]).tokens)
+
+
+def rounds_of(
+    work: Work, branch: Branch, chosen: Chosen, stage: Stage, mark: str, planned: Cost
+) -> Rounds:
+    """``planned``: what training was predicted to take, nothing where that is not known. Charges
+    what the online method prepares, once."""
+    settings = branch.plan.training
+    steps = settings.max_steps * settings.micro_batch_tokens * settings.gradient_accumulation_steps
+    return Rounds(
+        resolve("online", settings.online),
+        chosen,
+        _prepared(work, branch, chosen, stage, mark),
+        num_tokens=min(planned.tokens or steps, steps) * PACKING_FILL,
+        seed=settings.seed,
+    )
+
+
+def _prepared(
+    work: Work, branch: Branch, chosen: Chosen, stage: Stage, mark: str
+) -> Mapping[str, NDArray[Any]]:
+    method: OnlineMethod = resolve("online", branch.plan.training.online)
+    predicted = predicted_preparation(work, branch, chosen, method)
+    if not predicted.flops:
+        return method.prepare(chosen, work.rows("signal"), work.models, _Free())
+    file = work.run.online(branch.account) / f"{name_of(method)}-{mark[:12]}.npz"
+    if not file.is_file():
+        work.say(f"  {name_of(method)} looks at {len(chosen):,} rows before training ...")
+        with (
+            stage.spending("online", predicted, step=BEFORE_TRAINING) as lease,
+            peak_noted(lease, local_device()),
+        ):
+            found = method.prepare(chosen, work.rows("signal"), work.models, lease)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(".new.npz")
+        arrays: Any = {name: np.asarray(value) for name, value in found.items()}
+        np.savez(draft, **arrays)
+        rename_durably(draft, file)
+    with np.load(file, allow_pickle=False) as saved:
+        return dict(saved)
+
+
+def predicted_preparation(work: Work, branch: Branch, chosen: Chosen, method: OnlineMethod) -> Cost:
+    """Of what an online method does before the first step."""
+    lengths = chosen.num_tokens
+    pool = PoolStats(
+        num_examples=len(chosen),
+        num_tokens=int(lengths.sum()),
+        max_tokens=int(lengths.max()),
+        num_squared_tokens=int((lengths**2).sum()),
+    )
+    stores = work.stores("signal").items()
+    asked = contracts.Work(
+        pool=pool,
+        targets={name: store.manifest.stats for name, store in stores},
+        shape=work.shape,
+        device=work.device,
+        dtype=branch.plan.training.dtype,
+        max_length=branch.plan.training.max_length,
+    )
+    cost = method.cost(asked)
+    return work.ledger.rates.of(cost + work.predicted(branch.plan).load) if cost.flops else cost
+
+
+class _Free:
+    """The meter of what computes nothing."""
+
+    def tick(self, cost: Cost, *, steps: int = 0) -> None:
+        assert not cost.flops, "this method declares no cost"
+
+
+def packed(settings: Training, rounds: Rounds) -> PackedDataset:
+    """Sequences for every step that the plan allows, and for a step more, so that the trainer does
+    not come to an end of them."""
+    per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    return PackedDataset(
+        rounds.chosen.tokens,
+        settings.max_length,
+        num_items=(settings.max_steps + 1) * per_step,
+        order=rounds.order,
+        exact=rounds.method.keeps_order,
+        tells_rows=rounds.alters_loss,
+    )
+
+
+def note_savings(stage: Stage, rounds: Rounds, flops_a_token: float) -> None:
+    """What the online method cost and saved, in the ledger."""
+    spent = stage.ledger.spent(account=stage.account, activity="online")
+    saved = rounds.left_out * flops_a_token
+    detail = {
+        "extra_flops": spent.flops,
+        "extra_seconds": spent.seconds,
+        "saved_flops": saved,
+        "saved_tokens": rounds.left_out,
+        "rounds": rounds.num_rounds,
+    }
+    stage.detail["online"] = detail
+    name = name_of(rounds.method)
+    reason = (
+        f"{rounds.num_rounds:,} rounds; {spent.flops:.3g} FLOPs before training; "
+        f"{rounds.left_out:,} tokens of rows passed over, {saved:.3g} FLOPs saved"
+    )
+    stage.decide("what to train on next", name, reason, detail=json.loads(json.dumps(detail)))

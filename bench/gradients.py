@@ -7,8 +7,8 @@ A Llama of 4 layers (``--width`` 256: heads 4, inner 704, vocabulary 4,096), ran
 LoRA of rank 8 on every linear, warmed up for 40 steps; ``--rows`` sequences of 128 tokens about
 eight topics, and 16 target sequences of the first. Ways are timed in turns, in CPU time of this
 process; plain training with the same batches stands beside them. 'agrees' is Pearson's and
-Spearman's correlation of a row's mean cosine with the target and the exact one, and which share of the best
-tenth is the same.
+Spearman's correlation of a row's mean cosine with the target and the exact one, and which share of
+the best tenth is the same.
 """
 
 from __future__ import annotations

@@ -219,7 +219,10 @@ class Candidates:
                 "these candidates have no texts\nhint: sort them by id, with a look at the pool"
             )
         for ids, texts in self.look.texts():
-            places = np.flatnonzero(np.isin(ids, self.ids, assume_unique=True))
+            if not len(ids):
+                continue
+            near = slice(*np.searchsorted(self.ids, (ids.min(), ids.max() + 1)).tolist())
+            places = np.flatnonzero(np.isin(ids, self.ids[near], assume_unique=True))
             yield [texts[place] for place in places.tolist()]
 
     def where(self, keep: NDArray[Any]) -> Candidates:

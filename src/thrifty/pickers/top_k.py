@@ -20,7 +20,8 @@ class TopK(Picker):
     source: ClassVar[str] = "the usual rule; LESS (arXiv:2402.04333) and others"
 
     def pick(self, candidates: Candidates, max_tokens: float, seed: int) -> Picked:
-        pool = candidates.where(reached(candidates.scores))
-        scores = merged_scores(pool.scores, pool.weights)
-        pool = pool.where(best_first(scores, pool.ids, seed))
-        return Picked.of(pool.ids[fill(pool.num_tokens, max_tokens)])
+        # Places in the candidates rather than copies of them: there may be ten million.
+        places = reached(candidates.scores)
+        scores = merged_scores(candidates.scores[places], candidates.weights)
+        order = places[best_first(scores, candidates.ids[places], seed)]
+        return Picked.of(candidates.ids[order[fill(candidates.num_tokens[order], max_tokens)]])

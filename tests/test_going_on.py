@@ -49,6 +49,7 @@ def test_killed_before_the_first_checkpoint_starts_over(
     assert 0 < book.spent(lost=True).flops < book.spent().flops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True])
 def test_killed_while_publishing_trains_no_further(
     after, tiny_model, tiny_data, tmp_path, monkeypatch
@@ -74,6 +75,7 @@ def test_killed_while_publishing_trains_no_further(
     assert weights(folder / "model")
 
 
+@pytest.mark.slow
 def test_paused_before_anything_was_measured_and_then_too_poor(
     tiny_model, tiny_data, tmp_path, monkeypatch
 ):
@@ -89,6 +91,7 @@ def test_paused_before_anything_was_measured_and_then_too_poor(
         finish(folder)
 
 
+@pytest.mark.slow
 def test_the_learning_rate_may_be_lowered_on_the_way_and_nothing_else(
     tiny_model, tiny_data, tmp_path, monkeypatch
 ):
@@ -111,6 +114,7 @@ def test_the_learning_rate_may_be_lowered_on_the_way_and_nothing_else(
         torch.testing.assert_close(weight, saved[name], rtol=0, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [None, "model.norm.weight"])
 def test_resuming_warns_of_a_missing_weight_and_not_of_a_tied_one(
     lost, tiny_model, tiny_data, tmp_path, monkeypatch
@@ -162,6 +166,7 @@ def test_rows_named_after_planning_are_refused(tiny_model, tiny_data, tmp_path):
         finish(folder)
 
 
+@pytest.mark.slow
 def test_a_refused_test_leaves_a_control_on_dev_rows_and_is_made_up_for(
     tiny_model, tiny_data, tmp_path
 ):
@@ -278,6 +283,7 @@ def test_every_evaluation_to_come_is_reserved(step, evaluated, steps, evaluation
     assert after.seconds == evaluations * 5.0
 
 
+@pytest.mark.slow
 def test_a_budget_that_shrinks_still_ends_in_a_cooldown(tiny_model, tiny_data, tmp_path):
     folder = tmp_path / "run"
     planned(folder, tiny_model, tiny_data, budget=Budget(flops=6e9))
@@ -326,6 +332,7 @@ def test_scoring_never_passes_the_budget_whatever_was_predicted(
 # -- the rule -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_rule_ends_a_run_and_remembers_across_a_pause(
     tiny_model, tiny_data, tmp_path, monkeypatch
 ):
@@ -352,6 +359,7 @@ def test_the_rule_ends_a_run_and_remembers_across_a_pause(
     assert ends[0] == ends[1]
 
 
+@pytest.mark.slow
 def test_gains_are_weighed_in_the_unit_of_the_objective(tiny_model, tiny_data, tmp_path):
     fixed = {"objective.unit": "points", "training.eval_steps": 5, "training.save_steps": 5}
     planned(tmp_path / "run", tiny_model, tiny_data, fixed=fixed)
@@ -363,6 +371,7 @@ def test_gains_are_weighed_in_the_unit_of_the_objective(tiny_model, tiny_data, t
         assert " points a " in decision["reason"]
 
 
+@pytest.mark.slow
 def test_recomputing_activations_changes_the_cost_and_not_the_model(
     tiny_model, tiny_data, tmp_path
 ):

@@ -28,7 +28,10 @@ def run(folder, model, data, online):
     return plan
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("infobatch", "rho1") else pytest.param(n, marks=pytest.mark.slow) for n in METHODS],
+)
 def test_a_run_says_what_it_cost_and_saved_and_keeps_within_the_budget(
     name, tiny_model, tiny_data, tmp_path
 ):
@@ -52,7 +55,10 @@ def test_a_run_says_what_it_cost_and_saved_and_keeps_within_the_budget(
     assert rows[-1]["objective"] < rows[0]["objective"]
 
 
-@pytest.mark.parametrize("name", ["infobatch", "self_paced", "rho1"])
+@pytest.mark.parametrize(
+    "name",
+    ["infobatch", *(pytest.param(n, marks=pytest.mark.slow) for n in ("self_paced", "rho1"))],
+)
 def test_an_interrupted_run_resumes_bit_for_bit(name, tiny_model, tiny_data, tmp_path, monkeypatch):
     run(tmp_path / "straight", tiny_model, tiny_data, name)
     fixed = {**SEVERAL_PASSES, "training.online": name}

@@ -112,6 +112,7 @@ def test_lora_leaves_an_adapter_that_peft_loads(tiny_model, tiny_data, tmp_path)
     assert rows[-1]["objective"] < rows[0]["objective"]
 
 
+@pytest.mark.slow
 def test_a_plan_edited_to_lora_adapts_every_linear(tiny_model, tiny_data, tmp_path):
     from thrifty.costs.shape import read_shape
 
@@ -187,7 +188,7 @@ def test_a_run_of_few_steps_keeps_a_row_however_many_passes_were_asked(
 # -- resuming -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_an_interrupted_run_resumes_bit_for_bit(
     method, tiny_model, tiny_data, tmp_path, monkeypatch
 ):
@@ -293,6 +294,7 @@ def test_no_budget_is_passed(budget, tiny_model, tiny_data, tmp_path):
     assert spent.tokens > 0
 
 
+@pytest.mark.slow
 def test_the_flops_of_evaluations_are_known_to_the_last_before_training(
     tiny_model, tiny_data, tmp_path
 ):

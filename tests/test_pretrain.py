@@ -82,6 +82,7 @@ def test_a_model_that_is_there_is_not_made_again(made: Pretrained, monkeypatch) 
         assert pretrain(TEXTS, made.directory, **TINY) == made
 
 
+@pytest.mark.slow
 def test_another_request_replaces_the_model(tmp_path: Path) -> None:
     first = pretrain(TEXTS, tmp_path / "model", **TINY | {"steps": 1})
     second = pretrain(TEXTS, tmp_path / "model", **TINY | {"steps": 2})

@@ -75,6 +75,7 @@ def test_switched_off_or_damaged_it_is_as_if_there_were_none(select, tmp_path, m
     assert spent(off).flops > 0
 
 
+@pytest.mark.slow
 def test_a_control_s_rival_is_not_said_to_have_paid(select, tmp_path):
     from thrifty import pipeline
     from thrifty.report.summary import summarize

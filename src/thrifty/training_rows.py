@@ -4,7 +4,6 @@ has to know of them, and packed sequences in the order that it gives.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -159,9 +158,8 @@ def note_savings(stage: Stage, rounds: Rounds, flops_a_token: float) -> None:
         "rounds": rounds.num_rounds,
     }
     stage.detail["online"] = detail
-    name = name_of(rounds.method)
     reason = (
         f"{rounds.num_rounds:,} rounds; {spent.flops:.3g} FLOPs before training; "
         f"{rounds.left_out:,} tokens of rows passed over, {saved:.3g} FLOPs saved"
     )
-    stage.decide("what to train on next", name, reason, detail=json.loads(json.dumps(detail)))
+    stage.decide("what to train on next", name_of(rounds.method), reason, detail=detail)

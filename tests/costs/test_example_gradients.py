@@ -3,6 +3,9 @@ every family that the cost model knows."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import pytest
 import torch
 from published import TINY
@@ -18,6 +21,14 @@ ROWS, SEQUENCE = 4, 12
 FUSED_EXPERTS = {
     name for name, config in TINY.items() if ModelShape.from_config(config).experts is not None
 }
+
+
+USUAL = ("llama", "gpt2", "gpt_neox", "opt", "gemma2", "deepseek_v3")
+
+
+def some_slow(families: Iterable[str]) -> list[Any]:
+    """The usual ones, and the others beside the slow tests."""
+    return [f if f in USUAL else pytest.param(f, marks=pytest.mark.slow) for f in sorted(families)]
 
 
 def model_of(family: str, adapter: Adapter | None = None) -> torch.nn.Module:
@@ -84,7 +95,7 @@ def homes(model):
     return [m for m in model.modules() if list(m.parameters(recurse=False))]
 
 
-@pytest.mark.parametrize("family", sorted(set(TINY) - FUSED_EXPERTS))
+@pytest.mark.parametrize("family", some_slow(set(TINY) - FUSED_EXPERTS))
 def test_all_weights(family):
     model = model_of(family)
     check(model, list(model.parameters()), TINY[family])
@@ -97,7 +108,7 @@ def test_fused_experts_are_refused_by_name(family):
         ExampleGradients(model, list(model.parameters()))
 
 
-@pytest.mark.parametrize("family", sorted(TINY))
+@pytest.mark.parametrize("family", some_slow(TINY))
 def test_adapters(family):
     adapter = Adapter(rank=2)
     model = model_of(family, adapter)

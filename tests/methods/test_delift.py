@@ -58,6 +58,7 @@ def test_what_does_not_fit_loses_the_beginning_of_the_example(models):
     assert np.flatnonzero(pair.loss_mask).tolist() == list(range(most - 49, most))
 
 
+@pytest.mark.slow
 def test_flops_are_exact_and_the_price_is_near(pool, models):
     rows, tally = pool.shard(0).tokens, Tally()
     pairwise_utility(models.base(), models.shape, rows, tally)

@@ -23,7 +23,7 @@ FUSED_EXPERTS = {
 }
 
 
-USUAL = ("llama", "gpt2", "gpt_neox", "opt", "gemma2", "deepseek_v3")
+USUAL = ("llama", "gpt2", "gpt_neox", "opt", "deepseek_v3")
 
 
 def some_slow(families: Iterable[str]) -> list[Any]:

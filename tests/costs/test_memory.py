@@ -83,7 +83,7 @@ FEW_SETTINGS = [
     ("llama", "bfloat16", None, True),
     ("llama", "bfloat16", Adapter(rank=8), False),
     ("llama", "float32", Adapter(rank=8), True),
-    *((family, "bfloat16", None, True) for family in FAMILIES[1:]),
+    *((family, "float32", None, True) for family in FAMILIES[1:]),
 ]
 
 

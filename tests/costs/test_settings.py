@@ -183,7 +183,7 @@ def test_the_peak_of_selective_recomputation(dtype):
     assert _beside(shape, run, inputs) == pytest.approx(measured, rel=0.05)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_the_peak_of_a_chunked_loss(dtype):
     import torch
     from torch.utils.checkpoint import checkpoint

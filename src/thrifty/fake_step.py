@@ -39,6 +39,7 @@ from thrifty.costs.setting import MemorySetting
 from thrifty.costs.shape import ModelShape
 from thrifty.data.packed_attention import pack_attention_kwargs
 from thrifty.fake_device import as_on_the_device
+from thrifty.signals.models import layers_of
 
 _TRACED = (
     "micro_batch",
@@ -370,13 +371,3 @@ def materialise(model: torch.nn.Module, setting: MemorySetting) -> None:
                 if old is not None:
                     olds.append(old)
                     tensors[name] = new(old)  # type: ignore[assignment]
-
-
-def layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The decoder's layers: the outermost list of modules."""
-    found = next((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), None)
-    if found is None:
-        raise ValueError(
-            f"{type(model).__name__} has no list of layers to trace\nhint: leave out --verify"
-        )
-    return found

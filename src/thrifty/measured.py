@@ -148,7 +148,7 @@ class Measured:
 
     @cached_property
     def num_layers(self) -> int:
-        from thrifty.fake_step import layers_of
+        from thrifty.signals.models import layers_of
 
         return len(layers_of(self.model))
 
@@ -179,8 +179,9 @@ class Measured:
     def step(self, setting: MemorySetting) -> MeasuredStep:
         """Of rows of ``setting.sequence`` tokens; its micro-batch says nothing. Raises
         NotTraced."""
-        from thrifty.fake_step import layers_of, skeleton
+        from thrifty.fake_step import skeleton
         from thrifty.meta_step import run_step
+        from thrifty.signals.models import layers_of
 
         lengths = (setting.sequence, setting.sequence // 2 or 2)
         found = []

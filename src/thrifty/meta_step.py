@@ -33,10 +33,10 @@ from thrifty.fake_step import (
     Tape,
     batch_of,
     forward,
-    layers_of,
     mark_layers,
     materialise,
 )
+from thrifty.signals.models import layers_of
 
 ROWS = 1_000_003
 """Of a batch: a prime, and beyond any size in a model."""

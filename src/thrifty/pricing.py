@@ -16,7 +16,7 @@ import numpy as np
 from thrifty.affordable import accumulation as accumulation_of
 from thrifty.affordable import affordable, ceiling, minus, reserved, watch
 from thrifty.core.budget import Budget, Cost, PoolStats
-from thrifty.core.contracts import Scorer, Work, Worth
+from thrifty.core.contracts import OnlineMethod, Scorer, Work, Worth
 from thrifty.core.ledger import Rates
 from thrifty.core.marginal import Estimate
 from thrifty.core.plan import Training
@@ -224,6 +224,8 @@ class Pricing:
         self.priors = load_priors()
         self.predictor = Predictor(request.shape, request.device, request.dev, request.test)
         self._scoring: dict[tuple[Any, str, int], Cost] = {}
+        named = request.fixed.get("training.online", Training().online)
+        self.online: OnlineMethod = resolve("online", named)
 
     def price(self, held: Held, scorer: Scorer, spec: Spec) -> Candidate | Refused | None:
         """The candidate at the micro-batch that takes least time a token; or what it lacks; or None
@@ -332,11 +334,10 @@ class Pricing:
     def _online(self, setting: MemorySetting, tokens: float) -> Cost:
         """What the online method that the user named does before training, on ``tokens`` of the
         pool."""
-        method = resolve("online", self.request.fixed.get("training.online", Training().online))
         pool = self.request.pool
         if pool is None or not pool.num_tokens:
             return Cost()
-        cost = method.cost(self._work(pool.part(min(1.0, tokens / pool.num_tokens)), setting))
+        cost = self.online.cost(self._work(pool.part(min(1.0, tokens / pool.num_tokens)), setting))
         if not cost.flops:
             return cost
         return cost + Cost(seconds=self.predictor.load_seconds(setting))

@@ -65,7 +65,7 @@ class Rounds:
         return Progress(
             number=len(self._rounds),
             share=min(1.0, self._given / self._run_tokens),
-            num_tokens=max(round(self._run_tokens / ROUNDS), longest),
+            round_tokens=max(round(self._run_tokens / ROUNDS), longest),
             losses=self._losses,
             drawn=self._drawn,
             seed=self._seed,

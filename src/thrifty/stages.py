@@ -21,7 +21,7 @@ from thrifty.evaluation import Measured, measure
 from thrifty.open_run import Branch, Work, at_work
 from thrifty.report.words import in_targets
 from thrifty.scoring_engines import Engine
-from thrifty.signals.models import load_model, local_device
+from thrifty.signals.models import load_model, local_device, locate, weights_sha256
 from thrifty.signals.peak_memory import peak_noted
 
 __all__ = ["Branch", "Work", "at_work", "control", "select", "test", "train"]
@@ -137,6 +137,8 @@ def _training_mark(work: Work, branch: Branch) -> str:
         (work.run.selected(branch.account) / selection.MANIFEST).read_text(encoding="utf-8")
     )
     parts = [settings, chosen["settings"], work.base_sha256]
+    if other := resolve("online", branch.plan.training.online).model:
+        parts.append(weights_sha256(locate(other, weights=True)[0]))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

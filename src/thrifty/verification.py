@@ -18,7 +18,8 @@ from thrifty.core import quantities
 from thrifty.costs.memory import account
 from thrifty.costs.setting import MemorySetting
 from thrifty.costs.shape import ModelShape
-from thrifty.fake_step import Instant, base_model, has_closed_form, layers_of, record
+from thrifty.fake_step import Instant, base_model, has_closed_form, record
+from thrifty.signals.models import layers_of
 
 PHASES = ("loss", "backward", "optimizer")
 _ZEROTH_ORDER = {"layers": "loss", "perturbation": "optimizer"}

@@ -25,7 +25,7 @@ def at(share: float, num: int, *, number: int = 0, losses=None, tokens: int = 10
     return Progress(
         number=number,
         share=share,
-        num_tokens=tokens,
+        round_tokens=tokens,
         losses=np.full(num, np.nan) if losses is None else np.asarray(losses, dtype=float),
         drawn=np.zeros(num, dtype=np.int64),
         seed=3,
@@ -72,7 +72,7 @@ def test_a_curriculum_draws_first_what_it_drew_least():
     known = method.prepare(chosen, {}, None, Tally())
     drawn = np.array([1, 1, 0, 1, 1, 0, 1, 1, 1, 0])
     now = Progress(
-        number=0, share=0.0, num_tokens=30, losses=np.full(10, np.nan), drawn=drawn, seed=0
+        number=0, share=0.0, round_tokens=30, losses=np.full(10, np.nan), drawn=drawn, seed=0
     )
     assert sorted(method.next_round(chosen, known, now).rows.tolist()) == [2, 5, 9]
 
@@ -158,6 +158,20 @@ def test_rho1_keeps_the_tokens_with_most_excess_loss():
 def test_rho1_without_a_target_says_what_it_needs(models):
     with pytest.raises(ValueError, match="needs a model that knows a target"):
         resolve("online", "rho1").prepare(rows(3), {}, models, Tally())
+
+
+def test_rho1_refuses_a_reference_that_splits_text_otherwise(models, tmp_path):
+    import shutil
+
+    from tokenizers import Tokenizer
+
+    folder = shutil.copytree(models.folder, tmp_path / "other")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["plum"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    method = resolve("online", {"rho1": {"model": str(folder)}})
+    with pytest.raises(ValueError, match=r"another tokenizer.*\nhint: rho1"):
+        method.prepare(rows(3), {}, models, Tally())
 
 
 def test_rho1_knows_the_reference_losses_token_by_token(pool, target, models):

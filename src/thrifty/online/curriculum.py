@@ -32,7 +32,6 @@ from thrifty.core.contracts import (
     Rows,
     Work,
 )
-from thrifty.core.ordering import fill
 from thrifty.core.ranges import check_ranges
 from thrifty.signals.forward import example_losses, scoring_cost
 
@@ -90,6 +89,4 @@ class Curriculum(OnlineMethod):
 
     def next_round(self, chosen: Chosen, known: Mapping[str, NDArray[Any]], now: Progress) -> Round:
         most = max(1, math.ceil(self.exposed(now.share) * len(chosen)))
-        rows = now.random.permutation(known["order"][:most])
-        rows = rows[np.argsort(now.drawn[rows], kind="stable")]
-        return Round(rows=rows[fill(chosen.num_tokens[rows], now.num_tokens)])
+        return Round(rows=now.least_drawn(known["order"][:most], chosen.num_tokens))

@@ -73,6 +73,12 @@ class Rho1(OnlineMethod):
         self, chosen: Chosen, targets: Mapping[str, Rows], models: Models, meter: Meter
     ) -> Mapping[str, NDArray[Any]]:
         of = models.other(self.model)
+        if of.splits_anew:
+            raise ValueError(
+                f"{self.model} has another tokenizer than the model to be trained, so that its "
+                "losses are of other tokens\n"
+                "hint: rho1: {model: ...} takes a model of the same tokenizer"
+            )
         reference = of.base() if self.model else self._trained(targets, models, meter)
         losses = token_losses(reference, of.shape, chosen.tokens, meter)
         starts = np.concatenate([[0], np.cumsum(chosen.num_tokens)])

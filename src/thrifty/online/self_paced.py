@@ -28,7 +28,6 @@ from thrifty.core.contracts import (
     Rows,
     Work,
 )
-from thrifty.core.ordering import fill
 from thrifty.core.ranges import check_ranges
 from thrifty.signals.forward import example_losses, scoring_cost
 
@@ -62,9 +61,8 @@ class SelfPaced(OnlineMethod):
         way = min(1.0, now.share / self.ramp) if self.ramp else 1.0
         most = max(1, round((self.start + (1 - self.start) * way) * len(losses)))
         bound = np.partition(losses, most - 1)[most - 1]
-        easy = now.random.permutation(np.flatnonzero(losses <= bound))
-        rows = easy[np.argsort(now.drawn[easy], kind="stable")]
-        rows = rows[fill(chosen.num_tokens[rows], now.num_tokens)]
+        easy = np.flatnonzero(losses <= bound)
+        rows = now.least_drawn(easy, chosen.num_tokens)
         share_in = chosen.num_tokens[easy].sum() / chosen.num_tokens.sum()
         given = chosen.num_tokens[rows].sum()
         return Round(rows=rows, left_out=round(given * (1 / share_in - 1)))

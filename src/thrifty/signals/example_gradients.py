@@ -26,7 +26,8 @@ from thrifty.costs.memory import account
 from thrifty.costs.setting import MemorySetting
 from thrifty.costs.time import step_seconds
 from thrifty.data.packing import padded_batches
-from thrifty.signals.forward import mean_flops, padded, padding, shape_of
+from thrifty.signals.forward import mean_flops, next_token_losses, padded, padding, shape_of
+from thrifty.signals.models import layers_of
 
 BATCH_TOKENS = 2048
 """Padded tokens of a batch, one example at least."""
@@ -106,9 +107,7 @@ class ExampleGradients:
             # Positions of each row, or learned ones would be looked up for all rows at once.
             places = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
             logits = self.model(input_ids=ids, position_ids=places, use_cache=False).logits[:, :-1]
-            nll = torch.nn.functional.cross_entropy(
-                _wide(logits).flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-            ).view(keep.shape)
+            nll = next_token_losses(_wide(logits), ids)
             losses = (nll * keep).sum(1) / keep.sum(1).clamp_min(1)
             if losses.requires_grad:
                 losses.sum().backward()
@@ -154,10 +153,16 @@ class BatchGradients:
     def __len__(self) -> int:
         return self._size
 
-    def weights(self) -> Iterator[tuple[int, slice, Any]]:
-        """Of each wanted weight, some examples at a time: its place, which examples, and their
-        gradients ``[examples, elements]``, in float32 (float64 where the model is)."""
-        yield from self._some(range(len(self._wanted)))
+    def weights(self, places: Sequence[int] | None = None) -> Iterator[tuple[int, slice, Any]]:
+        """Of each wanted weight, or of those at ``places``, some examples at a time: its place,
+        which examples, and their gradients ``[examples, elements]``, in float32 (float64 where the
+        model is)."""
+        for place in range(len(self._wanted)) if places is None else places:
+            weight = self._wanted[place]
+            most = max(1, LARGEST_PRODUCT // weight.numel())
+            for start in range(0, self._size, most):
+                rows = slice(start, min(start + most, self._size))
+                yield place, rows, self._of(place, weight, rows)
 
     def _of(self, place: int, weight: Any, rows: slice) -> Any:
         import torch
@@ -191,7 +196,7 @@ class BatchGradients:
                 continue
             x, g = (_wide(each).flatten(1, -2) for each in (one.inputs, one.grads))
             found += (x @ x.mT * (g @ g.mT)).sum((1, 2))
-        for _, rows, gradients in self._some(rest):
+        for _, rows, gradients in self.weights(rest):
             found[rows] += gradients.square().sum(1)
         return found
 
@@ -209,14 +214,6 @@ class BatchGradients:
         one = self._wanted[0]
         wide = torch.promote_types(one.dtype, torch.float32)
         return torch.zeros(self._size, *width, device=one.device, dtype=wide)
-
-    def _some(self, places: Sequence[int]) -> Iterator[tuple[int, slice, Any]]:
-        for place in places:
-            weight = self._wanted[place]
-            most = max(1, LARGEST_PRODUCT // weight.numel())
-            for start in range(0, self._size, most):
-                rows = slice(start, min(start + most, self._size))
-                yield place, rows, self._of(place, weight, rows)
 
 
 def each_batch(
@@ -307,9 +304,7 @@ def _roots(model: Any, homes: Mapping[Any, Any]) -> list[Any]:
     import torch
 
     tables = [module for module in homes if isinstance(module, torch.nn.Embedding)]
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
-    layers: Any = max(lists, key=lambda each: len(each), default=())
-    for layer in layers:
+    for layer in layers_of(model):
         if any(module in homes for module in layer.modules()):
             return [*tables, layer]
     return [*tables, *(module for module in homes if module not in tables)]

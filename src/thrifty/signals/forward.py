@@ -117,19 +117,13 @@ def token_statistics(
     ``[batch, sequence - 1, vocab]`` in float32 and the ids predicted ``[batch, sequence - 1]``, and
     returns ``[batch, sequence - 1]``. The model is in evaluation mode, whatever mode it was in.
     """
-    import torch
-
     sums = np.zeros(len(examples))
     count = np.zeros(len(examples), dtype=np.int64)
 
     def visit(batch: list[int], ids: Any, keep: Any) -> None:
         meter.tick(Cost(flops=forward_flops(shape, *ids.shape)))
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        following = ids[:, 1:]
-        nll = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), following.flatten(), reduction="none"
-        ).view(keep.shape)
-        values = statistic(nll, logits, following)
+        values = statistic(next_token_losses(logits, ids), logits, ids[:, 1:])
         sums[batch] = (values.double() * keep).sum(1).cpu().numpy()
         count[batch] = keep.sum(1).cpu().numpy()
 
@@ -142,21 +136,29 @@ def token_losses(
 ) -> list[NDArray[np.float32]]:
     """Each token's negative log-likelihood, one array an example as long as it is; the first token
     has no prediction: 0. Ticks ``meter`` like ``example_losses``."""
-    import torch
-
     found = [np.zeros(len(example.input_ids), dtype=np.float32) for example in examples]
 
     def visit(batch: list[int], ids: Any, keep: Any) -> None:
         meter.tick(Cost(flops=forward_flops(shape, *ids.shape)))
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        nll = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-        ).view(keep.shape)
-        for i, row in zip(batch, nll.cpu().numpy(), strict=True):
+        nll = next_token_losses(logits, ids).cpu().numpy()
+        for i, row in zip(batch, nll, strict=True):
             found[i][1:] = row[: len(found[i]) - 1]
 
     each_batch(model, shape, examples, visit)
     return found
+
+
+def next_token_losses(logits: Any, ids: Any) -> Any:
+    """[batch, sequence - 1] of logits ``[batch, sequence - 1, vocab]``, the last token's left out,
+    and ids ``[batch, sequence]``: the negative log-likelihood of every token but the first."""
+    import torch
+
+    following = ids[:, 1:]
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), following.flatten(), reduction="none"
+    )
+    return losses.view(following.shape)
 
 
 def each_batch(

@@ -11,26 +11,24 @@ from thrifty.costs.flops import gradient_score_flops
 from thrifty.costs.setting import MemorySetting
 from thrifty.signals.example_gradients import gradients_cost
 from thrifty.signals.forward import shape_of
+from thrifty.signals.models import layers_of
 
 if TYPE_CHECKING:
     from thrifty.costs.shape import ModelShape
 
 
 def last_layers_weights(model: Any, num_layers: int) -> list[Any]:
-    """Of the last ``num_layers`` entries of the model's longest module list; of all of it for 0.
+    """Of the last ``num_layers`` decoder layers; of the whole model for 0.
 
     Raises ValueError for a model without that many.
     """
-    import torch
-
     if not num_layers:
         return [weight for weight in model.parameters() if weight.is_floating_point()]
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
-    layers: Any = max(lists, key=lambda each: len(each), default=())
+    layers = layers_of(model)
     if len(layers) < num_layers:
         raise ValueError(
             f"{type(model).__name__} has {len(layers)} layers, not {num_layers}\n"
-            "hint: gradient scorers need a decoder with layers; ask for fewer, or for bm25"
+            "hint: ask for fewer"
         )
     chosen = list(layers)[-num_layers:]
     return [w for layer in chosen for w in layer.parameters() if w.is_floating_point()]

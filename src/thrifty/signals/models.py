@@ -181,6 +181,10 @@ class LoadedModels:
         same = tokenizer_fingerprint(tokenizer) == pools
         return replace(self, folder=folder, tokenizer=None if same else tokenizer)
 
+    @property
+    def splits_anew(self) -> bool:
+        return self.tokenizer is not None
+
     def tokens(self, rows: Any) -> Sequence[Tokens]:
         """No more of a row than this model's context holds."""
         from thrifty.data import tokens
@@ -223,6 +227,19 @@ def load_model(folder: Path, dtype: str, device: str) -> Any:
             "hint: are the files complete, and of the architecture that config.json names?"
         ) from None
     return model.to(device)
+
+
+def layers_of(model: Any) -> Any:
+    """The decoder's layers: the outermost list of modules. Raises ValueError without one."""
+    import torch
+
+    found = next((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), None)
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__} has no list of layers\n"
+            "hint: what looks into layers needs a decoder with a list of them"
+        )
+    return found
 
 
 def num_threads() -> int:

@@ -22,7 +22,14 @@ from thrifty.costs.setting import MemorySetting
 from thrifty.costs.time import step_seconds
 from thrifty.data.packing import padded_batches
 from thrifty.signals.adapters import sharing_copy, with_adapter
-from thrifty.signals.forward import as_read, mean_flops, padded, padding, shape_of
+from thrifty.signals.forward import (
+    as_read,
+    mean_flops,
+    next_token_losses,
+    padded,
+    padding,
+    shape_of,
+)
 
 if TYPE_CHECKING:
     from thrifty.costs.shape import ModelShape
@@ -77,14 +84,11 @@ def proxy_run(
             meter.tick(Cost(flops=train_flops(shape, *ids.shape, adapter=adapter)))
             with torch.enable_grad():
                 logits = copied(input_ids=ids, use_cache=False).logits[:, :-1].float()
-                following = ids[:, 1:]
-                nll = torch.nn.functional.cross_entropy(
-                    logits.flatten(0, 1), following.flatten(), reduction="none"
-                ).view(keep.shape)
+                nll = next_token_losses(logits, ids)
                 ((nll * keep).sum() / keep.sum()).backward()
             if watch is not None:
                 with torch.no_grad():
-                    watch(epoch, batch, nll.detach(), logits.detach(), following, keep)
+                    watch(epoch, batch, nll.detach(), logits.detach(), ids[:, 1:], keep)
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()

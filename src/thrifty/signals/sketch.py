@@ -31,13 +31,7 @@ class CountSketch:
         signs = random.integers(0, 2, self.num_elements, dtype=np.int8) * 2 - 1
         return torch.from_numpy(places), torch.from_numpy(signs.astype(np.float32))
 
-    def part(self, start: int, values: Any) -> Any:
-        """Of a vector whose elements from ``start`` on are ``values`` [n, m] and zero elsewhere."""
-        places, signs = (
-            each[start : start + values.shape[1]].to(values.device) for each in self._hashes
-        )
+    def __call__(self, values: Any) -> Any:
+        places, signs = (each.to(values.device) for each in self._hashes)
         found = values.new_zeros(len(values), self.num_dimensions)
         return found.index_add_(1, places, values * signs)
-
-    def __call__(self, values: Any) -> Any:
-        return self.part(0, values)

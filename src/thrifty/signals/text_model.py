@@ -59,6 +59,10 @@ class TextModel(ABC):
     def other(self, path: str) -> Models:
         self._refuse()
 
+    @property
+    def splits_anew(self) -> bool:
+        self._refuse()
+
     def tokens(self, rows: Rows) -> Sequence[Tokens]:
         self._refuse()
 

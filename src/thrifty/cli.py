@@ -357,7 +357,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--json", action="store_true", help="print JSON")
     report.set_defaults(do=_report)
 
-    methods = commands.add_parser("methods", help="every scorer, filter, picker and stopping rule")
+    methods = commands.add_parser("methods", help="every method, with its cost and source")
     methods.add_argument("--json", action="store_true", help="print JSON")
     methods.set_defaults(do=_methods)
 

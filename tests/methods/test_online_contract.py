@@ -148,6 +148,7 @@ def test_costs_what_it_says(name, chosen, prepared, models, target):
     predicted = resolve("online", name).cost(work)
     assert ticked.flops == pytest.approx(predicted.flops, rel=0.1)
     assert (predicted.seconds > 0) == (predicted.flops > 0)
+    assert (predicted.flops > 0) == (method_class("online", name).cost_class != "free")
 
 
 @pytest.mark.parametrize("name", NAMES)

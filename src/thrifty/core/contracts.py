@@ -185,6 +185,8 @@ class OnlineMethod(ABC):
     """
 
     source: ClassVar[str]
+    cost_class: ClassVar[Literal["free", "forward"]] = "free"
+    """Of what it prepares: what it does while training costs nothing more."""
     watches: ClassVar[bool] = False
     """Whether it asks for the rows' losses, which training then notes (at no extra pass)."""
     weighs_tokens: ClassVar[bool] = False

@@ -51,6 +51,7 @@ class Curriculum(OnlineMethod):
     """r, the share of the run after which all are."""
 
     source: ClassVar[str] = "arXiv:1903.09848"
+    cost_class: ClassVar[Literal["free", "forward"]] = "forward"
 
     def __post_init__(self) -> None:
         check_ranges(self, start=(0, 1), ramp=(0, 1))

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,7 @@ class Rho1(OnlineMethod):
     seed: int = 0
 
     source: ClassVar[str] = "arXiv:2404.07965"
+    cost_class: ClassVar[Literal["free", "forward"]] = "forward"
     weighs_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

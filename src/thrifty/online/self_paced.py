@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,7 @@ class SelfPaced(OnlineMethod):
     """r, the share of the run after which all are."""
 
     source: ClassVar[str] = "Kumar, Packer, Koller 2010, Self-Paced Learning"
+    cost_class: ClassVar[Literal["free", "forward"]] = "forward"
     watches: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

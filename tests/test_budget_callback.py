@@ -13,9 +13,12 @@ import torch
 from torch.utils.data import Dataset
 
 from thrifty import BudgetCallback
-from thrifty.core.ledger import BudgetExceeded, Ledger
+from thrifty.core.budget import Budget, Cost
+from thrifty.core.ledger import BudgetExceeded, Ledger, Rates
 from thrifty.costs.flops import train_flops
 from thrifty.costs.shape import read_shape
+from thrifty.step_cost import StepCost
+from thrifty.step_leases import StepLeases
 
 
 class Rows(Dataset):
@@ -338,3 +341,33 @@ def test_all_ranks_stop_at_the_same_step_on_one_ledger(step_flops, tiny_model, t
     with Ledger(tmp_path / "ledger.sqlite", read_only=True) as ledger:
         assert ledger.spent().flops == pytest.approx(2 * 5 * step_flops)
         assert ledger.spent().tokens == 2 * 5 * 4 * 24
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [Budget(seconds=1.28), Budget(dollars=0.0128), Budget(joules=128.0)],
+    ids=["seconds", "dollars", "joules"],
+)
+def test_what_passes_between_two_steps_is_taken_from_the_margin_of_the_next(budget, tmp_path):
+    """A step of 1 s is bounded by 1.3 s; 1.28 s are left when it begins."""
+    rates = Rates(dollars_per_second=0.01, watts=100.0)
+    cost = StepCost(Cost())
+    cost.measure(Cost(flops=5.0), 1.0)
+    file = tmp_path / "ledger.sqlite"
+    with Ledger.create(file, budget, rates) as book, book.stage("train", "callback") as stage:
+        steps = StepLeases(stage, cost, "cpu")
+        assert steps.next_step().seconds == pytest.approx(1.3)
+        steps.begin(0, 1, Cost())
+        assert steps.holds_a_step
+        steps.end()
+
+
+@pytest.mark.parametrize("budget", [Budget(seconds=0.9), Budget(seconds=9.0, flops=4.0)])
+def test_a_step_itself_is_never_cut(budget, tmp_path):
+    cost = StepCost(Cost())
+    cost.measure(Cost(flops=5.0), 1.0)
+    file = tmp_path / "ledger.sqlite"
+    with Ledger.create(file, budget, Rates()) as book, book.stage("train", "callback") as stage:
+        steps = StepLeases(stage, cost, "cpu")
+        with pytest.raises(BudgetExceeded, match="train needs"):
+            steps.begin(0, 1, Cost())

@@ -6,9 +6,12 @@ A lease stays open between steps, so that logging and saving are on its clock to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
+from thrifty.affordable import CLOCKED
 from thrifty.core.budget import Cost
 from thrifty.core.ledger import Lease, Stage
 from thrifty.signals.peak_memory import peak_memory_bytes, reset_peak
@@ -74,8 +77,21 @@ class StepLeases:
         wanted = min(most, _LEASE_STEPS if self.step_cost.is_timed else _FIRST_LEASE_STEPS)
         _, possible = self.stage.budget.binding(self._spent_before + tail, upper)
         self._num_left = max(1, int(min(wanted, possible)))
-        self._lease = self.stage.lease("train", upper * self._num_left, step=step)
+        bound = self._within_margin(upper * self._num_left)
+        self._lease = self.stage.lease("train", bound, step=step)
         self._seconds_booked = 0.0
+
+    def _within_margin(self, upper: Cost) -> Cost:
+        """``upper``, or with fewer seconds where the clock went on since the look ahead admitted a
+        step (data, logging): that is taken from the step's margin, never from its usual time."""
+        over = self.stage.budget.exceeded_by(self._spent_before + upper)
+        if over not in CLOCKED:
+            return upper
+        left, asked = self.stage.budget.left(self._spent_before)[over], upper.of(over) or math.inf
+        seconds = upper.seconds * left / asked * (1 - 1e-9)
+        if seconds < self.step_cost.mean().seconds:
+            return upper
+        return self.priced(replace(upper, seconds=seconds, joules=0.0, dollars=0.0))
 
     def book(self, used: Cost) -> None:
         """Charge a step to the open lease."""

@@ -1,42 +1,57 @@
 """Examples a core-second whose gradients are scored against a target's, and how well they agree
 with exact cosines.
 
-    OMP_NUM_THREADS=1 python bench/gradients.py [--rounds 3] [--width 256] [--rows 256]
+    OMP_NUM_THREADS=1 python bench/gradients.py [--rounds 3] [--width 256] [--rows 256] [--full]
+        [--dtype float32] [--peer NAME=PYTHON ...] [--without NAME,...]
 
 A Llama of 4 layers (``--width`` 256: heads 4, inner 704, vocabulary 4,096), random weights and a
-LoRA of rank 8 on every linear, warmed up for 40 steps; ``--rows`` sequences of 128 tokens about
-eight topics, and 16 target sequences of the first. Ways are timed in turns, in CPU time of this
-process; plain training with the same batches stands beside them. 'agrees' is Pearson's and
-Spearman's correlation of a row's mean cosine with the target and the exact one, and which share of
-the best tenth is the same.
+LoRA of rank 8 on every linear, warmed up for 40 steps; ``--full``: no adapter, all weights of the
+layers' linears. ``--rows`` sequences of 128 tokens about eight topics, and 16 target sequences of
+the first. A topic has words of its own and an order of its own in which they follow each other, so
+that the exact cosines of rows differ by more than the error of a sketch, and what is measured is
+the sketch. Ways are timed in turns, in CPU time; plain training with the same batches stands beside
+them. 'agrees' is Pearson's and Spearman's correlation of a row's mean cosine with the target and
+the exact one, and which share of the best tenth is the same.
+
+``--peer``: another library (``gradient_peers.py``) under the Python that has it, in turn with the
+rest, in a process of its own whose loading does not count: traker, kronfluence, dattri, bergson and
+bergson-exact. Pythons that are not there are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import save_file
 from scipy.stats import spearmanr
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from material import heading
 from thrifty import display
 from thrifty.costs.shape import ModelShape
-from thrifty.signals.adapters import adapter_weights, with_adapter
+from thrifty.signals.adapters import with_adapter
 from thrifty.signals.example_gradients import ExampleGradients
 from thrifty.signals.sketch import CountSketch
 
-SEQUENCE, TARGETS, TOPICS, DIMENSIONS, BATCH = 128, 16, 8, 8192, 16
+SEQUENCE, TARGETS, TOPICS, WORDS, DIMENSIONS, BATCH = 128, 16, 8, 16, 8192, 16
 
 
 class Job:
     """The model, the rows and the target."""
 
-    def __init__(self, width: int, num_rows: int) -> None:
+    def __init__(self, width: int, num_rows: int, *, full: bool, dtype: str) -> None:
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=4096,
@@ -47,22 +62,38 @@ class Job:
             num_key_value_heads=4,
             tie_word_embeddings=False,
         )
-        shape = ModelShape.from_config(config.to_dict())
-        self.model = with_adapter(LlamaForCausalLM(config), shape.lora_targets, 8, 16.0, 0)
-        topics = torch.arange(num_rows) % TOPICS
-        self.rows = self._sequences(topics)
+        linears = ModelShape.from_config(config.to_dict()).lora_targets
+        self.model: Any = LlamaForCausalLM(config)
+        if not full:
+            self.model = with_adapter(self.model, linears, 8, 16.0, 0)
+        self.successors = torch.randint(0, WORDS, (TOPICS, WORDS, 4))
+        self.rows = self._sequences(torch.arange(num_rows) % TOPICS)
         self.target = self._sequences(torch.zeros(TARGETS, dtype=torch.long))
-        self.weights = adapter_weights(self.model)
+        self.modules = [
+            name
+            for name, module in self.model.named_modules()
+            if type(module) is torch.nn.Linear
+            and (name.split(".")[-1] in linears if full else "lora_" in name)
+        ]
+        """Names of the linears whose weights are asked for."""
+        self.weights = [self.model.get_submodule(name).weight for name in self.modules]
         self._warm_up()
         self.model.eval()
         self.sketch = CountSketch(sum(w.numel() for w in self.weights), DIMENSIONS, 0)
         self.sketch(torch.zeros(1, self.sketch.num_elements))  # its hashes are made once
+        self.exact, self.norms, self.target_norms = self._exactly()
+        self.model.to(getattr(torch, dtype))
 
     def _sequences(self, topics: torch.Tensor) -> torch.Tensor:
-        """Each topic has 64 words of its own among 4,096, half of its text."""
-        own = topics[:, None] * 64 + torch.randint(0, 64, (len(topics), SEQUENCE))
-        other = torch.randint(512, 4096, own.shape)
-        return torch.where(torch.rand(own.shape) < 0.5, own, other)
+        """A word is one of four that follow the last in the topic's order; one in five is any."""
+        at = torch.randint(0, WORDS, topics.shape)
+        found = []
+        for _ in range(SEQUENCE):
+            found.append(topics * WORDS + at)
+            following = self.successors[topics, at, torch.randint(0, 4, topics.shape)]
+            anything = torch.randint(0, WORDS, topics.shape)
+            at = torch.where(torch.rand(topics.shape) < 0.8, following, anything)
+        return torch.stack(found, dim=1)
 
     def _warm_up(self) -> None:
         optimizer = torch.optim.AdamW(self.weights, lr=1e-3)
@@ -70,7 +101,30 @@ class Job:
             batch = self.rows[torch.arange(step * 8, step * 8 + 8) % len(self.rows)]
             self.loss(batch).backward()
             optimizer.step()
-            optimizer.zero_grad()
+            self.model.zero_grad()
+
+    def _exactly(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Cosines [rows, targets] and both sides' norms, in float32."""
+        target = hooks_exact(self, self.target)
+        norms = target.norm(dim=1)
+        parts = list((target / norms[:, None]).split([w.numel() for w in self.weights], dim=1))
+        products, sizes = [], []
+        for batch in self.rows.split(BATCH):
+            gradients = self.gradients(batch)
+            products.append(gradients.products(parts))
+            sizes.append(gradients.squared_norms().sqrt())
+        size = torch.cat(sizes)
+        return torch.cat(products) / size[:, None], size, norms
+
+    def save(self, folder: Path) -> None:
+        """For other libraries."""
+        base = copy.deepcopy(self.model)
+        if hasattr(base, "peft_config"):
+            base.save_pretrained(folder / "adapter")
+            base = base.unload()
+        base.save_pretrained(folder / "base")
+        save_file({"rows": self.rows, "target": self.target}, folder / "rows.safetensors")
+        (folder / "modules.json").write_text(json.dumps(self.modules), encoding="utf-8")
 
     def loss(self, ids: torch.Tensor) -> Any:
         logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1]
@@ -123,7 +177,8 @@ def one_by_one_dense(job: Job, ids: torch.Tensor) -> torch.Tensor:
 
 
 def vmapped(job: Job, ids: torch.Tensor) -> torch.Tensor:
-    wanted = {n: p.detach() for n, p in job.model.named_parameters() if "lora_" in n}
+    names = {f"{name}.weight" for name in job.modules}
+    wanted = {n: p.detach() for n, p in job.model.named_parameters() if n in names}
     rest = {n: p.detach() for n, p in job.model.named_parameters() if n not in wanted}
 
     def loss(weights: dict[str, Any], row: torch.Tensor) -> Any:
@@ -161,19 +216,18 @@ def hooks_products(job: Job, ids: torch.Tensor) -> torch.Tensor:
 
 WAYS: dict[str, tuple[Callable[[Job, torch.Tensor], Any], int, str]] = {
     "training": (training, 1, ""),
-    "one by one, exact": (one_by_one, 4, "exact"),
+    "one by one, exact": (one_by_one, 4, "vectors"),
     "one by one + count-sketch": (one_by_one_sketched, 4, "vectors"),
     "one by one + dense, drawn anew (LESS's recipe)": (one_by_one_dense, 16, "vectors"),
-    "vmap, exact": (vmapped, 1, "exact"),
-    "hooks, exact": (hooks_exact, 1, "exact"),
+    "vmap, exact": (vmapped, 1, "vectors"),
+    "hooks, exact": (hooks_exact, 1, "vectors"),
     "hooks + count-sketch": (hooks_sketched, 1, "vectors"),
     "hooks, products with a known target": (hooks_products, 1, "cosines"),
 }
 """Way -> what it runs, on which share of the rows it is timed (one in so many), what it gives."""
 
 
-def agreement(found: torch.Tensor, towards: torch.Tensor, exact: torch.Tensor) -> str:
-    cosines = found if towards is found else unit(found) @ unit(towards).T
+def agreement(cosines: torch.Tensor, exact: torch.Tensor) -> str:
     mean, true = cosines.mean(1), exact[: len(cosines)].mean(1)
     pearson = torch.corrcoef(torch.stack([mean, true]))[0, 1]
     most = max(1, len(mean) // 10)
@@ -181,9 +235,40 @@ def agreement(found: torch.Tensor, towards: torch.Tensor, exact: torch.Tensor) -
     return f"{pearson:.3f} / {spearmanr(mean, true)[0]:.3f} / {len(same) / most:.2f}"
 
 
-def _line(
-    name: str, speeds: list[float], training: list[float], agrees: dict[str, str]
-) -> tuple[str, ...]:
+def measured(job: Job, name: str, num_rows: int, compare: bool) -> tuple[float, str]:
+    """Rows a second, and how well they agree."""
+    way, one_in, gives = WAYS[name]
+    rows = job.rows[: max(BATCH, num_rows // one_in)]
+    start = time.process_time()
+    found = way(job, rows)
+    speed = len(rows) / (time.process_time() - start)
+    if not (compare and gives):
+        return speed, ""
+    if gives == "vectors":
+        found = unit(found.float()) @ unit(way(job, job.target).float()).T
+    return speed, agreement(found, job.exact)
+
+
+def of_peer(job: Job, name: str, python: str, folder: Path, compare: bool) -> tuple[float, str]:
+    script = Path(__file__).with_name("gradient_peers.py")
+    command = [python, str(script), name, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"{name}: {done.stderr.strip()[-500:]}", file=sys.stderr)
+        return float("nan"), "failed"
+    told = json.loads(done.stdout.splitlines()[-1])
+    speed = told["rows"] / told["seconds"]
+    if not compare:
+        return speed, ""
+    found = {k: torch.from_numpy(v).float() for k, v in np.load(folder / "found.npz").items()}
+    if "products" in found:
+        cosines = found["products"] / job.norms[:, None] / job.target_norms
+    else:
+        cosines = unit(found["rows"]) @ unit(found["target"]).T
+    return speed, agreement(cosines, job.exact)
+
+
+def _line(name: str, speeds: list[float], training: list[float], agrees: str) -> tuple[str, ...]:
     middle = statistics.median(speeds)
     shares = [one / other for one, other in zip(speeds, training, strict=True)]
     spread = (max(speeds) - min(speeds)) / middle
@@ -191,8 +276,8 @@ def _line(
         name,
         f"{middle:.2f}",
         f"{statistics.median(shares):.2f}",
-        f"{spread:.0%}",
-        agrees.get(name, ""),
+        f"{spread:.0%}{'' if spread <= 0.1 else ', no measurement'}",
+        agrees,
     )
 
 
@@ -201,25 +286,39 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--without", default="", metavar="NAME,...")
     options = parser.parse_args()
     display.quiet_libraries()
-    job = Job(options.width, options.rows)
-    exact = unit(hooks_exact(job, job.rows)) @ unit(hooks_exact(job, job.target)).T
-    speeds: dict[str, list[float]] = {name: [] for name in WAYS}
+    job = Job(options.width, options.rows, full=options.full, dtype=options.dtype)
+    without = options.without.split(",")
+    peers = dict(peer.split("=", 1) for peer in options.peer)
+    for name in [name for name, python in peers.items() if not Path(python).exists()]:
+        print(f"{name}: no {peers.pop(name)}, left out", file=sys.stderr)
+    names = [name for name in WAYS if name not in without]
+    speeds: dict[str, list[float]] = {name: [] for name in [*names, *peers]}
     agrees: dict[str, str] = {}
-    for number in range(options.rounds):
-        for name, (way, one_in, gives) in WAYS.items():
-            rows = job.rows[: max(BATCH, options.rows // one_in)]
-            start = time.process_time()
-            found = way(job, rows)
-            speeds[name].append(len(rows) / (time.process_time() - start))
-            if number or not gives:
-                continue
-            towards = found if gives == "cosines" else way(job, job.target)
-            agrees[name] = agreement(found, towards, exact)
-    what = f"{options.width} wide, {options.rows} rows, {options.rounds} rounds in turns"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        job.save(folder)
+        for number in range(options.rounds):
+            for name in speeds:
+                if name in peers:
+                    speed, told = of_peer(job, name, peers[name], folder, not number)
+                else:
+                    speed, told = measured(job, name, options.rows, not number)
+                speeds[name].append(speed)
+                agrees.setdefault(name, told)
+                print(f"{name}  {speed:.2f}  {told}", file=sys.stderr, flush=True)
+    of_what = "all weights of the layers' linears" if options.full else "LoRA of rank 8"
+    what = f"{options.width} wide, {of_what} ({job.sketch.num_elements:,} elements), "
+    what += f"{options.rows} rows, {options.dtype}, {options.rounds} rounds in turns"
     print(heading(f"Gradients of examples, {what}"))
-    rows = [_line(name, found, speeds["training"], agrees) for name, found in speeds.items()]
+    spread = f"{job.exact.mean(1).min():.2f} to {job.exact.mean(1).max():.2f}"
+    print(f"exact mean cosines {spread}, standard deviation {job.exact.mean(1).std():.3f}")
+    rows = [_line(name, found, speeds["training"], agrees[name]) for name, found in speeds.items()]
     headers = ("way", "rows a core-second", "of training", "spread", "agrees")
     print(display.table(headers, rows, right="lrrrr"))
 

@@ -78,6 +78,17 @@ WAYS: dict[str, dict[str, Any]] = {
     "less": {"scorer": "less", "picker": "balanced"},
     "tracin": {"scorer": "tracin", "picker": "balanced"},
     "grand, coverage": {"scorer": "grand", "picker": "coverage"},
+    "uniform, greats": {"scorer": "uniform", "picker": "top_k", "online": "greats"},
+    "uniform, colm": {"scorer": "uniform", "picker": "top_k", "online": "colm"},
+    "uniform, craig": {"scorer": "uniform", "picker": "top_k", "online": "craig"},
+    "uniform, gradmatch": {"scorer": "uniform", "picker": "top_k", "online": "gradmatch"},
+    "quality, greats": {"scorer": "quality", "picker": "balanced", "online": "greats"},
+    "full pool, greats": {
+        "scorer": "uniform",
+        "picker": "top_k",
+        "max_tokens": None,
+        "online": "greats",
+    },
     "full pool": {"scorer": "uniform", "picker": "top_k", "max_tokens": None},
 }
 

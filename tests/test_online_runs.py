@@ -18,8 +18,8 @@ from thrifty.run_folder import RunFolder
 from thrifty.weighed_loss import weighed_loss
 
 SEVERAL_PASSES = {"selection.max_tokens": 1500}
-COSTS = ("curriculum", "rho1", "self_paced")
-METHODS = ("curriculum", "infobatch", "ordered", "rho1", "self_paced")
+COSTS = ("craig", "curriculum", "gradmatch", "greats", "rho1", "self_paced")
+METHODS = (*COSTS, "colm", "infobatch", "ordered")
 
 
 def run(folder, model, data, online):
@@ -30,7 +30,12 @@ def run(folder, model, data, online):
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in ("infobatch", "rho1") else pytest.param(n, marks=pytest.mark.slow) for n in METHODS],
+    [
+        n
+        if n in ("colm", "craig", "greats", "infobatch", "rho1")
+        else pytest.param(n, marks=pytest.mark.slow)
+        for n in METHODS
+    ],
 )
 def test_a_run_says_what_it_cost_and_saved_and_keeps_within_the_budget(
     name, tiny_model, tiny_data, tmp_path
@@ -48,6 +53,7 @@ def test_a_run_says_what_it_cost_and_saved_and_keeps_within_the_budget(
     assert detail["extra_flops"] == extra
     assert (detail["saved_tokens"] > 0) == (name in ("infobatch", "self_paced"))
     assert detail["rounds"] > 1
+    assert (detail["choosing_flops"] > 0) == (name in ("colm", "greats"))
     with stages.at_work(RunFolder(tmp_path / "run"), silent) as work:
         step = work.predicted(work.plan).step
     assert detail["saved_flops"] == pytest.approx(detail["saved_tokens"] * step.flops / step.tokens)
@@ -57,7 +63,15 @@ def test_a_run_says_what_it_cost_and_saved_and_keeps_within_the_budget(
 
 @pytest.mark.parametrize(
     "name",
-    ["infobatch", *(pytest.param(n, marks=pytest.mark.slow) for n in ("self_paced", "rho1"))],
+    [
+        "infobatch",
+        "greats",
+        "colm",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("craig", "gradmatch", "self_paced", "rho1")
+        ),
+    ],
 )
 def test_an_interrupted_run_resumes_bit_for_bit(name, tiny_model, tiny_data, tmp_path, monkeypatch):
     run(tmp_path / "straight", tiny_model, tiny_data, name)

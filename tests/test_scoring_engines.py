@@ -8,7 +8,7 @@ import pytest
 
 from tests.runs import ledger, planned, silent
 from thrifty import stages
-from thrifty.core.budget import Cost
+from thrifty.core.budget import Budget, Cost
 from thrifty.run_folder import RunFolder
 from thrifty.scoring_engines import Allowance, AllowanceSpent, engine_named
 
@@ -28,7 +28,8 @@ def small_shards(monkeypatch):
 
 def scored(folder, model, data, scorer, engine):
     data = {**data, "pool": data["small_pool"]}
-    plan = planned(folder, model, data, fixed={"selection.scorer": scorer})
+    fixed = {"selection.scorer": scorer}
+    plan = planned(folder, model, data, fixed=fixed, budget=Budget(flops=2e10))
     with stages.at_work(RunFolder(folder), silent) as work:
         assert work.pool.num_shards == 6
         stages.select(work, work.main, engine)
@@ -38,7 +39,13 @@ def scored(folder, model, data, scorer, engine):
                   found[0].column_names}  # fmt: skip
 
 
-@pytest.mark.parametrize("scorer", ["bm25", pytest.param("embedding", marks=pytest.mark.slow)])
+FEW = {"max_warmup_rows": 20, "rank": 2, "dimensions": 512, "max_target_rows": 5}
+WITH_A_MODEL = ["embedding", "grand", "grad_cosine", {"less": FEW}, {"tracin": FEW}]
+
+
+@pytest.mark.parametrize(
+    "scorer", ["bm25", *(pytest.param(s, marks=pytest.mark.slow) for s in WITH_A_MODEL)], ids=str
+)
 def test_worker_processes_give_the_same_scores(scorer, tiny_model, tiny_data, tmp_path):
     plan, here = scored(tmp_path / "here", tiny_model, tiny_data, scorer, None)
     engine = engine_named("processes", 2)
@@ -49,6 +56,22 @@ def test_worker_processes_give_the_same_scores(scorer, tiny_model, tiny_data, tm
     one, other = (ledger(tmp_path / n).spent(stage="select") for n in ("here", "there"))
     assert one.flops == other.flops
     assert other.flops <= plan.predicted["select"]["flops"] * 1.25
+
+
+@pytest.mark.slow
+def test_workers_fill_a_store_of_gradients_as_one_process_does(tiny_model, tiny_data, tmp_path):
+    engine, files = engine_named("processes", 2), {}
+    for name, how in (("here", None), ("there", engine)):
+        store = tmp_path / f"store-{name}"
+        scorer = {"less": {**FEW, "store": str(store)}}
+        _, found = scored(tmp_path / name, tiny_model, tiny_data, scorer, how)
+        files[name] = (
+            found["score_0"],
+            {str(file.relative_to(store)): file.read_bytes() for file in store.rglob("*.*")},
+        )
+    np.testing.assert_array_equal(files["here"][0], files["there"][0])
+    assert len(files["here"][1]) == 2 * (6 + 2)
+    assert files["here"][1] == files["there"][1]
 
 
 def test_a_shard_that_is_given_back_is_scored_here(tiny_model, tiny_data, tmp_path, monkeypatch):

@@ -258,6 +258,16 @@ class BudgetCallback(TrainerCallback):
             yield lease
         self._meter.take()  # counted by the activity itself
 
+    def count(self, used: Cost) -> None:
+        """In the step under way, beside what went through the model in training mode."""
+        assert self._meter is not None
+        self._meter.add(used)
+
+    def allows(self, upper: Cost, step: int) -> bool:
+        """Whether ``upper`` leaves enough for the next step and what comes at the end."""
+        assert self._steps is not None
+        return self._steps.exceeded_by_steps(1, upper + self._after(step)) is None
+
     def step_cost(self) -> Cost:
         """A step as measured so far, its seconds a mean; as predicted before the first."""
         assert self._steps is not None

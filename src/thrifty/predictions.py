@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from thrifty.core.budget import Cost, PoolStats
 from thrifty.core.plan import Training
+from thrifty.core.resolve import resolve
 from thrifty.costs.allocator import device_memory
 from thrifty.costs.flops import Adapter, step_flops
 from thrifty.costs.hardware import Device
@@ -40,21 +41,23 @@ class Predictions:
 def setting_of(training: Training, shape: ModelShape, device: Device) -> MemorySetting:
     """How a plan's ``training`` holds a step. Packs have several documents, so that attention gets
     its mask."""
-    adapter = None
-    if training.method == "lora":
-        adapter = Adapter(
-            rank=training.lora.rank, targets=training.lora.targets or shape.lora_targets
-        )
     return MemorySetting(
         micro_batch=training.per_device_train_batch_size,
         sequence=training.max_length,
         dtype=training.dtype,
-        adapter=adapter,
+        adapter=adapter_of(training, shape),
         recompute=int(training.activation_checkpointing),
         masked=True,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         device_kind=device.kind,
     )
+
+
+def adapter_of(training: Training, shape: ModelShape) -> Adapter | None:
+    """That a plan's ``training`` puts on the model; None where it trains all weights."""
+    if training.method != "lora":
+        return None
+    return Adapter(rank=training.lora.rank, targets=training.lora.targets or shape.lora_targets)
 
 
 def predictions(
@@ -75,6 +78,10 @@ def predictions(
         peak_memory_bytes=peak,
     )
     costs = Predictor(shape, device, dev, test).of(setting, micro)
+    online = resolve("online", training.online)
+    if why := online.refuses(shape, setting):
+        raise ValueError(f"training.online: {training.online} does not do here: {why}")
+    micro = online.step_cost(micro, shape, setting)
     return replace(costs, step=micro * training.gradient_accumulation_steps)
 
 

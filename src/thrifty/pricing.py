@@ -246,7 +246,11 @@ class Pricing:
         micro_batch = held.micro_batches[index]
         pool_tokens = float(request.pool.num_tokens) if request.pool else math.inf
         setting = held.setting(index)
-        costs = self.predictor.of(setting, held.micro(index))
+        if self.online.refuses(request.shape, setting):
+            return None
+        plain = held.micro(index)
+        micro = self.online.step_cost(plain, request.shape, setting)
+        costs = self.predictor.of(setting, micro)
         scoring = self._score(scorer, setting)
         once = scoring + costs.load * (2 if scorer.needs_model else 1) + costs.test
         # Steps without watching first, for how much watching a share of them pays; then with it.
@@ -261,7 +265,8 @@ class Pricing:
             return None
         accumulation = min(accumulation, held.most_accumulated)
         looked = max(scoring.peak_memory_bytes, online.peak_memory_bytes)
-        peak = max(held.peak(index, accumulation > 1), looked)
+        chosen = micro.peak_memory_bytes - plain.peak_memory_bytes
+        peak = max(held.peak(index, accumulation > 1) + chosen, looked)
         if request.refreshes:
             beside = scoring_beside(request.shape, setting, scoring.peak_memory_bytes)
             peak = max(peak, held.resident + beside)
@@ -332,15 +337,16 @@ class Pricing:
         )
 
     def _online(self, setting: MemorySetting, tokens: float) -> Cost:
-        """What the online method that the user named does before training, on ``tokens`` of the
+        """What the online method that the user named does beside the steps, on ``tokens`` of the
         pool."""
         pool = self.request.pool
         if pool is None or not pool.num_tokens:
             return Cost()
-        cost = self.online.cost(self._work(pool.part(min(1.0, tokens / pool.num_tokens)), setting))
-        if not cost.flops:
-            return cost
-        return cost + Cost(seconds=self.predictor.load_seconds(setting))
+        work = self._work(pool.part(min(1.0, tokens / pool.num_tokens)), setting)
+        cost = self.online.cost(work)
+        if cost.flops:
+            cost += Cost(seconds=self.predictor.load_seconds(setting))
+        return cost + self.online.renewal_cost(work) * self.online.renewals
 
     def scoring_bytes(self, scorer: Scorer, setting: MemorySetting) -> float:
         """Of a scorer's pass with the model that it asks."""
@@ -380,6 +386,7 @@ class Pricing:
             device=request.device,
             dtype="bfloat16" if setting.dtype == "bfloat16" else "float32",
             max_length=setting.sequence,
+            adapter=setting.adapter,
         )
 
 

@@ -4,18 +4,19 @@ saw of them. All of it goes into every checkpoint, so that a run that resumes go
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from thrifty.core.contracts import Chosen, OnlineMethod, Progress, Round
+from thrifty.core.contracts import Chosen, Drawn, OnlineMethod, Progress, Round
 
 ROUNDS = 20
 """Of a run, where a method does not want whole passes."""
 FILE = "rounds.npz"
+_RENEWED = "renewed "
 
 
 class Rounds:
@@ -38,6 +39,20 @@ class Rounds:
         self._given = 0
         self._losses = np.full(len(chosen), np.nan)
         self._drawn = np.zeros(len(chosen), dtype=np.int64)
+        self.renewed: dict[str, NDArray[Any]] = {}
+        """What the method learnt while the model was trained."""
+        self.renew: Callable[[], Mapping[str, NDArray[Any]] | None] = lambda: None
+        """Looks again, or not where the budget has nothing for it; set by who trains the model."""
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a run that resumes must be told what was: it depends on the model's state."""
+        return bool(self.method.watches or self.method.renewals or self.method.chooses)
+
+    @property
+    def tells_rows(self) -> bool:
+        """Whether training has to know which row each token is of."""
+        return self.alters_loss or self.method.chooses
 
     @property
     def alters_loss(self) -> bool:
@@ -57,8 +72,15 @@ class Rounds:
         """The rows of a round; asked for one after the other, and known ones again."""
         assert number <= len(self._rounds), "rounds come one after the other"
         if number == len(self._rounds):
-            self._add(self.method.next_round(self.chosen, self.known, self._progress()))
+            renewals = self.method.renewals
+            if renewals and number % max(1, ROUNDS // renewals) == 0:
+                self.renewed = dict(self.renew() or self.renewed)
+            self._add(self.method.next_round(self.chosen, self.all_known, self._progress()))
         return self._rounds[number].rows
+
+    @property
+    def all_known(self) -> Mapping[str, NDArray[Any]]:
+        return {**self.known, **self.renewed}
 
     def _progress(self) -> Progress:
         longest = int(self.chosen.num_tokens.max())
@@ -77,6 +99,13 @@ class Rounds:
         self._given += int(self.chosen.num_tokens[found.rows].sum())
         np.add.at(self._drawn, found.rows, 1)
 
+    def choose(self, batch: Drawn, step: int) -> NDArray[np.int64]:
+        """Places in ``batch``, drawn for the optimizer's ``step``."""
+        random = np.random.default_rng([self._seed, step, 1])
+        found = self.method.choose(batch, self.chosen, self.all_known, random)
+        self.renewed |= found.learnt
+        return found.places
+
     def weigh(
         self,
         rounds: NDArray[np.int64],
@@ -90,7 +119,7 @@ class Rounds:
             which, at = np.unique(rows, return_inverse=True)
             sums, count = np.bincount(at, losses), np.bincount(at)
             self._losses[which] = sums / count
-        weights = self.method.token_weights(self.known, rows, places, losses)
+        weights = self.method.token_weights(self.all_known, rows, places, losses)
         for number in np.unique(rounds).tolist():
             given = self._rounds[number]
             if given.weights is None:
@@ -107,6 +136,7 @@ class Rounds:
         """Next to a checkpoint's weights."""
         rounds = self._rounds
         none = np.zeros(0, dtype=np.float32)
+        renewed: dict[str, Any] = {_RENEWED + name: value for name, value in self.renewed.items()}
         np.savez(
             folder / FILE,
             losses=self._losses,
@@ -115,6 +145,7 @@ class Rounds:
             weighed=[each.weights is not None for each in rounds],
             weights=np.concatenate([none if e.weights is None else e.weights for e in rounds]),
             left_out=[each.left_out for each in rounds],
+            **renewed,
         )
 
     def load(self, folder: Path) -> None:
@@ -126,6 +157,8 @@ class Rounds:
             weighed, left_out = saved["weighed"].tolist(), saved["left_out"].tolist()
             own = np.where(saved["weighed"], saved["lengths"], 0)
             each_weights = np.split(saved["weights"], np.cumsum(own)[:-1])
+            renewed = [name for name in saved.files if name.startswith(_RENEWED)]
+            self.renewed = {name.removeprefix(_RENEWED): saved[name] for name in renewed}
         self._rounds, self._given = [], 0
         self._drawn = np.zeros(len(self.chosen), dtype=np.int64)
         parts = zip(each_rows, weighed, each_weights, left_out, strict=True)

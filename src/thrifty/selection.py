@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from thrifty import score_cache, signals
+from thrifty import score_cache, scorers, signals
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import Candidates, Held, Models, Picked, Picker, Rows, Scorer
 from thrifty.core.durable import rename_durably
@@ -177,9 +177,11 @@ def _looks(scorer: Scorer) -> bool:
 
 
 def _code(scorer: Scorer) -> str:
-    """Of the method's file and of the signals: a mended scorer scores anew."""
+    """Of the method's file, of all scorers, since some are made of others, and of the signals: a
+    mended scorer scores anew."""
     files = [
         Path(inspect.getfile(type(scorer))),
+        *sorted(Path(scorers.__file__).parent.rglob("*.py")),
         *sorted(Path(signals.__file__).parent.glob("*.py")),
     ]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -14,7 +14,7 @@ from thrifty import checkpoints, selection, training, training_rows
 from thrifty.core.budget import Budget, Cost
 from thrifty.core.contracts import Rows
 from thrifty.core.ledger import BudgetExceeded, Ledger, Stage
-from thrifty.core.plan import Training
+from thrifty.core.plan import Plan, Training
 from thrifty.core.resolve import parse_spec, resolve
 from thrifty.data.tokens import load_tokenizer
 from thrifty.evaluation import Measured, measure
@@ -101,9 +101,12 @@ def train(work: Work, branch: Branch) -> None:
             rule=resolve("stopping", plan.stopping),
             objective=plan.objective,
             predicted_step=costs.step,
+            choosing_flops=_choosing_flops(work, plan),
             predicted_evaluation=costs.evaluation,
             predicted_checkpoint=costs.checkpoint,
             predicted_load=costs.load,
+            predicted_renewal=training_rows.predicted_renewal(work, branch, chosen, rounds.method),
+            signals=work.rows("signal") if rounds.method.renewals else {},
             mark=mark,
             reserved=costs.test,
             checkpoints=work.run.checkpoints(branch.account),
@@ -113,7 +116,14 @@ def train(work: Work, branch: Branch) -> None:
         )
         training.train(job, stage)
         if plan.training.online != Training().online:
-            training_rows.note_savings(stage, rounds, costs.step.flops / costs.step.tokens)
+            training_rows.note_savings(stage, rounds, costs.step, job.choosing_flops)
+
+
+def _choosing_flops(work: Work, plan: Plan) -> float:
+    """Of a micro-batch, those that the online method adds to it."""
+    plain = replace(plan, training=replace(plan.training, online=Training().online))
+    more = work.predicted(plan).step.flops - work.predicted(plain).step.flops
+    return more / plan.training.gradient_accumulation_steps
 
 
 def _steps(settings: Training, predicted: Cost) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,20 @@ from thrifty.core.budget import Cost
 from thrifty.core.contracts import Rows, StoppingRule
 from thrifty.core.ledger import Stage
 from thrifty.core.plan import Objective, Training
+from thrifty.costs.flops import forward_flops
 from thrifty.costs.shape import ModelShape, read_shape
-from thrifty.data.packed_attention import check_isolation, pack_attention_kwargs
+from thrifty.data.packed_attention import attention_of, check_isolation
 from thrifty.divergence import NonFiniteGradient
 from thrifty.evaluation import Measured, measure
 from thrifty.governor import Governor
 from thrifty.interruption import PauseCallback
+from thrifty.larger_batch import LargerBatch
 from thrifty.reporters import Fenced, is_reporter
 from thrifty.rounds import Rounds
 from thrifty.schedule import WarmupStableDecay
 from thrifty.signals.adapters import with_adapter
-from thrifty.signals.models import load_model
+from thrifty.signals.models import ModelInTraining, load_model
+from thrifty.step_choice import StepChoice
 from thrifty.training_progress import TrainingProgress
 from thrifty.weighed_loss import weighed_loss
 
@@ -59,9 +63,15 @@ class TrainingJob:
     rule: StoppingRule
     objective: Objective
     predicted_step: Cost
+    choosing_flops: float
+    """Of a micro-batch, those that choosing rows in it takes."""
     predicted_evaluation: Cost
     predicted_checkpoint: Cost
     predicted_load: Cost
+    predicted_renewal: Cost
+    """Of the online method's look at the model on the way."""
+    signals: Mapping[str, Rows]
+    """The targets' rows that it may look at."""
     mark: str
     """A hash of all that decides the weights: the settings, the rows, the base model."""
     reserved: Cost
@@ -94,7 +104,7 @@ class BudgetedTrainer(Trainer):
         self._measured: Measured | None = None
         if newest is not None and (newest.path / "dev_losses.npz").is_file():
             self._measured = Measured.load(newest.path / "dev_losses.npz", job.weights)
-        if newest is not None and job.rounds.method.watches:
+        if newest is not None and job.rounds.remembers:
             job.rounds.load(newest.path)
         self.governor = Governor(
             job.rule,
@@ -124,6 +134,7 @@ class BudgetedTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self._shape = ModelShape.from_config(self._inner().config.to_dict())
         check_isolation(self._inner())
+        job.rounds.renew = self._renew
         handler = self.callback_handler
         handler.callbacks = [Fenced(c, job.say) if is_reporter(c) else c for c in handler.callbacks]
 
@@ -196,13 +207,7 @@ class BudgetedTrainer(Trainer):
     ) -> Any:
         """As ever, with what keeps the packed documents apart; the tokens weighed where the online
         method does."""
-        apart = pack_attention_kwargs(
-            self._shape.model_type,
-            inputs["position_ids"],
-            attn_implementation=self._inner().config._attn_implementation or "eager",
-            dtype=self._inner().dtype,
-            window=self._shape.sliding_window,
-        )
+        apart = attention_of(self._inner(), inputs["position_ids"])
         if not self.job.rounds.alters_loss:
             return super().compute_loss(
                 model, {**inputs, **apart}, return_outputs, num_items_in_batch
@@ -212,6 +217,45 @@ class BudgetedTrainer(Trainer):
         outputs = model(**{**shown, **apart})
         loss = weighed_loss(outputs.logits, inputs, num_items_in_batch, self.job.rounds)
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """As ever, or on the rows of the batch that the online method chooses."""
+        rounds, step = self.job.rounds, self.state.global_step
+        if not rounds.method.chooses:
+            return super().training_step(model, inputs, num_items_in_batch)
+        inputs = self._prepare_inputs(inputs)
+        if rounds.method.larger > 1:
+            inputs, share = LargerBatch(self._inner(), rounds).smaller(inputs, step)
+            self.budget.count(Cost(flops=self.job.choosing_flops))
+            counted = num_items_in_batch
+            return super().training_step(
+                model, inputs, None if counted is None else counted * share
+            )
+        loss = self._choice.step(inputs, num_items_in_batch, step)
+        batch, sequence = inputs["input_ids"].shape
+        once = self.job.predicted_step.flops / self.args.gradient_accumulation_steps
+        seen = batch * forward_flops(self._shape, 1, sequence)  # as passes of no training
+        self.budget.count(Cost(flops=once - seen, tokens=float(batch * sequence)))
+        return loss
+
+    @cached_property
+    def _choice(self) -> StepChoice:
+        return StepChoice(self.model, self.job.rounds)
+
+    def _renew(self) -> Mapping[str, Any] | None:
+        """What the online method sees of the model as it is, or None where that would cost the run
+        its end."""
+        rounds, upper, step = self.job.rounds, self._renewal(), self.state.global_step
+        if rounds.renewed and not self.budget.allows(upper, step):
+            return None
+        models = ModelInTraining(self.model, self._shape)
+        with self.budget.activity("online", upper, step=step) as lease:
+            return rounds.method.renew(rounds.chosen, self.job.signals, models, lease)
+
+    def _renewal(self) -> Cost:
+        predicted = self.job.predicted_renewal
+        cost = replace(predicted, flops=predicted.flops * ACTIVITY_MARGIN)
+        return self._stage.ledger.rates.of(replace(cost, seconds=cost.seconds * ACTIVITY_MARGIN))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The objective on the dev rows, charged, journalled, and put to the governor."""
@@ -287,7 +331,7 @@ class BudgetedTrainer(Trainer):
                 history = self.governor.history()
                 if history and history[-1].step == step:
                     details["dev_loss"] = self._measured.objective
-            if self.job.rounds.method.watches:
+            if self.job.rounds.remembers:
                 self.job.rounds.save(folder)
             checkpoints.commit(folder, details)
             checkpoints.retain(self.job.checkpoints, newest=_KEPT_CHECKPOINTS)
@@ -299,7 +343,7 @@ def _arguments(job: TrainingJob, *, resumed: bool) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(job.checkpoints),
         max_steps=training.max_steps,
-        per_device_train_batch_size=training.per_device_train_batch_size,
+        per_device_train_batch_size=training.per_device_train_batch_size * job.rounds.method.larger,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,

@@ -21,8 +21,10 @@ from thrifty.core.plan import Training
 from thrifty.core.resolve import name_of, resolve
 from thrifty.data.packing import PackedDataset
 from thrifty.data.store import open_store
+from thrifty.group_quotas import labels_of
 from thrifty.held import PACKING_FILL
 from thrifty.open_run import Branch, Work
+from thrifty.predictions import adapter_of
 from thrifty.rounds import Rounds
 from thrifty.signals.models import local_device
 from thrifty.signals.peak_memory import peak_noted
@@ -41,7 +43,23 @@ def chosen_rows(work: Work, branch: Branch) -> Chosen:
     scores = np.full(len(examples), np.nan, dtype=np.float32)
     scores[: len(ids)] = _scores(folder)
     lengths = np.array([len(e.input_ids) for e in examples], dtype=np.int64)
-    return Chosen(tokens=examples, num_tokens=lengths, scores=scores)
+    return Chosen(
+        tokens=examples,
+        num_tokens=lengths,
+        scores=scores,
+        groups=_groups(work, branch.plan.selection.groups, ids, len(examples)),
+    )
+
+
+def _groups(work: Work, column: str, ids: NDArray[np.int64], size: int) -> NDArray[np.int64] | None:
+    """What is replayed is a group of its own."""
+    if not column:
+        return None
+    known = np.concatenate([shard.ids for shard in work.pool.shards()])
+    labels = labels_of(work.pool, column)[np.searchsorted(known, ids)]
+    found = np.full(size, -1, dtype=np.int64)
+    found[: len(ids)] = np.unique(labels, return_inverse=True)[1]
+    return found
 
 
 def _scores(folder: Path) -> NDArray[np.float32]:
@@ -70,11 +88,12 @@ def rounds_of(
     what the online method prepares, once."""
     settings = branch.plan.training
     steps = settings.max_steps * settings.micro_batch_tokens * settings.gradient_accumulation_steps
+    method: OnlineMethod = resolve("online", settings.online)
     return Rounds(
-        resolve("online", settings.online),
+        method,
         chosen,
         _prepared(work, branch, chosen, stage, mark),
-        num_tokens=min(planned.tokens or steps, steps) * PACKING_FILL,
+        num_tokens=min(planned.tokens or steps, steps) * PACKING_FILL * method.larger,
         seed=settings.seed,
     )
 
@@ -105,6 +124,16 @@ def _prepared(
 
 def predicted_preparation(work: Work, branch: Branch, chosen: Chosen, method: OnlineMethod) -> Cost:
     """Of what an online method does before the first step."""
+    cost = method.cost(_asked(work, branch, chosen))
+    return work.ledger.rates.of(cost + work.predicted(branch.plan).load) if cost.flops else cost
+
+
+def predicted_renewal(work: Work, branch: Branch, chosen: Chosen, method: OnlineMethod) -> Cost:
+    """Of an online method's look at the model in the midst of training."""
+    return work.ledger.rates.of(method.renewal_cost(_asked(work, branch, chosen)))
+
+
+def _asked(work: Work, branch: Branch, chosen: Chosen) -> contracts.Work:
     lengths = chosen.num_tokens
     pool = PoolStats(
         num_examples=len(chosen),
@@ -113,16 +142,15 @@ def predicted_preparation(work: Work, branch: Branch, chosen: Chosen, method: On
         num_squared_tokens=int((lengths**2).sum()),
     )
     stores = work.stores("signal").items()
-    asked = contracts.Work(
+    return contracts.Work(
         pool=pool,
         targets={name: store.manifest.stats for name, store in stores},
         shape=work.shape,
         device=work.device,
         dtype=branch.plan.training.dtype,
         max_length=branch.plan.training.max_length,
+        adapter=adapter_of(branch.plan.training, work.shape),
     )
-    cost = method.cost(asked)
-    return work.ledger.rates.of(cost + work.predicted(branch.plan).load) if cost.flops else cost
 
 
 class _Free:
@@ -139,27 +167,32 @@ def packed(settings: Training, rounds: Rounds) -> PackedDataset:
     return PackedDataset(
         rounds.chosen.tokens,
         settings.max_length,
-        num_items=(settings.max_steps + 1) * per_step,
+        num_items=(settings.max_steps + 1) * per_step * rounds.method.larger,
         order=rounds.order,
         exact=rounds.method.keeps_order,
-        tells_rows=rounds.alters_loss,
+        tells_rows=rounds.tells_rows,
     )
 
 
-def note_savings(stage: Stage, rounds: Rounds, flops_a_token: float) -> None:
-    """What the online method cost and saved, in the ledger."""
+def note_savings(stage: Stage, rounds: Rounds, step: Cost, choosing_flops: float) -> None:
+    """What the online method cost and saved, in the ledger. ``step``: of the optimizer, of whose
+    micro-batches each takes ``choosing_flops`` more than a plain one."""
     spent = stage.ledger.spent(account=stage.account, activity="online")
-    saved = rounds.left_out * flops_a_token
+    trained = stage.ledger.spent(account=stage.account, activity="train")
+    micro = step.tokens / max(stage.detail.get("accumulated", 1), 1)
+    chosen = choosing_flops * trained.tokens / micro
+    saved = rounds.left_out * step.flops / step.tokens
     detail = {
         "extra_flops": spent.flops,
         "extra_seconds": spent.seconds,
+        "choosing_flops": chosen,
         "saved_flops": saved,
         "saved_tokens": rounds.left_out,
         "rounds": rounds.num_rounds,
     }
     stage.detail["online"] = detail
     reason = (
-        f"{rounds.num_rounds:,} rounds; {spent.flops:.3g} FLOPs before training; "
-        f"{rounds.left_out:,} tokens of rows passed over, {saved:.3g} FLOPs saved"
+        f"{rounds.num_rounds:,} rounds; {spent.flops:.3g} FLOPs beside the steps, {chosen:.3g} in "
+        f"them; {rounds.left_out:,} tokens of rows passed over, {saved:.3g} FLOPs saved"
     )
     stage.decide("what to train on next", name_of(rounds.method), reason, detail=detail)

@@ -3,6 +3,7 @@ every family that the cost model knows."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -91,6 +92,67 @@ def check(model, wanted, config) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in homes(model))
 
 
+SIZES = (5, 12, 1, 9)
+"""Tokens of the examples in a pack, one of them a single token."""
+
+
+def pack_of(config: dict) -> tuple[torch.Tensor, ...]:
+    """Examples of differing length as padded rows with what is kept of each, and as a pack."""
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randint(3, config["vocab_size"], (len(SIZES), max(SIZES)), generator=generator)
+    keep = torch.rand(rows.shape, generator=generator) < 0.8
+    for row, size in enumerate(SIZES):
+        keep[row, size:] = False
+    ids, kept, positions = (
+        torch.cat([each[row, :size] for row, size in enumerate(SIZES)])[None]
+        for each in (rows, keep, torch.arange(max(SIZES)).expand(rows.shape))
+    )
+    # The first tokens' flags are true as they are: none of them may count.
+    return rows, keep[:, 1:], ids, kept[:, 1:], positions
+
+
+class InFloat64:
+    """``torch`` as a model's own file sees it, where float32 is float64: what routers and norms
+    round to turns a last bit that the order of a sum decided into an error of 1e-8."""
+
+    float = float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@pytest.fixture
+def unrounded(monkeypatch):
+    """Makes a model compute in float64 throughout."""
+
+    def of(model):
+        for module in model.modules():
+            file = sys.modules[type(module).__module__]
+            if file.__name__.startswith("transformers.models.") and hasattr(file, "torch"):
+                monkeypatch.setattr(file, "torch", InFloat64())
+        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        return model
+
+    return of
+
+
+def check_pack(model, wanted, config) -> None:
+    rows, keep, ids, kept, positions = pack_of(config)
+    expected = one_by_one(model, wanted, rows, keep)
+    with ExampleGradients(model, wanted) as gradients:
+        padded = gradients.of(rows, keep)
+        packed = gradients.of_pack(ids, kept, positions)
+    most = 1e-9 * expected.norm(dim=1).max()
+    assert len(packed) == len(SIZES)
+    assert (packed.flat() - expected).norm(dim=1).max() <= most
+    assert (packed.flat() - padded.flat()).norm(dim=1).max() <= most
+    torch.testing.assert_close(packed.losses, padded.losses, rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        packed.squared_norms(), expected.square().sum(1), rtol=1e-9, atol=1e-12
+    )
+    assert packed.losses[2] == 0
+
+
 def homes(model):
     return [m for m in model.modules() if list(m.parameters(recurse=False))]
 
@@ -115,6 +177,36 @@ def test_adapters(family):
     check(model, adapter_weights(model), TINY[family])
 
 
+@pytest.mark.parametrize("family", some_slow(set(TINY) - FUSED_EXPERTS))
+def test_all_weights_of_packed_examples(family, unrounded):
+    model = unrounded(model_of(family))
+    check_pack(model, list(model.parameters()), TINY[family])
+
+
+@pytest.mark.parametrize("family", some_slow(TINY))
+def test_adapters_of_packed_examples(family, unrounded):
+    model = unrounded(model_of(family, Adapter(rank=2)))
+    check_pack(model, adapter_weights(model), TINY[family])
+
+
+def test_a_family_that_lets_packed_examples_see_each_other_is_refused_by_name():
+    config = TINY["falcon"] | {"alibi": True, "new_decoder_architecture": False}
+    model = build(config, attention="eager").eval()
+    *_, ids, keep, positions = pack_of(config)
+    refused = pytest.raises(ValueError, match="falcon with ALiBi lets packed documents see")
+    with ExampleGradients(model, list(model.transformer.h[-1].parameters())) as each, refused:
+        each.of_pack(ids, keep, positions)
+
+
+@pytest.mark.parametrize("positions", [[[1, 2, 3]], [[0, 1, 3]], [[0, 1, 1]], [[0, 1], [0, 1]]])
+def test_positions_that_are_of_no_pack_are_refused(positions):
+    model = model_of("llama")
+    positions = torch.tensor(positions)
+    refused = pytest.raises(ValueError, match="not those of one packed sequence\nhint: ")
+    with ExampleGradients(model, [model.lm_head.weight]) as each, refused:
+        each.of_pack(positions, positions[:, 1:].bool(), positions)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_the_upper_layers_alone_and_the_backward_ends_below_them(family):
     model = model_of(family)
@@ -122,8 +214,13 @@ def test_the_upper_layers_alone_and_the_backward_ends_below_them(family):
     layers = max(lists, key=len)
     check(model, list(layers[-1].parameters()), TINY[family])
     reached = []
+
+    def see(place, output):
+        first = output[0] if isinstance(output, tuple) else output
+        reached.append((place, first.requires_grad))
+
     handles = [
-        layer.register_full_backward_hook(lambda *_, i=i: reached.append(i))
+        layer.register_forward_hook(lambda _, __, output, i=i: see(i, output))
         for i, layer in enumerate(layers)
     ]
     ids, keep = batch_of(TINY[family])
@@ -131,7 +228,22 @@ def test_the_upper_layers_alone_and_the_backward_ends_below_them(family):
         gradients.of(ids, keep)
     for handle in handles:
         handle.remove()
-    assert reached == [len(layers) - 1]
+    assert reached == [(i, i == len(layers) - 1) for i in range(len(layers))]
+
+
+@pytest.mark.parametrize("adapter", [None, Adapter(rank=2)], ids=["full", "lora"])
+def test_it_takes_the_flops_of_a_plain_backward(adapter):
+    """Of the lowest layer what the wanted linears are given needs no gradient."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = model_of("llama", adapter).float()
+    ids, keep = batch_of(TINY["llama"])
+    weights = [p for p in model.parameters() if p.requires_grad]
+    with FlopCounterMode(display=False) as plain:
+        model(input_ids=ids, use_cache=False).logits.sum().backward()
+    with ExampleGradients(model, weights) as gradients, FlopCounterMode(display=False) as ours:
+        gradients.of(ids, keep).flat()
+    assert ours.get_total_flops() == plain.get_total_flops()
 
 
 def test_a_weight_that_no_module_holds_is_named():

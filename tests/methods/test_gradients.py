@@ -140,3 +140,155 @@ def test_a_row_without_loss_scores_zero_and_not_nan(warm, pool):
     assert found[0, 0] == 0
     assert np.isfinite(found).all()
     assert (found[1:] != 0).all()
+
+
+# -- gradients that are zero or no number, one target row, recomputation ---------------------------
+
+GRADIENT_SCORERS = {"grand": {}, "grad_cosine": {}, "less": FEW, "tracin": FEW}
+POISON = 2
+"""A token that the pool does not have."""
+
+
+class Some:
+    """A shard of these examples."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+        self.ids = np.arange(len(tokens))
+        self.num_tokens = np.array([len(each.input_ids) for each in tokens])
+
+    def __len__(self):
+        return len(self.tokens)
+
+
+def changed(example, **columns):
+    from types import SimpleNamespace
+
+    return SimpleNamespace(input_ids=example.input_ids, loss_mask=example.loss_mask, **columns)
+
+
+@pytest.fixture(scope="module", params=["forward", "backward"])
+def poisoned(request, tiny_model):
+    """The model, in which one token's state, or the gradient at it alone, is infinite."""
+    from thrifty.signals.models import LoadedModels, layers_of
+
+    models, given = LoadedModels(tiny_model, "float32"), {}
+    model = models.base()
+
+    def infinite(values):
+        return values * torch.where(given["ids"] == POISON, torch.inf, 1.0)[..., None]
+
+    def poison(_module, _args, output):
+        if request.param == "forward":
+            return infinite(output)
+        if output.requires_grad:
+            output.register_hook(infinite)
+        return None
+
+    model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: given.update(ids=kwargs["input_ids"]), with_kwargs=True
+    )
+    layers_of(model)[-1].register_forward_hook(poison)
+    return models
+
+
+@pytest.mark.parametrize("name", GRADIENT_SCORERS)
+def test_a_gradient_that_is_no_number_is_no_score_and_zero_is_zero(name, pool, target, poisoned):
+    scorer = resolve("scorer", {name: GRADIENT_SCORERS[name]})
+    targets = {"sums": target.shard(0)} if scorer.needs_target else {}
+    state = scorer.prepare(pool, targets, poisoned, Tally())
+    plain = pool.shard(0).tokens[:6]
+    assert not any(
+        (each.input_ids == POISON).any() for shard in pool.shards() for each in shard.tokens
+    )
+    broken, silent = changed(plain[1]), changed(plain[3])
+    broken.input_ids = np.where(np.arange(len(plain[1].input_ids)) == 2, POISON, plain[1].input_ids)
+    silent.loss_mask = np.zeros_like(plain[3].loss_mask)
+    before = scorer.score(Some(plain), state, Tally())[:, 0]
+    found = scorer.score(Some([plain[0], broken, plain[2], silent, *plain[4:]]), state, Tally())
+    assert np.isfinite(before).all()
+    assert np.flatnonzero(np.isnan(found[:, 0])).tolist() == [1]
+    assert found[3, 0] == 0
+    np.testing.assert_allclose(found[[0, 2, 4, 5], 0], before[[0, 2, 4, 5]], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["grad_cosine", "less", "tracin"])
+def test_a_target_of_one_row_is_its_own_mean(name, pool, target, models):
+    """Its score of a row is the mean's where all rows of the target are that one."""
+    one = target.shard(0).tokens[:1]
+    scorer = resolve("scorer", {name: GRADIENT_SCORERS[name]})
+    found = []
+    for rows in (one, one * 3):
+        state = scorer.prepare(pool, {"sums": Some(rows)}, models, Tally())
+        found.append(scorer.score(pool.shard(0), state, Tally()))
+    assert np.isfinite(found[0]).all()
+    assert (found[0] != 0).all()
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["less", "tracin"])
+def test_a_target_row_that_is_no_number_is_left_out_of_the_mean(name, pool, target, poisoned):
+    scorer = resolve("scorer", {name: GRADIENT_SCORERS[name]})
+    plain = target.shard(0).tokens[:2]
+    broken = changed(plain[0])
+    broken.input_ids = np.where(np.arange(len(plain[0].input_ids)) == 2, POISON, plain[0].input_ids)
+    without, with_it = (
+        scorer.prepare(pool, {"sums": Some(rows)}, poisoned, Tally())[2]
+        for rows in (plain, [*plain, broken])
+    )
+    np.testing.assert_allclose(with_it, without, rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match="no row of the target has a gradient that is finite"):
+        scorer.prepare(pool, {"sums": Some([broken])}, poisoned, Tally())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_switched_on_changes_nothing(reentrant, pool, tiny_model):
+    """Evaluation mode, in which gradients are formed, recomputes nothing."""
+    from thrifty.signals.example_gradients import each_batch
+    from thrifty.signals.models import load_model
+
+    example = pool.shard(0).tokens[:1]
+    model = load_model(tiny_model, "float32", "cpu").train()
+    found = []
+    for _ in range(2):
+        ((_, gradients),) = each_batch(
+            model, list(model.parameters()), example, Tally(), lambda *_: 0.0
+        )
+        found.append(gradients.flat())
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert model.training
+    assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    assert found[0].equal(found[1])
+    assert (found[0].norm(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("name", GRADIENT_SCORERS)
+def test_what_is_prepared_travels_small_and_scores_the_same(name, pool, target, models):
+    """A worker is given what was prepared, pickled, without the base model's weights."""
+    import pickle
+
+    from thrifty.scoring_engines import ShardScoring
+
+    scorer = resolve("scorer", {name: GRADIENT_SCORERS[name]})
+    targets = {"sums": target.shard(0)} if scorer.needs_target else {}
+    state = scorer.prepare(pool, targets, models, Tally())
+    here = scorer.score(pool.shard(0), state, Tally())
+    work = ShardScoring(
+        scorer=scorer, state=state, pool=pool.directory, allowed_flops=np.inf, num_threads=1
+    )
+    pickled = pickle.dumps(work)
+    assert models.base().get_input_embeddings().weight.detach().numpy()[7].tobytes() not in pickled
+    there = pickle.loads(pickled)
+    np.testing.assert_array_equal(there.of(0).scores, here)
+    np.testing.assert_array_equal(scorer.score(pool.shard(0), state, Tally()), here)
+    if name in ("less", "tracin"):
+        warm = there.state[0]
+        numbers = sum(
+            each.numel()
+            for checkpoint in warm.checkpoints
+            for part in (checkpoint.weights, checkpoint.first, checkpoint.second)
+            for each in part
+        )
+        directions = 2 * 512
+        num_tensors = 3 * sum(len(checkpoint.weights) for checkpoint in warm.checkpoints)
+        assert len(pickled) < 4 * (numbers + directions) + 700 * num_tensors + 10_000

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from tests.methods.conftest import Tally
-from thrifty.core.budget import PoolStats
+from thrifty.core.budget import Cost, PoolStats
 from thrifty.core.contracts import Chosen, OnlineMethod, Work
 from thrifty.core.resolve import all_names, method_class, name_of, resolve, summary
 from thrifty.costs.hardware import load_device
+from thrifty.costs.setting import MemorySetting
 from thrifty.rounds import Rounds
 
 NAMES = all_names("online")
@@ -119,7 +120,7 @@ def test_goes_on_from_a_checkpoint_as_if_nothing_had_happened(name, chosen, prep
     stopped.order(4)  # asked for ahead, as a data loader does
     stopped.save(tmp_path)
     resumed = rounds_of(name, chosen, known)
-    if resumed.method.watches:
+    if resumed.remembers:
         resumed.load(tmp_path)
     found = [resumed.order(number).tolist() for number in range(4)]
     for number in range(4, 10):
@@ -147,8 +148,20 @@ def test_costs_what_it_says(name, chosen, prepared, models, target):
     )
     predicted = resolve("online", name).cost(work)
     assert ticked.flops == pytest.approx(predicted.flops, rel=0.1)
-    assert (predicted.seconds > 0) == (predicted.flops > 0)
-    assert (predicted.flops > 0) == (method_class("online", name).cost_class != "free")
+    method, tally = resolve("online", name), Tally()
+    if method.renewals:
+        method.renew(chosen, {"sums": target.shard(0)}, models, tally)
+    again = method.renewal_cost(work)
+    assert tally.cost.flops == pytest.approx(again.flops, rel=0.1)
+    for cost in (predicted, again):
+        assert (cost.seconds > 0) == (cost.flops > 0)
+    step = Cost(flops=1e9, seconds=1.0)
+    setting = MemorySetting(micro_batch=4, sequence=64, dtype="float32")
+    with_choice = method.step_cost(step, models.shape, setting)
+    assert (with_choice.flops > step.flops) == method.chooses
+    assert with_choice.seconds / step.seconds == pytest.approx(with_choice.flops / step.flops)
+    more = predicted.flops + again.flops + with_choice.flops - step.flops
+    assert (more > 0) == (method.cost_class != "free")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from thrifty.core.contracts import Candidates
 from thrifty.core.ordering import even_draw
 from thrifty.core.resolve import resolve
-from thrifty.pickers.facility_location import _lazy_greedy
+from thrifty.signals.submodular import lazy_greedy
 
 
 class Vectors:
@@ -113,7 +114,7 @@ def test_lazy_greedy_is_greedy_and_near_the_best(seed):
     for _ in range(3):
         gains = [-1 if k in chosen else value(likeness, [*chosen, k]) for k in range(9)]
         chosen.append(int(np.argmax(gains)))
-    got = _lazy_greedy(likeness, tokens, 3).tolist()
+    got = lazy_greedy(likeness, tokens, 3).tolist()
     assert value(likeness, got) == pytest.approx(value(likeness, chosen))
     best = max(value(likeness, c) for c in itertools.combinations(range(9), 3))
     assert value(likeness, got) >= (1 - 1 / np.e) * best
@@ -131,3 +132,58 @@ def test_an_even_draw_never_starves_a_group():
     order = even_draw(groups, np.full(73, 10), np.arange(73), 300, 0)
     assert np.bincount(groups[order]).tolist() == [14, 3, 13]
     assert {0, 1, 2} == set(groups[order[:3]].tolist())
+
+
+def slow_bids(scores, tokens, budget):
+    """Places in the order taken: every row left is looked at in every turn."""
+    scores = np.asarray(scores, dtype=np.float64)
+    influence = (scores - scores.mean(axis=0)) / scores.std(axis=0)
+    chosen: list[int] = []
+    while True:
+        used = sum(tokens[row] for row in chosen)
+        left = [
+            row for row in range(len(scores)) if row not in chosen and used + tokens[row] <= budget
+        ]
+        if not left:
+            return chosen
+        mean = influence[chosen].mean(axis=0) if chosen else 0.0
+        chosen.append(max(left, key=lambda row: (influence[row] - mean).max()))
+
+
+@pytest.mark.parametrize("targets", [1, 2, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_bids_is_the_greedy_of_its_paper(targets, seed):
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=(60, targets)).astype(np.float32) * 10.0 ** np.arange(targets)
+    tokens = rng.integers(1, 40, 60)
+    found = pick("bids", rows_of(scores, tokens=tokens), 400)
+    assert found == slow_bids(np.float32(scores), tokens.tolist(), 400)
+
+
+def test_bids_does_not_let_the_target_with_the_largest_scores_take_all():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(0, 0.1, (300, 3))
+    scores[:200, 0] += rng.uniform(50, 90, 200)  # many rows, large scores
+    scores[200:250, 1] += rng.uniform(2, 3, 50)
+    scores[250:, 2] += rng.uniform(0.5, 1, 50)
+    chosen = np.array(pick("bids", rows_of(scores), 600))
+    served = np.bincount(scores[chosen].argmax(axis=1), minlength=3)
+    assert served.sum() == 60
+    assert (served >= 12).all()
+    by_sum = np.argsort(-scores.sum(axis=1))[:60]
+    assert (by_sum < 200).all()
+
+
+def test_bids_looks_at_a_row_only_for_targets_that_have_a_score_for_it():
+    scores = [[5.0, np.nan], [4.0, 1.0], [np.nan, np.nan], [3.0, 2.0]]
+    chosen = pick("bids", rows_of(scores), 1e9)
+    assert sorted(chosen) == [0, 1, 3]
+    assert chosen[0] == 0
+
+
+def test_the_best_target_alone_may_count():
+    scores = np.array([[0.9, 0.0], [0.5, 0.5], [0.0, 0.8], [0.4, 0.4]])
+    rows = rows_of(np.zeros(4), vectors=np.eye(4))
+    rows = replace(rows, scores=scores.astype(np.float32), targets=("a", "b"), weights=(1.0, 1.0))
+    assert set(pick({"top_k": {"by": "max"}}, rows, 20)) == {0, 2}
+    assert 1 in pick("top_k", rows, 20)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from thrifty.core.budget import Cost
 from thrifty.core.given import (
     Candidates,
     Chosen,
+    Drawn,
     Held,
     Look,
     Meter,
@@ -31,15 +32,19 @@ from thrifty.core.given import (
 )
 
 if TYPE_CHECKING:
+    from numpy.random import Generator as Random
     from numpy.typing import NDArray
 
     from thrifty.costs.setting import MemorySetting
+    from thrifty.costs.shape import ModelShape
 
 __all__ = [
     "KINDS",
     "MEMORY_KINDS",
     "Candidates",
+    "Choice",
     "Chosen",
+    "Drawn",
     "Evaluation",
     "Filter",
     "Held",
@@ -178,6 +183,16 @@ class Round:
     """Tokens of rows that a plain pass would have trained on at this point and this one saves."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What is trained on of a batch."""
+
+    places: NDArray[np.int64]
+    """In the batch, in order of preference; at least one."""
+    learnt: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """To be known from now on."""
+
+
 class OnlineMethod(ABC):
     """Decides while training which rows come next, and how much each token's loss counts.
 
@@ -185,24 +200,52 @@ class OnlineMethod(ABC):
     """
 
     source: ClassVar[str]
-    cost_class: ClassVar[Literal["free", "forward"]] = "free"
-    """Of what it prepares: what it does while training costs nothing more."""
+    cost_class: ClassVar[Literal["free", "forward", "gradient"]] = "free"
+    """Of what it does before training, or in the midst of it."""
     watches: ClassVar[bool] = False
     """Whether it asks for the rows' losses, which training then notes (at no extra pass)."""
     weighs_tokens: ClassVar[bool] = False
+    """Whether not all of them count alike, be it by ``token_weights`` or by their rows' weights."""
     keeps_order: ClassVar[bool] = False
     """Whether rows are packed exactly in their order, at the price of more padding."""
+    chooses: ClassVar[bool] = False
+    """Whether it trains on some rows of each batch alone, which it chooses by their gradients."""
+    larger: int = 1
+    """How many times a step's rows it is given to choose a step's rows of, without a backward; an
+    option of those that do."""
     model: str = ""
     """Folder or hub name of another model that it looks at; an option of those that can."""
+    renewals: int = 0
+    """How often in a run it looks at the model as it is by then; an option of those that do."""
 
     def cost(self, work: Work) -> Cost:
         """FLOPs, seconds and peak bytes of preparing for ``work.pool``, the rows chosen."""
         return Cost()
 
+    def renewal_cost(self, work: Work) -> Cost:
+        """The same of looking at the model once while it is trained."""
+        return Cost()
+
+    def step_cost(self, step: Cost, shape: ModelShape, setting: MemorySetting) -> Cost:
+        """Of a micro-batch under ``setting``, choosing included, where a plain one takes
+        ``step``."""
+        return step
+
+    def refuses(self, shape: ModelShape, setting: MemorySetting) -> str | None:
+        """Why a run cannot be held as ``setting`` has it; None where it can."""
+        return None
+
     def prepare(
         self, chosen: Chosen, targets: Mapping[str, Rows], models: Models, meter: Meter
     ) -> Mapping[str, NDArray[Any]]:
         """What it needs to know before the first step; kept, so that it is paid for once."""
+        return {}
+
+    def renew(
+        self, chosen: Chosen, targets: Mapping[str, Rows], models: Models, meter: Meter
+    ) -> Mapping[str, NDArray[Any]]:
+        """What it needs to know anew, with ``models.base()`` as it is by now. From then on
+        ``known`` has it beside what was prepared."""
         return {}
 
     @abstractmethod
@@ -220,6 +263,12 @@ class OnlineMethod(ABC):
         """Weights of the tokens of a batch that carry loss, [n]: of row ``rows`` the token at
         ``places``, with its loss now. Their mean should be 1."""
         return np.ones(len(losses))
+
+    def choose(
+        self, batch: Drawn, chosen: Chosen, known: Mapping[str, NDArray[Any]], random: Random
+    ) -> Choice:
+        """Which rows of a batch to train on. ``random``: the step's own."""
+        return Choice(places=np.arange(len(batch.rows)))
 
 
 # -- stopping -----------------------------------------------------------------------------------

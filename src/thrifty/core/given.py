@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from thrifty.costs.hardware import Device
+    from thrifty.costs.operations import Adapter
     from thrifty.costs.shape import ModelShape
 
 
@@ -99,6 +100,8 @@ class Work:
     device: Device
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_length: int = 1024
+    adapter: Adapter | None = None
+    """That training puts on the model; None: it trains all weights."""
 
 
 # -- filters and pickers --------------------------------------------------------------------------
@@ -202,6 +205,8 @@ class Chosen:
     num_tokens: NDArray[np.int64]  # [n]
     scores: NDArray[np.float32]
     """[n], the mean over targets; NaN of rows that were not scored (replay)."""
+    groups: NDArray[np.int64] | None = None
+    """[n], which value each has in the column ``selection.groups``; None where there is none."""
 
     def __len__(self) -> int:
         return len(self.num_tokens)
@@ -236,3 +241,32 @@ class Progress:
         rows = self.random.permutation(rows)
         rows = rows[np.argsort(self.drawn[rows], kind="stable")]
         return rows[fill(num_tokens[rows], self.round_tokens)]
+
+
+class Drawn(Protocol):
+    """The rows of a batch, of which an online method chooses those to train on."""
+
+    @property
+    def rows(self) -> NDArray[np.int64]:  # [n], places in ``Chosen``
+        ...
+
+    @property
+    def num_tokens(self) -> NDArray[np.int64]:  # [n], that carry loss
+        ...
+
+    def products(
+        self, layers: int, direction: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """[n] and [n, n]: inner products of the rows' gradients with ``direction`` and with one
+        another, over the trained matrices of the last ``layers`` decoder layers (0: of all)."""
+        ...
+
+    @property
+    def num_elements(self) -> int:
+        """Of the last value projection."""
+        ...
+
+    def slopes(self, directions: NDArray[np.float32], epsilon: float) -> NDArray[np.float64]:
+        """[n, m]: how the rows' losses change along m directions ``[m, elements]`` of the last
+        value projection, from two passes of the last layer each; no backward."""
+        ...

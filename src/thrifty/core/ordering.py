@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,15 +49,18 @@ def reached(scores: NDArray[np.floating]) -> NDArray[np.int64]:
     return np.flatnonzero(~np.isnan(scores).all(axis=1))
 
 
-def merged_scores(scores: NDArray[np.floating], weights: Sequence[float]) -> NDArray[np.float64]:
+def merged_scores(
+    scores: NDArray[np.floating], weights: Sequence[float], *, by: Literal["mean", "max"] = "mean"
+) -> NDArray[np.float64]:
     """[n]: the score itself, or with several targets the weighted mean of a row's ranks, so that
-    targets whose scores differ in scale count alike. No score is the lowest."""
+    targets whose scores differ in scale count alike; or its best rank. No score is the lowest."""
     known = np.nan_to_num(scores.astype(np.float64), nan=-np.inf)
     if known.shape[1] == 1:
         return known[:, 0]
     shares = np.asarray(weights) / np.sum(weights)
     ranks = [np.unique(column, return_inverse=True)[1] for column in known.T]
-    return np.stack([r / max(r.max(initial=0), 1) for r in ranks], axis=1) @ shares
+    placed = np.stack([r / max(r.max(initial=0), 1) for r in ranks], axis=1)
+    return placed.max(axis=1, initial=0.0) if by == "max" else placed @ shares
 
 
 def even_draw(

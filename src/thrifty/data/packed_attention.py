@@ -60,6 +60,18 @@ def pack_attention_kwargs(
     return kwargs
 
 
+def attention_of(model: Any, position_ids: torch.Tensor) -> dict[str, Any]:
+    """``pack_attention_kwargs`` as ``model`` is set up."""
+    config = model.config
+    return pack_attention_kwargs(
+        config.model_type,
+        position_ids,
+        attn_implementation=config._attn_implementation or "eager",
+        dtype=model.dtype,
+        window=getattr(config, "sliding_window", None),
+    )
+
+
 def documents(position_ids: torch.Tensor) -> torch.Tensor:
     """0, 0, 0, 1, 1, ... : which document of its pack each token belongs to; [batch, sequence]."""
     return (position_ids == 0).cumsum(-1) - 1

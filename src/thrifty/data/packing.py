@@ -186,27 +186,36 @@ class PackedDataset:
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
         import torch
 
-        input_ids = np.full(self.sequence, self.pad_token_id, dtype=np.int64)
-        labels = np.full(self.sequence, IGNORED, dtype=np.int64)
-        position_ids = np.zeros(self.sequence, dtype=np.int64)
-        rows = np.full(self.sequence, -1, dtype=np.int64)
-        at = 0
-        for row in self.members(item):
-            example = self._examples[row]
-            size = len(example.input_ids)
-            place = slice(at, at + size)
-            input_ids[place] = example.input_ids
-            labels[place] = np.where(example.loss_mask, example.input_ids, IGNORED)
-            labels[at] = IGNORED
-            position_ids[place] = np.arange(size)
-            rows[place] = row
-            at += size
-        position_ids[at:] = np.arange(self.sequence - at)
-        columns = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
-        if self._tells_rows:
+        columns = packed_item(self._examples, self.members(item), self.sequence, self.pad_token_id)
+        if not self._tells_rows:
+            del columns["rows"]
+        else:
             epoch = bisect_right(self.epoch_starts, item) - 1
-            columns |= {"rows": rows, "epoch": np.full(self.sequence, epoch)}
+            columns["epoch"] = np.full(self.sequence, epoch)
         return {name: torch.from_numpy(column) for name, column in columns.items()}
+
+
+def packed_item(
+    examples: Sequence[Example], members: Sequence[int], sequence: int, pad_token_id: int = 0
+) -> dict[str, NDArray[np.int64]]:
+    """One pack of ``members``: what ``PackedDataset`` says of an item, with ``rows``."""
+    input_ids = np.full(sequence, pad_token_id, dtype=np.int64)
+    labels = np.full(sequence, IGNORED, dtype=np.int64)
+    position_ids = np.zeros(sequence, dtype=np.int64)
+    rows = np.full(sequence, -1, dtype=np.int64)
+    at = 0
+    for row in members:
+        example = examples[row]
+        size = len(example.input_ids)
+        place = slice(at, at + size)
+        input_ids[place] = example.input_ids
+        labels[place] = np.where(example.loss_mask, example.input_ids, IGNORED)
+        labels[at] = IGNORED
+        position_ids[place] = np.arange(size)
+        rows[place] = row
+        at += size
+    position_ids[at:] = np.arange(sequence - at)
+    return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "rows": rows}
 
 
 def shuffled(num_examples: int, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -14,7 +14,6 @@ best-scored are looked at.
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass
 from math import inf
 from typing import ClassVar, Literal
@@ -27,6 +26,7 @@ from thrifty.core.contracts import Candidates, Picked, Picker, Work
 from thrifty.core.ordering import best_first, merged_scores, reached
 from thrifty.core.ranges import check_ranges
 from thrifty.signals.delift import pairwise_utility_cost
+from thrifty.signals.submodular import lazy_greedy
 
 _MOST_ROWS = {"vectors": 8192, "delift": 128}
 """Their square is paid for: in memory and time, over ``delift`` in forward passes."""
@@ -72,33 +72,10 @@ class FacilityLocation(Picker):
         rank = 1 - np.arange(len(pool)) / max(len(pool) - 1, 1)
         kernel = _cosines(pool.vectors()) if self.over == "vectors" else pool.pairwise_utility()
         stands = np.maximum(kernel.astype(np.float64), 0.0) * (1 + self.balance * rank)
-        kept = _lazy_greedy(stands, pool.num_tokens.astype(np.float64), max_tokens)
+        kept = lazy_greedy(stands, pool.num_tokens.astype(np.float64), max_tokens)
         return Picked.of(pool.ids[kept])
 
 
 def _cosines(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
     exact = vectors.astype(np.float64)
     return exact @ exact.T
-
-
-def _lazy_greedy(
-    likeness: NDArray[np.float64], tokens: NDArray[np.float64], max_tokens: float
-) -> NDArray[np.int64]:
-    """Places in the order taken; ``likeness[i, j]``: how well j stands for i."""
-    covered = np.zeros(len(likeness))
-    bounds = [(-gain, place) for place, gain in enumerate(likeness.sum(0) / tokens)]
-    heapq.heapify(bounds)
-    kept: list[int] = []
-    used = 0.0
-    while bounds:
-        _, place = heapq.heappop(bounds)
-        if used + tokens[place] > max_tokens:
-            continue
-        gain = np.maximum(likeness[:, place] - covered, 0).sum() / tokens[place]
-        if bounds and (-gain, place) > bounds[0]:
-            heapq.heappush(bounds, (-gain, place))
-            continue
-        kept.append(place)
-        used += tokens[place]
-        covered = np.maximum(covered, likeness[:, place])
-    return np.asarray(kept, dtype=np.int64)

@@ -8,42 +8,36 @@ gradient: the backward makes those of activations alone, and stops below the low
 wanted. Linears and embeddings follow the formula; what else has weights (norms) is run again, an
 example at a time, which costs little.
 
+Examples come padded, one a row, or packed in one sequence; what the hooks saw of a pack is laid out
+as of padded rows, and all after that is the same. ``each_batch`` pads: its batches hold examples of
+like lengths, 0 to 5% of them padding, where packs of 2048 tokens took twice the time (on a CPU),
+for attention over the whole pack.
+
 Limits: a module must act on each example alone, which fused experts do not (refused); its weights
-must be reached through modules, not functions of the model's own.
+must be reached through modules, not functions of the model's own. In a pack, an example whose
+forward pass is not finite spoils the others': attention multiplies what it masks by 0, not-a-number
+stays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from thrifty.core.budget import Cost, PoolStats
-from thrifty.core.contracts import Meter, Tokens, Work
-from thrifty.costs.flops import step_flops
-from thrifty.costs.memory import account
-from thrifty.costs.setting import MemorySetting
-from thrifty.costs.time import step_seconds
+from thrifty.core.budget import Cost
+from thrifty.core.contracts import Meter, Tokens
+from thrifty.data.packed_attention import attention_of, check_isolation
 from thrifty.data.packing import padded_batches
-from thrifty.signals.forward import mean_flops, next_token_losses, padded, padding, shape_of
-from thrifty.signals.models import layers_of
+from thrifty.signals.forward import next_token_losses, padded
+from thrifty.signals.pack_layout import PackLayout
+from thrifty.signals.seen import Seen, gradient_of, is_cheaper_by_tokens, sides, wide
 
 BATCH_TOKENS = 2048
 """Padded tokens of a batch, one example at least."""
 LARGEST_PRODUCT = 2**26
 """Elements of examples' gradients of one matrix that exist at a time."""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a module was given, and the gradients at what it put out, in one call."""
-
-    module: Any
-    inputs: Any
-    """[batch, sequence, width], or ids [batch, sequence]."""
-    grads: Any
-    """[batch, sequence, width]"""
 
 
 class ExampleGradients:
@@ -53,8 +47,9 @@ class ExampleGradients:
     was found: modes, requires_grad, no gradients, no hooks.
     """
 
-    def __init__(self, model: Any, wanted: Sequence[Any]) -> None:
-        """``wanted``: the model's parameters whose gradients are asked for.
+    def __init__(self, model: Any, wanted: Sequence[Any], *, keeps_apart: bool = False) -> None:
+        """``wanted``: the model's parameters whose gradients are asked for; ``keeps_apart``: the
+        model is known to keep the examples of a pack apart.
 
         Raises ValueError that names the weights which no hook can see.
         """
@@ -62,7 +57,8 @@ class ExampleGradients:
         self.wanted = list(wanted)
         self._homes = _homes(model, self.wanted)
         self._exits = ExitStack()
-        self._calls: list[tuple[Any, Any, Any]] = []
+        self._calls: list[tuple[Any, Any, Any, str]] = []
+        self._keeps_apart = keeps_apart
 
     @property
     def num_elements(self) -> int:
@@ -82,49 +78,101 @@ class ExampleGradients:
         for p, _ in before:
             p.requires_grad_(False)
         for module in self._homes:
-            self._exits.callback(module.register_forward_hook(self._note).remove)
-        for module in _roots(self.model, self._homes):
-            self._exits.callback(_cut(module).remove)
+            for hook in (
+                module.register_forward_hook(_begin),
+                module.register_forward_hook(self._note, with_kwargs=True),
+            ):
+                self._exits.callback(hook.remove)
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._exits.close()
         self._calls.clear()
 
-    def _note(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+    def _note(
+        self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        import torch
+
         slot: list[Any] = []
         if output.requires_grad:
             output.register_hook(slot.append)
-        self._calls.append((module, args[0].detach(), slot))
+        # A table of positions may be given a mask first, from which it would work them out.
+        places = kwargs.get("position_ids") if isinstance(module, torch.nn.Embedding) else None
+        given, named = (args[0], "") if places is None else (places, "position_ids")
+        self._calls.append((module, given.detach(), slot, named))
 
     def of(self, ids: Any, keep: Any) -> BatchGradients:
         """Of a padded batch: ids ``[batch, sequence]``, and which of the tokens after the first
         carry loss ``[batch, sequence - 1]``. An example without any has a gradient of zero."""
         import torch
 
+        # Positions of each row, or learned ones would be looked up for all rows at once.
+        places = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        given = {"input_ids": ids, "position_ids": places, "use_cache": False}
+
+        def losses(nll: Any) -> Any:
+            return (nll * keep).sum(1) / keep.sum(1).clamp_min(1)
+
+        rows = torch.arange(len(ids), device=ids.device)[:, None].expand(ids.shape)
+        return self._from(given, losses, partial(_rows_apart, ids), rows)
+
+    def of_pack(self, ids: Any, keep: Any, positions: Any) -> BatchGradients:
+        """Of the examples in one packed sequence: ids and positions ``[1, sequence]``, 0 where an
+        example begins, and which of the tokens after the first carry loss ``[1, sequence - 1]``;
+        the first of an example never does.
+
+        Raises ValueError for a model that lets packed examples see each other.
+        """
+        layout = PackLayout.of(positions)
+        if not self._keeps_apart:
+            check_isolation(self.model)
+            self._keeps_apart = True
+        given = {"input_ids": ids, "position_ids": positions, **attention_of(self.model, positions)}
+        kept = keep[0] & (positions[0, 1:] != 0)  # only the example before could predict a first
+
+        def losses(nll: Any) -> Any:
+            return layout.means(nll[0], kept)
+
+        return self._from(given, losses, layout.apart, layout.rows[None])
+
+    def _from(
+        self,
+        given: Mapping[str, Any],
+        losses_of: Callable[[Any], Any],
+        apart: Callable[[Any], Any],
+        owners: Any,
+    ) -> BatchGradients:
+        """One pass and its backward. ``losses_of``: each example's, from each token's; ``apart``
+        lays out what a module was given, or the gradients at it, by example, or gives None;
+        ``owners``: of which example each token is."""
+        import torch
+
+        ids = given["input_ids"]
         self._calls.clear()
         with torch.enable_grad():
-            # Positions of each row, or learned ones would be looked up for all rows at once.
-            places = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-            logits = self.model(input_ids=ids, position_ids=places, use_cache=False).logits[:, :-1]
-            nll = next_token_losses(_wide(logits), ids)
-            losses = (nll * keep).sum(1) / keep.sum(1).clamp_min(1)
+            logits = self.model(**given).logits[:, :-1]
+            losses = losses_of(next_token_losses(wide(logits), ids))
             if losses.requires_grad:
                 losses.sum().backward()
-        seen = [self._told_apart(ids, *call) for call in self._calls if call[2]]
-        self._calls.clear()
-        return BatchGradients(self.wanted, self._homes, seen, len(ids), losses.detach())
 
-    def _told_apart(self, ids: Any, module: Any, given: Any, slot: Sequence[Any]) -> Seen:
-        """Example by example, also where the model had put all tokens in a row."""
-        grads = slot[0]
-        if grads.dim() == 2 and len(grads) == ids.numel():
-            shaped = (each.unflatten(0, tuple(ids.shape)) for each in (given, grads))
-            return Seen(module, *shaped)
-        if len(grads) == len(ids):
-            return Seen(module, given, grads)
+        def lay_out(module: Any, values: Any) -> Any:
+            found = apart(values)
+            if found is None:
+                raise ValueError(self._cannot_tell(module, values, ids))
+            return found
+
+        seen = [
+            Seen(module, inputs, slot[0], named, partial(lay_out, module))
+            for module, inputs, slot, named in self._calls
+            if slot
+        ]
+        self._calls.clear()
+        return BatchGradients(self.wanted, self._homes, seen, losses.detach(), owners)
+
+    def _cannot_tell(self, module: Any, grads: Any, ids: Any) -> str:
         name = next(name for name, each in self.model.named_modules() if each is module)
-        raise ValueError(
+        return (
             f"{name} ({type(module).__name__}) is not given the tokens of each example: "
             f"{list(grads.shape)} for a batch of {list(ids.shape)}\n"
             "hint: leave it out: LoRA on the attention's linears, or fewer layers"
@@ -139,12 +187,14 @@ class BatchGradients:
         wanted: Sequence[Any],
         homes: Mapping[Any, list[tuple[str, int]]],
         seen: Sequence[Seen],
-        size: int,
         losses: Any,
+        owners: Any,
     ) -> None:
-        self._wanted, self._homes, self._size = wanted, homes, size
+        self.wanted, self._size = wanted, len(losses)
         self.losses = losses
-        """[batch], nats a token."""
+        """[examples], nats a token."""
+        self.owners = owners
+        """[batch, sequence], as the model was given the tokens: the example that each is of."""
         self._seen: dict[int, list[tuple[Seen, str]]] = {i: [] for i in range(len(wanted))}
         for each in seen:
             for name, place in homes[each.module]:
@@ -153,12 +203,16 @@ class BatchGradients:
     def __len__(self) -> int:
         return self._size
 
+    def calls(self, place: int) -> list[tuple[Seen, str]]:
+        """The calls in which the wanted weight at ``place`` took part, and its name there."""
+        return self._seen[place]
+
     def weights(self, places: Sequence[int] | None = None) -> Iterator[tuple[int, slice, Any]]:
         """Of each wanted weight, or of those at ``places``, some examples at a time: its place,
         which examples, and their gradients ``[examples, elements]``, in float32 (float64 where the
         model is)."""
-        for place in range(len(self._wanted)) if places is None else places:
-            weight = self._wanted[place]
+        for place in range(len(self.wanted)) if places is None else places:
+            weight = self.wanted[place]
             most = max(1, LARGEST_PRODUCT // weight.numel())
             for start in range(0, self._size, most):
                 rows = slice(start, min(start + most, self._size))
@@ -169,7 +223,7 @@ class BatchGradients:
 
         total = None
         for seen, name in self._seen[place]:
-            found = _wide(_gradient(seen, name, rows))
+            found = wide(gradient_of(seen, name, rows))
             total = found if total is None else total + found
         if total is None:  # the loss does not depend on it
             total = torch.zeros(rows.stop - rows.start, *weight.shape, device=weight.device)
@@ -177,7 +231,7 @@ class BatchGradients:
 
     def flat(self) -> Any:
         """[batch, elements of all wanted weights]."""
-        sizes = [weight.numel() for weight in self._wanted]
+        sizes = [weight.numel() for weight in self.wanted]
         found = self._zeros(sum(sizes))
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         for place, rows, gradients in self.weights():
@@ -185,33 +239,46 @@ class BatchGradients:
         return found
 
     def squared_norms(self) -> Any:
-        """[batch]. Of a matrix without forming it, where its examples are short:
-        |sum_t g_t x_t^T|^2 = sum_s,t (x_s . x_t) (g_s . g_t)."""
+        """[batch], NaN of a gradient that is not finite. Of a matrix without forming it, where its
+        examples are short: |sum_t g_t x_t^T|^2 = sum_s,t (x_s . x_t) (g_s . g_t)."""
         found = self._zeros()
         rest = []
-        for place, weight in enumerate(self._wanted):
+        for place, weight in enumerate(self.wanted):
             ((one, name),) = self._seen[place] if len(self._seen[place]) == 1 else ((None, ""),)
-            if one is None or not _is_cheaper_by_tokens(one, name, weight):
+            if one is None or not is_cheaper_by_tokens(one, name, weight):
                 rest.append(place)
                 continue
-            x, g = (_wide(each).flatten(1, -2) for each in (one.inputs, one.grads))
+            x, g = (wide(each).flatten(1, -2) for each in (one.inputs, one.grads))
             found += (x @ x.mT * (g @ g.mT)).sum((1, 2))
         for _, rows, gradients in self.weights(rest):
             found[rows] += gradients.square().sum(1)
-        return found
+        return _no_infinity(found)
 
     def products(self, directions: Sequence[Any]) -> Any:
-        """[batch, m]: inner products with m gradients, of which ``directions`` has the part of each
-        wanted weight, ``[m, elements]``. Nothing of an example is stored."""
+        """[batch, m], NaN of a gradient that is not finite: inner products with m gradients, of
+        which ``directions`` has the part of each wanted weight, ``[m, elements]``. Nothing of an
+        example is stored."""
         found = self._zeros(len(directions[0]))
         for place, rows, gradients in self.weights():
             found[rows] += gradients @ directions[place].to(gradients.dtype).T
+        return _no_infinity(found)
+
+    def outer(self, place: int) -> list[tuple[Any, Any]] | None:
+        """What the gradients of the matrix at ``place`` are outer products of, a pair for each call
+        of its linear: left ``[batch, tokens, rows]`` and right ``[batch, tokens, columns]``, in
+        float32 at least; their products summed over the tokens are the gradients. None for a weight
+        that is not a linear's matrix alone."""
+        found = []
+        for seen, name in self._seen[place]:
+            if (pair := sides(seen, name, slice(None))) is None:
+                return None
+            found.append((wide(pair[0]), wide(pair[1])))
         return found
 
     def _zeros(self, *width: int) -> Any:
         import torch
 
-        one = self._wanted[0]
+        one = self.wanted[0]
         wide = torch.promote_types(one.dtype, torch.float32)
         return torch.zeros(self._size, *width, device=one.device, dtype=wide)
 
@@ -234,39 +301,6 @@ def each_batch(
             ids, keep = padded([examples[i] for i in batch], device)
             meter.tick(Cost(flops=flops(*ids.shape)))
             yield batch, gradients.of(ids, keep)
-
-
-def gradients_cost(
-    work: Work, stats: PoolStats, setting: MemorySetting, elements: int, model: str = ""
-) -> Cost:
-    """Predicted cost of ``each_batch`` over rows like ``stats`` where ``setting`` says what is
-    wanted, with as many gradients of ``elements`` as a batch has rows beside it."""
-    if not stats.num_examples:
-        return Cost()
-    shape = shape_of(work, model)
-    length = max(2, min(round(stats.mean_tokens), work.max_length))
-    longest = min(max(stats.max_tokens, 2), work.max_length)
-    rows = max(1, min(BATCH_TOKENS // length, stats.num_examples))
-    setting = replace(
-        setting,
-        dtype=work.dtype,
-        masked=False,
-        device_kind=work.device.kind,
-        micro_batch=rows,
-        sequence=length,
-    )
-    flops = mean_flops(
-        lambda tokens: step_flops(shape, replace(setting, micro_batch=1, sequence=tokens)),
-        stats,
-        length,
-    )
-    widest = replace(setting, micro_batch=max(1, BATCH_TOKENS // longest), sequence=longest)
-    return Cost(
-        flops=flops * stats.num_examples * padding(stats, longest, rows),
-        seconds=step_seconds(shape, setting, work.device) * stats.num_examples / rows,
-        peak_memory_bytes=account(shape, widest).peak_memory_bytes
-        + 4.0 * rows * min(elements, LARGEST_PRODUCT),
-    )
 
 
 # -- what the hooks see --------------------------------------------------------------------------
@@ -298,85 +332,22 @@ def _homes(model: Any, wanted: Sequence[Any]) -> dict[Any, list[tuple[str, int]]
     return homes
 
 
-def _roots(model: Any, homes: Mapping[Any, Any]) -> list[Any]:
-    """The modules before which the backward ends: the lowest decoder layer with a wanted weight,
-    or where there is none, the wanted modules themselves; an embedding is its own."""
+def _rows_apart(ids: Any, values: Any) -> Any | None:
+    """Example by example, also where the model had put all tokens in a row."""
+    if values.dim() <= 2 and len(values) == ids.numel() and values.shape[:2] != ids.shape:
+        return values.unflatten(0, tuple(ids.shape))
+    return values if len(values) == len(ids) else None
+
+
+def _begin(_module: Any, _args: Any, output: Any) -> Any:
+    """Gradients begin at what a wanted module puts out, where none came from below."""
     import torch
 
-    tables = [module for module in homes if isinstance(module, torch.nn.Embedding)]
-    for layer in layers_of(model):
-        if any(module in homes for module in layer.modules()):
-            return [*tables, layer]
-    return [*tables, *(module for module in homes if module not in tables)]
+    if output.requires_grad or not torch.is_grad_enabled():
+        return output
+    return output.detach().requires_grad_()
 
 
-def _cut(module: Any) -> Any:
-    """Let gradients begin here: what an embedding puts out, or what another module is given."""
-    import torch
-
-    if isinstance(module, torch.nn.Embedding):
-        return module.register_forward_hook(
-            lambda _module, _args, output: output.detach().requires_grad_(), prepend=True
-        )
-
-    def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            first, *rest = args
-            return (_leaf(first), *rest), kwargs
-        return args, kwargs | {"hidden_states": _leaf(kwargs["hidden_states"])}
-
-    return module.register_forward_pre_hook(before, with_kwargs=True)
-
-
-def _leaf(hidden: Any) -> Any:
-    return hidden if hidden.requires_grad else hidden.detach().requires_grad_()
-
-
-def _wide(values: Any) -> Any:
-    """In float32 at least."""
-    import torch
-
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _is_cheaper_by_tokens(seen: Seen, name: str, weight: Any) -> bool:
-    """Whether products of tokens with tokens take fewer FLOPs than the matrix itself."""
-    import torch
-
-    if name != "weight" or not isinstance(seen.module, torch.nn.Linear):
-        return False
-    tokens, (rows, columns) = seen.inputs.shape[1], weight.shape
-    return bool(tokens * (rows + columns) < rows * columns)
-
-
-def _gradient(seen: Seen, name: str, rows: slice) -> Any:
-    """Of the examples ``rows``, in the shape of the weight."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    module, x, g = seen.module, seen.inputs[rows], seen.grads[rows]
-    if type(module) is torch.nn.Embedding:  # those that scale are run again
-        wide = _wide(g)
-        found = wide.new_zeros(len(x), *module.weight.shape)
-        return found.scatter_add_(1, x[..., None].expand(g.shape), wide)
-    if isinstance(module, (torch.nn.Linear, Conv1D)):
-        transposed = isinstance(module, Conv1D)
-        if name == "bias":
-            return g.flatten(1, -2).sum(1)
-        one, other = (each.flatten(1, -2) for each in ((x, g) if transposed else (g, x)))
-        return torch.bmm(one.mT, other.to(one.dtype))
-    return _again(module, name, x, g)
-
-
-def _again(module: Any, name: str, inputs: Any, grads: Any) -> Any:
-    """By running the module on each example again."""
-    import torch
-
-    weight = getattr(module, name)
-    found = []
-    with torch.enable_grad():
-        leaf = weight.detach().requires_grad_()
-        for x, g in zip(inputs, grads, strict=True):
-            put_out = torch.func.functional_call(module, {name: leaf}, (x[None],))
-            found.append(torch.autograd.grad(put_out, leaf, g[None])[0])
-    return torch.stack(found)
+def _no_infinity(found: Any) -> Any:
+    """An example whose gradient overflowed has no number, or it would rank first."""
+    return found.masked_fill(~found.isfinite(), float("nan"))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from thrifty.core.budget import Cost, PoolStats
 from thrifty.core.contracts import Work
-from thrifty.costs.flops import gradient_score_flops
+from thrifty.costs.flops import gradient_score_flops, step_flops
+from thrifty.costs.operations import Adapter
 from thrifty.costs.setting import MemorySetting
-from thrifty.signals.example_gradients import gradients_cost
 from thrifty.signals.forward import shape_of
+from thrifty.signals.gradient_costs import gradients_cost
 from thrifty.signals.models import layers_of
 
 if TYPE_CHECKING:
@@ -50,3 +52,55 @@ def last_layers_cost(work: Work, stats: PoolStats, num_layers: int, model: str =
     elements = sum(shape.layer_parameters(index) for index in indices)
     setting = MemorySetting(only_layers=frozenset(indices))
     return gradients_cost(work, stats, setting, elements, model)
+
+
+# -- of a model in training -----------------------------------------------------------------------
+
+
+def trained_matrices(model: Any, num_layers: int) -> list[Any]:
+    """What is trained of the linears in the last ``num_layers`` decoder layers, in all for 0:
+    weights of theirs, or of adapters on them."""
+    layers = list(layers_of(model))
+    chosen = layers[max(0, len(layers) - num_layers) :] if num_layers else layers
+    return [w for layer in chosen for w in layer.parameters() if w.requires_grad and w.dim() == 2]
+
+
+def trained_elements(shape: ModelShape, adapter: Adapter | None, num_layers: int) -> int:
+    """Of ``trained_matrices``."""
+    indices = _last(shape, num_layers)
+    if adapter is not None:
+        return replace(adapter, layers=indices).num_parameters(shape)
+    return sum(
+        linear.in_features * linear.out_features
+        for index in indices
+        for linear in shape.linears_of(index)
+    )
+
+
+def trained_flops(
+    shape: ModelShape, adapter: Adapter | None, num_layers: int
+) -> Callable[[int, int], float]:
+    """Of a batch: rows and their length -> FLOPs of a forward pass and the gradients of
+    ``trained_matrices``."""
+    setting = _trained(shape, adapter, num_layers)
+    return lambda rows, length: step_flops(
+        shape, replace(setting, micro_batch=rows, sequence=length)
+    )
+
+
+def trained_cost(work: Work, stats: PoolStats, num_layers: int) -> Cost:
+    """Predicted cost of these gradients over rows like ``stats``."""
+    setting = _trained(work.shape, work.adapter, num_layers)
+    elements = trained_elements(work.shape, work.adapter, num_layers)
+    return gradients_cost(work, stats, setting, elements)
+
+
+def _trained(shape: ModelShape, adapter: Adapter | None, num_layers: int) -> MemorySetting:
+    indices = _last(shape, num_layers)
+    if adapter is not None:
+        return MemorySetting(adapter=replace(adapter, layers=indices))
+    return MemorySetting(only_layers=frozenset(indices))
+
+
+def _last(shape: ModelShape, num_layers: int) -> tuple[int, ...]:
+    return tuple(range(shape.num_layers))[-num_layers:]

@@ -27,7 +27,7 @@ class PassMeter:
             # An architecture without a closed form: 6 N D, the usual rule, and said so.
             self._shape = None
         self.exact = self._shape is not None
-        self._adapter = _adapter_of(model)
+        self._adapter = adapter_of(model)
         self._recompute = _recomputes(inner)
         self._num_parameters = sum(p.numel() for p in model.parameters())
         self._used = Cost()
@@ -69,6 +69,10 @@ class PassMeter:
             return 2.0 * self._num_parameters * batch * sequence
         return forward_flops(self._shape, batch, sequence)
 
+    def add(self, used: Cost) -> None:
+        """What a pass took beside what its shapes tell."""
+        self._used += used
+
     def take(self) -> Cost:
         """What was counted since the last call."""
         used, self._used = self._used, Cost()
@@ -84,7 +88,7 @@ def _recomputes(model: Any) -> bool:
     return False
 
 
-def _adapter_of(model: Any) -> Adapter | None:
+def adapter_of(model: Any) -> Adapter | None:
     """The LoRA adapter of a PEFT model in the cost model's terms, or None for full training."""
     configs = getattr(model, "peft_config", None)
     if not configs:

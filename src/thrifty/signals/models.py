@@ -202,6 +202,26 @@ class LoadedModels:
         return [found if isinstance(found, tokens.Tokens) else nothing for found in split]
 
 
+@dataclass(frozen=True)
+class ModelInTraining:
+    """A model as it is by now (``contracts.Models``)."""
+
+    model: Any
+    shape: ModelShape
+    splits_anew: bool = False
+
+    def base(self) -> Any:
+        return self.model
+
+    def other(self, path: str) -> Models:
+        if not path:
+            return self
+        raise ValueError(f"{path} is not looked at while training\nhint: do it in ``prepare``")
+
+    def tokens(self, rows: Any) -> Sequence[Tokens]:
+        return rows.tokens  # type: ignore[no-any-return]
+
+
 def load_model(folder: Path, dtype: str, device: str) -> Any:
     """A ``transformers`` causal LM from safetensors, on ``device``."""
     import torch

@@ -35,3 +35,8 @@ class CountSketch:
         places, signs = (each.to(values.device) for each in self._hashes)
         found = values.new_zeros(len(values), self.num_dimensions)
         return found.index_add_(1, places, values * signs)
+
+    def transposed(self, values: Any) -> Any:
+        """``[n, num_dimensions] -> [n, num_elements]``: <S x, u> = <x, S^T u>."""
+        places, signs = (each.to(values.device) for each in self._hashes)
+        return values[:, places] * signs

@@ -11,20 +11,27 @@ turned into that direction, sketched and dropped, so that nothing of its size is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from thrifty.core.budget import Cost, PoolStats
-from thrifty.core.contracts import Meter, Models, Pool, Tokens, Work
+from thrifty.core.contracts import Meter, Models, Pool, Rows, Tokens, Work
+from thrifty.core.durable import rename_durably
 from thrifty.costs.flops import train_flops
 from thrifty.costs.setting import Adapter, MemorySetting
 from thrifty.signals.adapters import adapter_weights
-from thrifty.signals.example_gradients import each_batch, gradients_cost
+from thrifty.signals.beside import NOTHING, Beside
+from thrifty.signals.example_gradients import BatchGradients, each_batch
 from thrifty.signals.forward import shape_of
+from thrifty.signals.gradient_costs import gradients_cost
+from thrifty.signals.gradient_store import GradientStore
 from thrifty.signals.proxy_run import proxy_run, proxy_run_cost
 from thrifty.signals.sketch import CountSketch
 from thrifty.signals.trajectories import drawn_examples
@@ -43,43 +50,132 @@ class Checkpoint:
     """Adam's moments, before their correction."""
     step: int
 
+    def save(self, file: Path) -> None:
+        """As safetensors, whole or not at all."""
+        from safetensors.torch import save_file
+
+        parts = {"weights": self.weights, "first": self.first, "second": self.second}
+        tensors = {
+            f"{part}.{place}": each.contiguous()
+            for part, some in parts.items()
+            for place, each in enumerate(some)
+        }
+        aside = file.with_name(f".{file.name}.{os.getpid()}")
+        save_file(tensors, aside, metadata={"step": str(self.step)})
+        rename_durably(aside, file)
+
+    @classmethod
+    def load(cls, file: Path, device: Any) -> Checkpoint:
+        from safetensors import safe_open
+
+        with safe_open(file, "pt", device=str(device)) as kept:
+            places = range(len(kept.keys()) // 3)
+            weights, first, second = (
+                [kept.get_tensor(f"{part}.{place}") for place in places]
+                for part in ("weights", "first", "second")
+            )
+            return cls(weights, first, second, int(kept.metadata()["step"]))
+
 
 @dataclass
 class WarmUp:
-    """A model with its adapter, and what the adapter was after each epoch."""
+    """A model with its adapter, and what the adapter was after each epoch.
 
-    model: Any
-    shape: Any
+    Another process is given the checkpoints alone, and loads the model for itself.
+    """
+
+    models: Models
     adapter: Adapter
     sketch: CountSketch
-    checkpoints: list[Checkpoint] = field(default_factory=list)
+    checkpoints: list[Checkpoint]
+    stores: list[GradientStore] = field(default_factory=list)
+    """Where the features of rows are kept, one a checkpoint; none where they are not."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        sketch = self.sketch
+        hashless = CountSketch(sketch.num_elements, sketch.num_dimensions, sketch.seed)
+        known = {name: value for name, value in vars(self).items() if name != "model"}
+        return {**known, "sketch": hashless}
+
+    @cached_property
+    def model(self) -> Any:
+        """On the base model's own weights."""
+        nothing: Any = None  # is trained on, nor ticked
+        return proxy_run(
+            self.models.base(),
+            self.models.shape,
+            [],
+            nothing,
+            epochs=0,
+            learning_rate=0.0,
+            seed=self.sketch.seed,
+            adapter=self.adapter,
+        )
+
+    @property
+    def weights(self) -> list[Any]:
+        """Of the adapter."""
+        return adapter_weights(self.model)
+
+    def gradients(
+        self, examples: Sequence[Tokens], number: int, meter: Meter, beside: Beside = NOTHING
+    ) -> Iterator[tuple[list[int], BatchGradients]]:
+        """Of the adapter at checkpoint ``number``: places in ``examples`` and their gradients, a
+        batch at a time. ``beside``: what is made of them, to be ticked too."""
+        import torch
+
+        weights = self.weights
+        with torch.no_grad():
+            for weight, saved in zip(weights, self.checkpoints[number].weights, strict=True):
+                weight.copy_(saved)
+
+        def flops(rows: int, length: int) -> float:
+            own = train_flops(self.models.shape, rows, length, adapter=self.adapter)
+            return own + beside.flops(rows, length)
+
+        return each_batch(self.model, weights, examples, meter, flops)
 
     def features(
         self, examples: Sequence[Tokens], number: int, meter: Meter, *, adam: bool, unit: bool
     ) -> NDArray[np.float32]:
         """[n, num_dimensions]: sketches of the examples' gradients at checkpoint ``number``, or of
-        Adam's directions; of unit length if asked for. An example without loss has zeros."""
+        Adam's directions; of unit length if asked for. An example without loss has zeros, one whose
+        gradient is not finite NaN."""
         import torch
 
         found = np.zeros((len(examples), self.sketch.num_dimensions), dtype=np.float32)
-        checkpoint, weights = self.checkpoints[number], adapter_weights(self.model)
-        with torch.no_grad():
-            for weight, saved in zip(weights, checkpoint.weights, strict=True):
-                weight.copy_(saved)
-
-        def flops(rows: int, length: int) -> float:
-            return train_flops(self.shape, rows, length, adapter=self.adapter)
-
-        for batch, gradients in each_batch(self.model, weights, examples, meter, flops):
+        for batch, gradients in self.gradients(examples, number, meter):
             flat = gradients.flat()
             norms = flat.norm(dim=1, keepdim=True)
             if adam:
-                flat = self._adams(flat, checkpoint)
+                flat = self._adams(flat, self.checkpoints[number])
             sketches = self.sketch(flat) * (norms > 0)  # no loss, no direction
             if unit:
                 sketches = sketches / sketches.norm(dim=1, keepdim=True).clamp_min(1e-30)
-            found[batch] = sketches.float().cpu().numpy()
+            finite = sketches.isfinite().all(1, keepdim=True)
+            found[batch] = sketches.where(finite, torch.nan).float().cpu().numpy()
         return found
+
+    def products(
+        self,
+        shard: Rows,
+        number: int,
+        directions: NDArray[np.float32],
+        meter: Meter,
+        *,
+        adam: bool,
+        unit: bool,
+    ) -> NDArray[np.float32]:
+        """[n, m]: of rows' ``features`` with m directions, by way of the store where there is one:
+        what it holds is not computed again."""
+        if not self.stores:
+            tokens = self.models.tokens(shard)
+            return self.features(tokens, number, meter, adam=adam, unit=unit) @ directions.T
+        store = self.stores[number]
+        if not store.holds(shard):
+            tokens = self.models.tokens(shard)
+            store.add(shard, self.features(tokens, number, meter, adam=adam, unit=False))
+        return store.products(shard, directions, cosine=unit)
 
     def _adams(self, gradients: Any, checkpoint: Checkpoint) -> Any:
         import torch
@@ -102,9 +198,18 @@ def warm_up(
     rank: int,
     num_dimensions: int,
     seed: int,
+    files: Sequence[Path] = (),
 ) -> WarmUp:
-    """Train an adapter on every linear with ``max_rows`` of the pool, drawn at random."""
+    """Train an adapter on every linear with ``max_rows`` of the pool, drawn at random.
+
+    ``num_dimensions``: of its features; 0 where none are asked for. ``files``: where its
+    checkpoints are, if they all are, or where to leave them.
+    """
     adapter = Adapter(rank=rank)
+    if files and all(file.is_file() for file in files):
+        device = next(models.base().parameters()).device
+        kept = [Checkpoint.load(file, device) for file in files]
+        return WarmUp(models, adapter, _sketch(kept, num_dimensions, seed), kept)
     _, examples = drawn_examples(pool, models, max_rows, seed)
     checkpoints: list[Checkpoint] = []
 
@@ -120,7 +225,7 @@ def warm_up(
             )
         )
 
-    model = proxy_run(
+    proxy_run(
         models.base(),
         models.shape,
         examples,
@@ -131,9 +236,14 @@ def warm_up(
         adapter=adapter,
         after_epoch=keep,
     )
-    elements = sum(weight.numel() for weight in adapter_weights(model))
-    sketch = CountSketch(elements, num_dimensions, seed)
-    return WarmUp(model, models.shape, adapter, sketch, checkpoints)
+    for checkpoint, file in zip(checkpoints, files, strict=False):
+        checkpoint.save(file)
+    return WarmUp(models, adapter, _sketch(checkpoints, num_dimensions, seed), checkpoints)
+
+
+def _sketch(checkpoints: Sequence[Checkpoint], num_dimensions: int, seed: int) -> CountSketch:
+    elements = sum(weight.numel() for weight in checkpoints[0].weights)
+    return CountSketch(elements, num_dimensions, seed)
 
 
 def warm_up_cost(work: Work, max_rows: int, epochs: int, rank: int, model: str) -> Cost:
@@ -142,8 +252,12 @@ def warm_up_cost(work: Work, max_rows: int, epochs: int, rank: int, model: str) 
     return proxy_run_cost(work, stats, epochs, model, Adapter(rank=rank))
 
 
-def features_cost(work: Work, stats: PoolStats, rank: int, model: str) -> Cost:
-    """Predicted cost of ``WarmUp.features`` of one checkpoint over rows like ``stats``."""
+def features_cost(
+    work: Work, stats: PoolStats, rank: int, model: str, beside: Beside = NOTHING
+) -> Cost:
+    """Predicted cost of ``WarmUp.features``, or of ``WarmUp.gradients`` and what is made of them,
+    of one checkpoint over rows like ``stats``."""
     adapter = Adapter(rank=rank)
     elements = adapter.num_parameters(shape_of(work, model))
-    return gradients_cost(work, stats, MemorySetting(adapter=adapter), elements, model)
+    cost = gradients_cost(work, stats, MemorySetting(adapter=adapter), elements, model)
+    return cost + beside.cost(work, stats)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from thrifty.core.budget import Cost
+from thrifty.core.contracts import Scorer
+from thrifty.core.resolve import method_class, resolve
 from thrifty.data.pool import read_rows
 from thrifty.data.store import Store, build_store, open_store
 from thrifty.data.tokens import load_tokenizer, tokenizer_fingerprint
@@ -22,6 +26,35 @@ class Tally:
 
     def tick(self, cost: Cost, *, steps: int = 1) -> None:
         self.cost += cost
+
+
+BRIEF = {
+    "max_warmup_rows": 24,
+    "max_curvature_rows": 24,
+    "max_target_rows": 8,
+    "dimensions": 256,
+    "rank": 2,
+    "landmarks": 24,
+    "num_subsets": 4,
+}
+"""Options with which scorers that train or invert something take seconds less in tests."""
+
+
+TRAINED = ("cartography", "aum", "cascade", "datainf", "datamodel", "ekfac")
+TRAINED += ("influence_distillation", "logra", "s2l", "tracin", "trak")
+
+
+def usual(names: Sequence[str]) -> list[Any]:
+    """Those that take a second or two; the others, of kinds that one of these stands for, beside
+    the slow tests."""
+    return [pytest.param(n, marks=pytest.mark.slow) if n in TRAINED else n for n in names]
+
+
+def briefly(name: str) -> Scorer:
+    """A scorer of that name, with those of ``BRIEF`` that it has."""
+    has = {each.name for each in fields(method_class("scorer", name))}
+    options = {option: value for option, value in BRIEF.items() if option in has}
+    return resolve("scorer", {name: options} if options else name)
 
 
 def build(source: Path, folder: Path, model: Path, shard_rows: int) -> Store:

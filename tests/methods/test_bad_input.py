@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import write_jsonl
-from tests.methods.conftest import Tally, build
+from tests.methods.conftest import Tally, briefly, build, usual
 from tests.runs import planned, silent
 from thrifty import stages
 from thrifty.core.contracts import Candidates, Held
@@ -142,7 +142,7 @@ def test_of_rows_all_the_same_one_is_left(name, value):
 
 def scores(name, pool, models, target):
     """[rows, targets] of all shards."""
-    scorer = resolve("scorer", name)
+    scorer = briefly(name)
     targets = {"sums": target.shard(0)} if scorer.needs_target else {}
     state = scorer.prepare(pool, targets, models, Tally())
     found = [scorer.score(shard, state, Tally()) for shard in pool.shards()]
@@ -164,17 +164,17 @@ def alone(tiny_model, tmp_path_factory):
     return store(rows, tmp_path_factory.mktemp("alone"), tiny_model)
 
 
-@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("name", usual(SCORERS))
 def test_a_target_of_one_row_scores_the_pool(name, pool, models, alone):
     assert np.isfinite(scores(name, pool, models, alone)).all()
 
 
-@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("name", usual(SCORERS))
 def test_a_pool_of_one_row_has_a_score(name, models, alone):
     assert np.isfinite(scores(name, alone, models, alone)).all()
 
 
-@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("name", usual(SCORERS))
 def test_rows_that_are_there_twice_all_have_scores(name, tiny_model, tmp_path, models, target):
     rows = [{"prompt": "say apple:", "completion": " sweet pear."}] * 90
     found = scores(name, store(rows, tmp_path, tiny_model), models, target)
@@ -185,7 +185,7 @@ def test_rows_that_are_there_twice_all_have_scores(name, tiny_model, tmp_path, m
         np.testing.assert_allclose(found, np.broadcast_to(found[:1], found.shape), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("name", usual(SCORERS))
 def test_rows_beyond_the_context_are_cut_and_scored(name, tiny_model, tmp_path, models, target):
     long = [{"prompt": f"say {n}:", "completion": " apple pear" * (400 + n)} for n in range(6)]
     pool = store([*long, {"prompt": "say " * 900, "completion": " plum"}], tmp_path, tiny_model)
@@ -219,7 +219,7 @@ def unknown_words(tiny_model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("known", ["bytes", "unknown"])
-@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("name", usual(SCORERS))
 def test_scripts_that_the_tokenizer_does_not_know(
     name, known, tiny_model, unknown_words, tmp_path, target
 ):

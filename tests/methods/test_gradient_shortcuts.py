@@ -214,6 +214,7 @@ def test_a_linear_effect_of_rows_is_found_again():
     assert not subset_weights(chosen, np.full((300, 1), 2.0)).any()
 
 
+@pytest.mark.slow
 def test_a_datamodel_tells_rows_that_help_from_rows_that_are_wrong(tiny_model, tmp_path, models):
     """Of 12 rows half have an answer of syllables that say nothing."""
     right = sentences("sums", 6, 6)
@@ -255,7 +256,7 @@ def test_a_cascade_of_all_rows_is_its_last_stage(pool, two, models):
     np.testing.assert_array_equal(ranks(vectors[:, 0]), ranks(exact[:, 0]))
 
 
-@pytest.mark.parametrize("first", ["dsir", "bm25"])
+@pytest.mark.parametrize("first", ["dsir", pytest.param("bm25", marks=pytest.mark.slow)])
 def test_a_cascade_of_no_rows_is_its_first_stage(first, pool, two, models):
     found, cost = all_scores(cascade(0.0, 0.0, first=first), pool, two, models)
     exact, _ = all_scores({"dsir": {"by": "word"}} if first == "dsir" else first, pool, two, models)
@@ -285,7 +286,14 @@ def test_a_cascade_passes_the_best_rows_on_within_their_share(pool, two, models)
     np.testing.assert_array_equal(ranks(found[stage[:, 0] > 1, 0]), ranks(gradients[:, 0]))
 
 
-@pytest.mark.parametrize("shares", [(0.5, 0.1), (0.3, 0.3), (0.6, 0.0)])
+@pytest.mark.parametrize(
+    "shares",
+    [
+        (0.5, 0.1),
+        pytest.param((0.3, 0.3), marks=pytest.mark.slow),
+        pytest.param((0.6, 0.0), marks=pytest.mark.slow),
+    ],
+)
 def test_a_cascade_costs_what_was_predicted(shares, pool, target, models):
     spec = {"cascade": {"share_by_vectors": shares[0], "share_by_gradients": shares[1]}}
     _, charged = all_scores(spec, pool, {"sums": target.shard(0)}, models)

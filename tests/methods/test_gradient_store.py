@@ -304,7 +304,7 @@ def test_scores_from_a_store_agree_with_those_without(
     assert written == 2 * store_bytes(len(exact), 512, bits)
 
 
-@pytest.mark.parametrize("name", ["less", "tracin"])
+@pytest.mark.parametrize("name", ["less", pytest.param("tracin", marks=pytest.mark.slow)])
 def test_another_target_takes_no_gradient_of_the_pool(
     name, plain, pool, whole_pool, target, models, tmp_path
 ):

@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from tests.methods.conftest import Tally
+from tests.methods.conftest import Tally, briefly, usual
 from thrifty.core.contracts import Scorer, Work, Worth
 from thrifty.core.resolve import all_names, method_class, name_of, resolve, summary
 from thrifty.costs.hardware import load_device
@@ -44,7 +44,7 @@ def scored(pool, target, models):
         before = {
             n: (p.requires_grad, p.detach().clone()) for n, p in models.base().named_parameters()
         }
-        return *scores_of(resolve("scorer", name), pool, target, models), before
+        return *scores_of(briefly(name), pool, target, models), before
 
     return once
 
@@ -73,10 +73,10 @@ def test_says_what_it_is(name):
     assert name_of(cls()) == name
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", usual(NAMES))
 def test_does_not_depend_on_shards_or_their_order(name, scored, whole_pool, target, models):
     shards, _, _ = scored(name)
-    once, _ = scores_of(resolve("scorer", name), whole_pool, target, models)
+    once, _ = scores_of(briefly(name), whole_pool, target, models)
     assert shards.keys() == once.keys()
     if name != "perplexity":  # its middle band is read off a sample of the shards
         for row, scores in shards.items():
@@ -92,9 +92,9 @@ def test_perplexity_bands_do_not_depend_on_the_shards(pool, whole_pool, target, 
             np.testing.assert_allclose(scores, once[row], rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", usual(NAMES))
 def test_predicted_flops_are_what_it_charges(name, scored, pool, target, models):
-    scorer = resolve("scorer", name)
+    scorer = briefly(name)
     _, charged, _ = scored(name)
     predicted = scorer.cost(work_of(pool, target, models))
     assert predicted.flops == pytest.approx(charged.flops, rel=0.1)
@@ -104,7 +104,7 @@ def test_predicted_flops_are_what_it_charges(name, scored, pool, target, models)
         assert predicted.peak_memory_bytes > models.shape.num_parameters * 4
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", usual(NAMES))
 def test_leaves_the_model_as_it_was(name, scored, models):
     _, _, before = scored(name)
     model = models.base()

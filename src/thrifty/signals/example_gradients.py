@@ -151,8 +151,10 @@ class ExampleGradients:
         ids = given["input_ids"]
         self._calls.clear()
         with torch.enable_grad():
-            logits = self.model(**given).logits[:, :-1]
-            losses = losses_of(next_token_losses(wide(logits), ids))
+            # Of every place, the last too, rather than a copy of the logits without it.
+            logits = wide(self.model(**given).logits)
+            shown = torch.nn.functional.pad(ids, (0, 1))
+            losses = losses_of(next_token_losses(logits, shown)[:, :-1])
             if losses.requires_grad:
                 losses.sum().backward()
 

@@ -59,7 +59,10 @@ def gradient_of(seen: Seen, name: str, rows: slice) -> Any:
 
     if (found := sides(seen, name, rows)) is not None:
         left, right = found
-        return torch.bmm(left.mT, right.to(left.dtype))
+        right = right.to(left.dtype)
+        if left.shape[-1] > right.shape[-1]:  # several times faster with the narrow side first
+            return torch.bmm(right.mT, left).mT
+        return torch.bmm(left.mT, right)
     module, x, g = seen.module, seen.inputs[rows], seen.grads[rows]
     if type(module) is torch.nn.Embedding:  # those that scale are run again
         g = wide(g)

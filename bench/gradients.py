@@ -250,9 +250,9 @@ def measured(job: Job, name: str, num_rows: int, compare: bool) -> tuple[float, 
 
 
 def of_peer(job: Job, name: str, python: str, folder: Path, compare: bool) -> tuple[float, str]:
-    script = Path(__file__).with_name("gradient_peers.py")
-    command = [python, str(script), name, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    script = Path(__file__).resolve().with_name("gradient_peers.py")
+    command = [str(Path(python).absolute()), str(script), name, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode:
         print(f"{name}: {done.stderr.strip()[-500:]}", file=sys.stderr)
         return float("nan"), "failed"

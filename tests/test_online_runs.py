@@ -64,12 +64,10 @@ def test_a_run_says_what_it_cost_and_saved_and_keeps_within_the_budget(
 @pytest.mark.parametrize(
     "name",
     [
-        "infobatch",
-        "greats",
         "colm",
         *(
             pytest.param(n, marks=pytest.mark.slow)
-            for n in ("craig", "gradmatch", "self_paced", "rho1")
+            for n in ("craig", "gradmatch", "greats", "infobatch", "self_paced", "rho1")
         ),
     ],
 )

@@ -286,9 +286,20 @@ def plain(pool, target, models):
 
 @pytest.mark.parametrize(
     ("name", "bits", "least"),  # a bit of each of 512 numbers: measured .83 and .87
-    [("less", 16, 0.9999), ("less", 8, 0.999), ("less", 1, 0.8), ("tracin", 16, 0.9999),
-     ("tracin", 8, 0.999), ("tracin", 1, 0.8)],
-)  # fmt: skip
+    [
+        ("less", 16, 0.9999),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (
+                ("less", 8, 0.999),
+                ("less", 1, 0.8),
+                ("tracin", 16, 0.9999),
+                ("tracin", 8, 0.999),
+                ("tracin", 1, 0.8),
+            )
+        ),
+    ],
+)
 def test_scores_from_a_store_agree_with_those_without(
     name, bits, least, plain, pool, target, models, tmp_path
 ):

@@ -172,7 +172,11 @@ def dense(sketch):
     return matrix
 
 
-@pytest.mark.parametrize("dimensions", [64, 7], ids=["fewer rows", "fewer dimensions"])
+@pytest.mark.parametrize(
+    "dimensions",
+    [pytest.param(64, marks=pytest.mark.slow), 7],
+    ids=["fewer rows", "fewer dimensions"],
+)
 def test_trak_is_its_formula(dimensions, prepared, pool, target, wide):
     _, (warm, _, _), found = prepared("trak", dimensions=dimensions)
     sample, shown, scored = rows_of(pool, target, wide)
@@ -456,7 +460,10 @@ def test_leaving_a_row_out_does_what_its_influence_says(left_out):
 # -- what must hold of all -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "ekfac" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES],
+)
 def test_a_score_does_not_depend_on_the_batch(name, prepared, monkeypatch):
     _, _, together = prepared(name)
     monkeypatch.setattr(example_gradients, "BATCH_TOKENS", 40)  # a row or two

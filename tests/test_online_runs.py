@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -199,3 +200,21 @@ def test_padding_belongs_to_no_row():
     assert batch["rows"][0].tolist() == [1] * 17 + [0] * 11 + [-1] * 4
     assert (batch["labels"][0][batch["rows"][0] == -1] == IGNORED).all()
     assert set(batch["epoch"][0].tolist()) == {0}
+
+
+@pytest.mark.parametrize("name", ["greats", "colm"])
+def test_what_choosing_takes_is_told_of_every_micro_batch(name, tiny_model, tiny_data, tmp_path):
+    fixed = {**SEVERAL_PASSES, "training.online": name}
+    fixed |= {"training.per_device_train_batch_size": 2, "training.gradient_accumulation_steps": 2}
+    planned(tmp_path / "run", tiny_model, tiny_data, fixed=fixed)
+    finish(tmp_path / "run")
+    book = ledger(tmp_path / "run")
+    (stage,) = [s for s in book.stages() if s["name"] == "train"]
+    with stages.at_work(RunFolder(tmp_path / "run"), silent) as work:
+        step = work.predicted(work.plan).step
+        plain = replace(work.plan, training=replace(work.plan.training, online="shuffled"))
+        more = step.flops - work.predicted(plain).step.flops
+    steps = stage["detail"]["steps"]
+    assert more > 0
+    assert stage["detail"]["online"]["choosing_flops"] == pytest.approx(more * steps)
+    assert book.spent(activity="train").flops == pytest.approx(step.flops * steps)

@@ -61,7 +61,7 @@ class LargerBatch:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """``contracts.Drawn``, of rows that go through the last layer alone."""
+    """``contracts.DrawnWithoutBackward``."""
 
     model: Any
     batch: Mapping[str, Any]
@@ -81,11 +81,6 @@ class _Drawn:
     @property
     def num_elements(self) -> int:
         return int(last_value_weight(self.model).numel())
-
-    def products(
-        self, layers: int, direction: NDArray[np.float32]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        raise NotImplementedError("a larger batch goes through no backward")
 
     def slopes(self, directions: NDArray[np.float32], epsilon: float) -> NDArray[np.float64]:
         model, weight = self.model, last_value_weight(self.model)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from thrifty.core.contracts import Chosen, Drawn, OnlineMethod, Progress, Round
+from thrifty.core.contracts import Chosen, OnlineMethod, Progress, Round
 
 ROUNDS = 20
 """Of a run, where a method does not want whole passes."""
@@ -99,7 +99,7 @@ class Rounds:
         self._given += int(self.chosen.num_tokens[found.rows].sum())
         np.add.at(self._drawn, found.rows, 1)
 
-    def choose(self, batch: Drawn, step: int) -> NDArray[np.int64]:
+    def choose(self, batch: Any, step: int) -> NDArray[np.int64]:
         """Places in ``batch``, drawn for the optimizer's ``step``."""
         random = np.random.default_rng([self._seed, step, 1])
         found = self.method.choose(batch, self.chosen, self.all_known, random)

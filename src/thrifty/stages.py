@@ -116,7 +116,8 @@ def train(work: Work, branch: Branch) -> None:
         )
         training.train(job, stage)
         if plan.training.online != Training().online:
-            training_rows.note_savings(stage, rounds, costs.step, job.choosing_flops)
+            each = job.choosing_flops * plan.training.gradient_accumulation_steps
+            training_rows.note_savings(stage, rounds, costs.step, each)
 
 
 def _choosing_flops(work: Work, plan: Plan) -> float:

@@ -60,7 +60,7 @@ class StepChoice:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """``contracts.Drawn``, of rows that a backward has been through."""
+    """``contracts.DrawnWithGradients``."""
 
     model: Any
     wanted: Sequence[Any]
@@ -89,10 +89,3 @@ class _Drawn:
             towards[self.there].double().cpu().numpy(),
             between[self.there][:, self.there].double().cpu().numpy(),
         )
-
-    @property
-    def num_elements(self) -> int:
-        raise NotImplementedError("a method that has gradients needs no slopes")
-
-    def slopes(self, directions: NDArray[np.float32], epsilon: float) -> NDArray[np.float64]:
-        raise NotImplementedError("a method that has gradients needs no slopes")

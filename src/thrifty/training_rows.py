@@ -175,12 +175,11 @@ def packed(settings: Training, rounds: Rounds) -> PackedDataset:
 
 
 def note_savings(stage: Stage, rounds: Rounds, step: Cost, choosing_flops: float) -> None:
-    """What the online method cost and saved, in the ledger. ``step``: of the optimizer, of whose
-    micro-batches each takes ``choosing_flops`` more than a plain one."""
+    """What the online method cost and saved, in the ledger. ``step``: of the optimizer, which takes
+    ``choosing_flops`` more than a plain one."""
     spent = stage.ledger.spent(account=stage.account, activity="online")
     trained = stage.ledger.spent(account=stage.account, activity="train")
-    micro = step.tokens / max(stage.detail.get("accumulated", 1), 1)
-    chosen = choosing_flops * trained.tokens / micro
+    chosen = choosing_flops * trained.tokens / step.tokens
     saved = rounds.left_out * step.flops / step.tokens
     detail = {
         "extra_flops": spent.flops,

@@ -19,7 +19,8 @@ from thrifty.core.budget import Cost
 from thrifty.core.given import (
     Candidates,
     Chosen,
-    Drawn,
+    DrawnWithGradients,
+    DrawnWithoutBackward,
     Held,
     Look,
     Meter,
@@ -44,7 +45,8 @@ __all__ = [
     "Candidates",
     "Choice",
     "Chosen",
-    "Drawn",
+    "DrawnWithGradients",
+    "DrawnWithoutBackward",
     "Evaluation",
     "Filter",
     "Held",
@@ -265,9 +267,10 @@ class OnlineMethod(ABC):
         return np.ones(len(losses))
 
     def choose(
-        self, batch: Drawn, chosen: Chosen, known: Mapping[str, NDArray[Any]], random: Random
+        self, batch: Any, chosen: Chosen, known: Mapping[str, NDArray[Any]], random: Random
     ) -> Choice:
-        """Which rows of a batch to train on. ``random``: the step's own."""
+        """Which rows of a batch to train on. It is ``DrawnWithGradients``, or where ``larger`` is
+        above 1 ``DrawnWithoutBackward``. ``random``: the step's own."""
         return Choice(places=np.arange(len(batch.rows)))
 
 

@@ -254,12 +254,20 @@ class Drawn(Protocol):
     def num_tokens(self) -> NDArray[np.int64]:  # [n], that carry loss
         ...
 
+
+class DrawnWithGradients(Drawn, Protocol):
+    """After a backward of activations."""
+
     def products(
         self, layers: int, direction: NDArray[np.float32]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """[n] and [n, n]: inner products of the rows' gradients with ``direction`` and with one
         another, over the trained matrices of the last ``layers`` decoder layers (0: of all)."""
         ...
+
+
+class DrawnWithoutBackward(Drawn, Protocol):
+    """Of a larger batch, which goes through no backward."""
 
     @property
     def num_elements(self) -> int:
@@ -268,5 +276,5 @@ class Drawn(Protocol):
 
     def slopes(self, directions: NDArray[np.float32], epsilon: float) -> NDArray[np.float64]:
         """[n, m]: how the rows' losses change along m directions ``[m, elements]`` of the last
-        value projection, from two passes of the last layer each; no backward."""
+        value projection, from two passes of the last layer each."""
         ...

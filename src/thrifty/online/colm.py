@@ -23,7 +23,14 @@ from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
 
 from thrifty.core.budget import Cost
-from thrifty.core.contracts import Choice, Chosen, Drawn, OnlineMethod, Progress, Round
+from thrifty.core.contracts import (
+    Choice,
+    Chosen,
+    DrawnWithoutBackward,
+    OnlineMethod,
+    Progress,
+    Round,
+)
 from thrifty.core.ranges import check_ranges
 from thrifty.costs.flops import forward_flops
 from thrifty.signals.last_layer import VALUE
@@ -85,7 +92,7 @@ class Colm(OnlineMethod):
 
     def choose(
         self,
-        batch: Drawn,
+        batch: DrawnWithoutBackward,
         chosen: Chosen,
         known: Mapping[str, NDArray[Any]],
         random: np.random.Generator,

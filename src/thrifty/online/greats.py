@@ -25,7 +25,7 @@ from thrifty.core.budget import Cost
 from thrifty.core.contracts import (
     Choice,
     Chosen,
-    Drawn,
+    DrawnWithGradients,
     Meter,
     Models,
     OnlineMethod,
@@ -131,7 +131,7 @@ class Greats(OnlineMethod):
 
     def choose(
         self,
-        batch: Drawn,
+        batch: DrawnWithGradients,
         chosen: Chosen,
         known: Mapping[str, NDArray[Any]],
         random: np.random.Generator,

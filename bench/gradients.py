@@ -48,20 +48,25 @@ from thrifty.signals.sketch import CountSketch
 SEQUENCE, TARGETS, TOPICS, WORDS, DIMENSIONS, BATCH = 128, 16, 8, 16, 8192, 16
 
 
+def llama_config(width: int) -> LlamaConfig:
+    """Of 4 layers, 4 heads and 4,096 tokens."""
+    return LlamaConfig(
+        vocab_size=4096,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    )
+
+
 class Job:
     """The model, the rows and the target."""
 
     def __init__(self, width: int, num_rows: int, *, full: bool, dtype: str) -> None:
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=4096,
-            hidden_size=width,
-            intermediate_size=width * 11 // 4,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            tie_word_embeddings=False,
-        )
+        config = llama_config(width)
         linears = ModelShape.from_config(config.to_dict()).lora_targets
         self.model: Any = LlamaForCausalLM(config)
         if not full:

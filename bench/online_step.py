@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from gradients import llama_config
 from material import heading
 from thrifty import display
 from thrifty.core.budget import Cost
@@ -39,15 +40,7 @@ RANK = 8
 
 def model_of(width: int, dtype: torch.dtype, method: str) -> tuple[Any, ModelShape]:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=width,
-        intermediate_size=width * 11 // 4,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    )
+    config = llama_config(width)
     shape = ModelShape.from_config(config.to_dict())
     model: Any = LlamaForCausalLM(config).to(dtype)
     if method == "lora":

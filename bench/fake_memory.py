@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python bench/fake_memory.py [--only WORD] [--minutes 20] [--inventory]
     OMP_NUM_THREADS=1 python bench/fake_memory.py --full | --largest
 
-21 models as published under six of the techniques each, and twenty techniques that fit a step into
-less (8- and 4-bit weights, other optimizers, selective recomputation, chunked losses, the host) on
-two models each: 166 combinations, traced at the few layers that ``verify`` needs (2 and 3 where all
-are alike) and carried on to the whole depth, at about 4 s. Then the largest micro-batch that fits,
+21 models as published under six of the techniques each, and forty compositions that fit a step into
+less (8- and 4-bit weights, other adapters, blocks in turns, other optimizers, selective
+recomputation, chunked losses, the host) on two models each: 206 combinations, traced at the few
+layers that ``verify`` needs (2 and 3 where all are alike; a block in turn may take all) and carried
+on to the whole depth, at about 4 s. Then the largest micro-batch that fits,
 by the closed form and by trace, of ten settings (``--largest``: these alone). ``--full`` traces
 five models at every layer, half a minute each, and beside them shows what is carried on.
 ``--inventory`` prints, where a peak is off by more than 3%, what is alive there.
@@ -28,14 +29,12 @@ from typing import Any
 from material import heading
 from thrifty import display, fake_step, verification
 from thrifty.core import quantities
+from thrifty.core.contracts import MEMORY_KINDS
+from thrifty.core.resolve import all_names, method_class
 from thrifty.costs.memory import account
 from thrifty.costs.operations import Adapter
-from thrifty.costs.setting import MemorySetting, States
+from thrifty.costs.setting import MemorySetting
 from thrifty.costs.shape import ModelShape
-from thrifty.memory.states.adafactor import Adafactor
-from thrifty.memory.states.adalomo import AdaLomo
-from thrifty.memory.weights.int8 import Int8
-from thrifty.memory.weights.nf4 import NF4
 from thrifty.verification import PHASES
 
 LLAMA = dict(model_type="llama", vocab_size=128256, num_key_value_heads=8)
@@ -99,7 +98,6 @@ MODELS: dict[str, dict[str, Any]] = {
 
 ALL, FEW = Adapter(rank=16), Adapter(rank=8, targets=("first", "third"))
 """FEW: the names stand for the model's own first and third linear; mostly q and v."""
-LORA = MemorySetting(adapter=ALL)
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "full": {},
     "full foreach": dict(fused=False),
@@ -118,39 +116,53 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "last layer": dict(only_layers=frozenset([-1])),
     "head": dict(only_head=True),
 }
-LOMO = dict(in_backward=True, states=States(name="lomo"))
-ADALOMO = AdaLomo().rewrite(MemorySetting())
-TIGHT: dict[str, dict[str, Any]] = {
-    "lora nf4": dict(adapter=ALL, storage=NF4().rewrite(LORA).storage),
-    "lora nf4 recompute": dict(adapter=ALL, storage=NF4().rewrite(LORA).storage, recompute=1),
-    "lora int8": dict(adapter=ALL, storage=Int8().rewrite(LORA).storage),
-    "full adafactor": dict(states=Adafactor().rewrite(MemorySetting()).states),
-    "full adafactor fp32": dict(
-        states=Adafactor().rewrite(MemorySetting()).states, dtype="float32"
-    ),
-    "full sgd": dict(states=States(name="sgd")),
-    "full lion recompute": dict(states=States(name="lion", relative=1.0), recompute=1),
-    "full lomo": LOMO,
-    "full adalomo recompute": dict(in_backward=True, states=ADALOMO.states, recompute=1),
-    "full selective": dict(recompute=1, selective=True),
-    "lora selective": dict(adapter=ALL, recompute=1, selective=True),
-    "full chunked": dict(loss_chunk=512),
-    "lora chunked recompute": dict(adapter=ALL, loss_chunk=512, recompute=1),
-    "full lomo chunked": LOMO | dict(loss_chunk=512),
-    "lora offload": dict(adapter=ALL, offload=True),
-    "full offload recompute": dict(offload=True, recompute=1),
-    "mezo": dict(zeroth_order=True),
+CHOSEN: dict[str, dict[str, Any]] = {
     "last layer recompute": dict(only_layers=frozenset([-1]), recompute=1),
     "head chunked": dict(only_head=True, loss_chunk=512),
-    "lora nf4 chunked selective": dict(
-        adapter=ALL,
-        storage=NF4().rewrite(LORA).storage,
-        loss_chunk=512,
-        recompute=1,
-        selective=True,
-    ),
 }
-"""What fits a step into less; two models each."""
+"""As TECHNIQUES, tighter."""
+TIGHT = (
+    "lora nf4",
+    "lora nf4 recompute",
+    "lora int8",
+    "full adafactor",
+    "full float32 adafactor",
+    "full sgd",
+    "full recompute lion",
+    "full lomo",
+    "full recompute adalomo",
+    "full selective",
+    "lora selective",
+    "full chunked",
+    "lora recompute chunked",
+    "full chunked lomo",
+    "lora offload",
+    "full recompute_offload",
+    "mezo",
+    "lora nf4 selective chunked",
+    "badam",
+    "badam recompute chunked adam_mini",
+    "lisa recompute",
+    "hift selective",
+    "dora",
+    "dora recompute chunked",
+    "lora_fa",
+    "lora_fa nf4 selective",
+    "ia3",
+    "ia3 int8 recompute_half",
+    "full adamw_bf16",
+    "full recompute adamw_bf16",
+    "full adam_mini",
+    "full float32 adam_mini",
+    "full selective chunked galore",
+    "full recompute galore",
+    "full apollo",
+    "full float32 recompute chunked apollo",
+    "lora fp8 recompute",
+    "rslora nf4 offload lion",
+)
+"""What fits a step into less, by the names of techniques in the order of their kinds; two models
+each."""
 BATCHES = ((1, 2048), (4, 512), (2, 1024), (1, 4096), (8, 256))
 PER_MODEL, PER_TIGHT = 6, 2
 LARGEST = (
@@ -162,8 +174,8 @@ LARGEST = (
     ("Gemma-2-2B", "lora selective", 40),
     ("Mistral-7B", "full lomo", 40),
     ("GPT-2", "full", 8),
-    ("Phi-3-mini", "lora chunked recompute", 24),
-    ("Qwen2.5-7B", "full adalomo recompute", 80),
+    ("Phi-3-mini", "lora recompute chunked", 24),
+    ("Qwen2.5-7B", "full recompute adalomo", 80),
 )
 """Model, technique, GiB that tensors may take."""
 WHOLE = (
@@ -177,7 +189,10 @@ WHOLE = (
 
 def setting_of(config: dict[str, Any], technique: str, **batch: Any) -> MemorySetting:
     """Fills in what a technique says of the model: names of linears, the last layer."""
-    shape, fields = ModelShape.from_config(config), dict((TECHNIQUES | TIGHT)[technique])
+    known = TECHNIQUES | CHOSEN
+    if technique not in known:
+        return _composed(MemorySetting(**batch), technique.split())
+    shape, fields = ModelShape.from_config(config), dict(known[technique])
     adapter, last = fields.get("adapter"), shape.num_layers - 1
     if adapter is FEW:
         names = shape.lora_targets
@@ -189,13 +204,25 @@ def setting_of(config: dict[str, Any], technique: str, **batch: Any) -> MemorySe
     return MemorySetting(**batch | fields)
 
 
+def _composed(setting: MemorySetting, names: list[str]) -> MemorySetting:
+    """Techniques by name, each rewriting what those before left."""
+    for kind in MEMORY_KINDS:
+        for cls in (method_class(kind, each) for each in names if each in all_names(kind)):
+            form = cls()
+            reason = form.refuses(setting)
+            if reason is not None:
+                raise ValueError(f"{' '.join(names)}: {reason}")
+            setting = form.rewrite(setting)
+    return setting
+
+
 def pairs() -> Iterator[tuple[str, str]]:
     """Each model under the next few techniques; each that fits a step into less on the next few
     models."""
     techniques, models = itertools.cycle(TECHNIQUES), itertools.cycle(MODELS)
     for name in MODELS:
         yield from ((name, each) for each in itertools.islice(techniques, PER_MODEL))
-    for technique in TIGHT:
+    for technique in (*TIGHT, *CHOSEN):
         yield from ((each, technique) for each in itertools.islice(models, PER_TIGHT))
 
 
@@ -209,7 +236,8 @@ def combinations() -> Iterator[tuple[str, str, dict[str, Any], MemorySetting]]:
             micro_batch=rows * -(-sequence // positions),
             sequence=min(sequence, positions),
             masked=number % 2 == 1,
-            device_kind="cpu" if number % 5 == 4 else "cuda",
+            # A CPU is its own host.
+            device_kind="cpu" if number % 5 == 4 and "offload" not in technique else "cuda",
         )
         yield name, technique, config, setting_of(config, technique, **batch)
 

@@ -1,15 +1,17 @@
 """Predicted against measured peaks on a GPU, up to a randomly initialised model of 8B parameters.
 
-    python bench/gpu_memory.py [--out bench/results]
+    python bench/gpu_memory.py [--part steps|plans] [--out bench/results]
 
-One command, under ten minutes. Every setting runs in a process of its own: the model is made on the
-device from its config, two training steps are taken, and ``torch.cuda.max_memory_allocated`` and
-``max_memory_reserved`` of the second are set beside ``costs.memory.account`` and
-``costs.allocator``. Prints a table and writes it, with the device and versions, to
-RESULTS/gpu_memory-DATE.json. Settings that do not fit the device are left out, and said.
+One command; each of its parts takes under ten minutes. In ``steps`` every setting runs in a process
+of its own: the model is made on the device from its config, two training steps are taken, and
+``torch.cuda.max_memory_allocated`` and ``max_memory_reserved`` of the second are set beside
+``costs.memory.account`` and ``costs.allocator``. Prints a table and writes it, with the device and
+versions, to RESULTS/gpu_memory-DATE.json. Settings that do not fit the device are left out, and
+said. ``plans`` is ``gpu_plans.py``: memory plans of an 8B model, and other libraries' defaults.
 
 ``--device cpu`` runs the smallest settings on a CPU, whose resident set takes the place of the
-allocator's peak: a check of this script, no measurement of a GPU.
+allocator's peak; ``--tiny`` the plans of a model of two layers: checks of the scripts, no
+measurement of a GPU.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gpu_plans
 from material import heading
 from thrifty import display
 from thrifty.core import quantities
@@ -178,21 +181,10 @@ def measure(case: Case, kind: str) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--seconds", type=float, default=570.0, help="start no case after these")
-    parser.add_argument("--case", type=int, help="measure one, for this script itself")
-    options = parser.parse_args()
-    if options.case is not None:
-        print(json.dumps(measure(CASES[options.case], options.device)))
-        return
+def steps(out: Path, kind: str, seconds: float) -> None:
+    """Prints and writes all cases."""
     import torch
 
-    if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("no GPU here: nothing was measured\nhint: --device cpu checks the script itself")
-    kind = options.device
     name = torch.cuda.get_device_name() if kind == "cuda" else platform.machine()
     memory = torch.cuda.get_device_properties(0).total_memory if kind == "cuda" else 2 * 2**30
     rows, results, start = [], [], time.monotonic()
@@ -208,7 +200,7 @@ def main() -> None:
         }
         if seen.peak_memory_bytes > allocatable(memory, kind) * 0.97:
             found["left_out"] = "does not fit"
-        elif time.monotonic() - start > options.seconds:
+        elif time.monotonic() - start > seconds:
             found["left_out"] = "out of time"
         else:
             arguments = [sys.executable, __file__, "--case", str(number), "--device", kind]
@@ -246,11 +238,39 @@ def main() -> None:
             f"{max(errors):.1%}, {within} within 5%"
         )
     if kind == "cuda":
-        options.out.mkdir(parents=True, exist_ok=True)
-        file = options.out / f"gpu_memory-{time.strftime('%Y-%m-%d')}.json"
+        out.mkdir(parents=True, exist_ok=True)
+        file = out / f"gpu_memory-{time.strftime('%Y-%m-%d')}.json"
         about = {"device": name, "memory_bytes": memory, "torch": torch.__version__}
         file.write_text(json.dumps({**about, "results": results}, indent=1))
         print(f"written to {file}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--part", choices=("steps", "plans"), help="default: both")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="plans of a tiny model, on the CPU")
+    parser.add_argument("--seconds", type=float, default=540.0, help="start none after these")
+    parser.add_argument("--case", type=int, help="measure one, for this script itself")
+    options = parser.parse_args()
+    if options.case is not None:
+        print(json.dumps(measure(CASES[options.case], options.device)))
+        return
+    import torch
+
+    if options.tiny:
+        gpu_plans.show(options.out, "cpu", options.seconds, tiny=True)
+        return
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit(
+            "no GPU here: nothing was measured\n"
+            "hint: --device cpu and --tiny check the script itself"
+        )
+    if options.part != "plans":
+        steps(options.out, options.device, options.seconds)
+    if options.part != "steps" and options.device == "cuda":
+        gpu_plans.show(options.out, options.device, options.seconds)
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ def selected(asked: dict[str, Any], home: Path, way: dict[str, Any]) -> tuple[Co
     shutil.rmtree(folder, ignore_errors=True)
     fixed = {
         "selection.max_tokens": 50_000.0,
-        "training.method": "full",
-        "training.dtype": "float32",
+        "training.memory.trained": "full",
+        "training.memory.weights": "float32",
         "training.max_length": 512,
         "training.per_device_train_batch_size": 4,
         "training.gradient_accumulation_steps": 1,

@@ -28,7 +28,7 @@ FIXED = {
     "training.max_length": 128,
     "training.per_device_train_batch_size": 8,
     "training.gradient_accumulation_steps": 1,
-    "training.method": "full",
+    "training.memory.trained": "full",
     "selection.scorer": "bm25",
     "training.max_steps": 150,
 }

@@ -378,7 +378,8 @@ def test_recomputing_activations_changes_the_cost_and_not_the_model(
     found = {}
     for recompute in (False, True):
         folder = tmp_path / str(recompute)
-        fixed = {"training.activation_checkpointing": recompute, "training.max_steps": 12}
+        activations = "recompute" if recompute else "keep"
+        fixed = {"training.memory.activations": activations, "training.max_steps": 12}
         plan = planned(folder, tiny_model, tiny_data, fixed={**fixed})
         finish(folder)
         trained = ledger(folder).spent(activity="train").flops

@@ -32,7 +32,8 @@ def golden(tiny_model, tiny_data, tmp_path_factory) -> dict[str, Any]:
     plan += ["--target", f"sums={tiny_data['signal']}", "--dev", f"sums={tiny_data['dev']}"]
     plan += ["--test", f"sums={tiny_data['test']}", "--flops", "6e9", "--scorer", "bm25"]
     settings = {"max_length": 64, "per_device_train_batch_size": 4, "learning_rate": 3e-3}
-    for key, value in {**settings, "method": "full", "dtype": "float32"}.items():
+    held = {"memory.trained": "full", "memory.weights": "float32"}
+    for key, value in {**settings, **held}.items():
         plan += ["--set", f"training.{key}={value}"]
     assert main([*plan, "-o", str(folder)]) == 0
     assert main(["run", str(folder)]) == 0

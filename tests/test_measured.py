@@ -228,7 +228,7 @@ def test_what_cannot_be_measured_still_has_parameters(plan):
     [
         (GRANITE, ("--pool", "rows.jsonl"), 4, "--measure plans no run"),
         (GRANITE, ("--devices", "8"), 4, "--measure does not know --devices"),
-        (GRANITE, ("--set", "training.lora.rank=4"), 4, "does not know --set training.lora.rank"),
+        (GRANITE, ("--set", "training.seed=4"), 4, "does not know --set training.seed"),
         (GRANITE, ("--set", "training.max_length=999"), 4, "longer than the model's context"),
         (dict(model_type="no_such"), (), 4, "knows no model_type 'no_such'"),
         (dict(hidden_size=4), (), 4, "knows no model_type None"),

@@ -93,7 +93,9 @@ def test_what_was_prepared_is_paid_for_once(tiny_model, tiny_data, tmp_path, mon
     folder = tmp_path / "run"
     planned(folder, tiny_model, tiny_data, fixed=fixed)
     with monkeypatch.context() as patch:
-        patch.setattr(training_rows, "packed", lambda *_: 1 / 0)  # a fault before the first step
+        patch.setattr(
+            training_rows, "read_by_training", lambda *_: 1 / 0
+        )  # a fault before the first step
         with pytest.raises(ZeroDivisionError):
             finish(folder)
     before = ledger(folder).spent(activity="online").flops

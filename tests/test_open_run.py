@@ -135,7 +135,7 @@ def test_a_truncated_shard_is_named(run, capsys):
     ("file", "edited", "says"),
     [
         ("plan.yaml", ("version: 1", "version: 9"), "has version 9"),
-        ("pool/manifest.json", ('"format": 2', '"format": 99'), "format 99"),
+        ("pool/manifest.json", ('"format": 3', '"format": 99'), "format 99"),
     ],
 )
 def test_a_folder_of_another_version_is_refused(file, edited, says, run, capsys):

@@ -103,7 +103,7 @@ def test_lora_leaves_an_adapter_that_peft_loads(tiny_model, tiny_data, tmp_path)
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path / "lora"
-    planned(folder, tiny_model, tiny_data, fixed={"training.method": "lora"})
+    planned(folder, tiny_model, tiny_data, fixed={"training.memory.trained": "lora"})
     finish(folder)
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     model = PeftModel.from_pretrained(base, folder / "model")
@@ -120,8 +120,8 @@ def test_a_plan_edited_to_lora_adapts_every_linear(tiny_model, tiny_data, tmp_pa
     planned(folder, tiny_model, tiny_data, fixed={"training.max_steps": 4})
     plan = folder / "plan.yaml"
     text = plan.read_text()
-    assert "method: full" in text
-    plan.write_text(text.replace("method: full", "method: lora"))
+    assert "trained: full" in text
+    plan.write_text(text.replace("trained: full", "trained: lora"))
     finish(folder)
     adapted = json.loads((folder / "model" / "adapter_config.json").read_text())["target_modules"]
     assert set(adapted) == set(read_shape(tiny_model).lora_targets)
@@ -146,7 +146,7 @@ def test_continued_pretraining_with_replay(tiny_model, tiny_data, tmp_path):
         chosen_rows = training_rows.chosen_rows(work, work.main)
         with work.ledger.stage("train", "full") as stage:
             rounds = training_rows.rounds_of(work, work.main, chosen_rows, stage, "", Cost())
-        data = training_rows.packed(work.plan.training, rounds)
+        data = training_rows.read_by_training(work.plan.training, rounds)
         data.members(len(data) - 1)
         chosen = json.loads((run.selected("budget") / "manifest.json").read_text())["num_tokens"]
         first_pass = sum(
@@ -192,7 +192,7 @@ def test_a_run_of_few_steps_keeps_a_row_however_many_passes_were_asked(
 def test_an_interrupted_run_resumes_bit_for_bit(
     method, tiny_model, tiny_data, tmp_path, monkeypatch
 ):
-    fixed = {"training.method": method}
+    fixed = {"training.memory.trained": method}
     for name in ("straight", "broken"):
         planned(tmp_path / name, tiny_model, tiny_data, fixed=fixed)
     finish(tmp_path / "straight")
@@ -413,27 +413,6 @@ def test_a_reporter_that_cannot_report_is_refused_before_anything_is_spent(
     with pytest.raises(ValueError, match=says):
         pipeline.run(folder, silent, (f"training.report_to=[{name}]",))
     assert ledger(folder).stages() == []
-
-
-def test_preferences_are_read_but_not_trained_on(tiny_model, tmp_path):
-    rows = [
-        {"prompt": f"say {i}", "chosen": " five plus two", "rejected": " no"} for i in range(30)
-    ]
-    pool = tmp_path / "pairs.jsonl"
-    pool.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    folder = tmp_path / "run"
-    request = asked(tiny_model, {"pool": pool, "signal": pool, "dev": pool, "test": pool})
-    request = type(request)(
-        **{
-            **request.__dict__,
-            "task": "preference",
-            "targets": {},
-            "fixed": {**SMALL, "selection.scorer": "uniform"},
-        }
-    )
-    plan_run(request, folder, silent)
-    with pytest.raises(ValueError, match="training on preferences is not built yet"):
-        finish(folder)
 
 
 def test_a_plan_folder_in_use_is_refused(tiny_model, tiny_data, tmp_path):

@@ -63,7 +63,11 @@ def test_every_combination_is_priced(planned):
     for way in found.combinations.held:
         for kind, name in way.technique_names.items():
             kinds[kind].add(name)
-    assert kinds == {kind: set(all_names(kind)) for kind in MEMORY_KINDS}
+    searched = {
+        kind: {name for name in all_names(kind) if method_class(kind, name).searched}
+        for kind in MEMORY_KINDS
+    }
+    assert kinds == searched
     for candidate in found.candidates:
         assert candidate.peak_memory_bytes * 1.05 <= request.memory_limit
 
@@ -88,7 +92,7 @@ def test_money_is_the_price_of_the_time(planned):
 
 def test_within_a_prior_s_error_the_faster_wins(planned):
     """float32 is worth 1.0 and bf16 0.9 ± 0.1: hours are not paid for a guess."""
-    found, _ = planned(SMALL, device="h200", flops=1e18, fixed={"training.method": "full"})
+    found, _ = planned(SMALL, device="h200", flops=1e18, fixed={"training.memory.trained": "full"})
     assert found.chosen.dtype == "bfloat16"
     wide = [c for c in found.candidates if c.dtype == "float32" and c.runs]
     assert not wide or wide[0].total.seconds > 2 * found.chosen.total.seconds
@@ -97,7 +101,7 @@ def test_within_a_prior_s_error_the_faster_wins(planned):
 def test_a_small_device_takes_techniques_that_make_it_fit(planned):
     small, _ = planned(device="rtx4090", flops=1e18)
     large, _ = planned(device="b200", flops=1e18)
-    assert small.chosen.method == "lora"
+    assert small.chosen.method != "full"
     facts = plan_json(*planned(device="rtx4090", flops=1e18), {})["chosen"]
     assert facts["tags"]["trained"] == "makes it fit"
     assert facts["makes_it_fit"]
@@ -294,7 +298,8 @@ def test_what_is_there_to_make_it_fit_frees_something(kind, name):
         assert technique.refuses(base) is None
         freed = account(shape, base).peak_memory_bytes
         freed -= account(shape, technique.rewrite(base)).peak_memory_bytes
-        assert freed > 0 or (kind, name) == ("trained", "lora")
+        # An adapter may keep more activations than it frees of gradients and states.
+        assert freed > 0 or technique.rewrite(base).adapter is not None
 
 
 def test_a_quality_is_the_product_of_priors():

@@ -356,7 +356,11 @@ def test_scoring_that_does_not_fit_offers_its_ways_out(planned):
     tight = replace(
         request,
         budget=Budget(flops=1e19, memory_bytes=limit),
-        fixed={**request.fixed, "selection.scorer": scored.scorer_spec},
+        fixed={
+            **request.fixed,
+            "selection.scorer": scored.scorer_spec,
+            "training.memory.weights": scored.techniques["weights"],
+        },
     )
     least = min(c.held.peak(0, False) for c in found.candidates)
     if least > scored.scoring_bytes:
@@ -387,17 +391,19 @@ def test_what_refuses_what_was_asked_for_is_the_error(planned, using, reason):
 def test_two_techniques_of_a_kind_cannot_both_hold(planned):
     with pytest.raises(ValueError, match="--using galore and --using adamw cannot both hold"):
         planned(flops=1e18, using=("galore", "adamw"))
-    with pytest.raises(ValueError, match=r"training\.dtype=float32 and --using nf4"):
-        planned(flops=1e18, using=("nf4",), fixed={"training.dtype": "float32"})
-    found, _ = planned(flops=1e18, using=("nf4", "nf4"), fixed={"training.dtype": "bfloat16"})
+    with pytest.raises(ValueError, match=r"training\.memory\.weights='float32' and --using nf4"):
+        planned(flops=1e18, using=("nf4",), fixed={"training.memory.weights": "float32"})
+    found, _ = planned(flops=1e18, using=("nf4", "nf4"), fixed={"training.memory.weights": "nf4"})
     assert found.chosen.techniques["weights"] == "nf4"
 
 
-def test_many_devices_are_not_planned_for_a_run(planned):
+def test_the_devices_of_a_run_hold_everything_each(planned):
     _, request = planned(SMALL, flops=1e18)
     rows = PoolStats(num_examples=1000, num_tokens=500_000, max_tokens=900)
-    with pytest.raises(ValueError, match="a run trains on one"):
-        planner.search(replace(request, pool=rows, num_devices=8))
+    found = planner.search(replace(request, pool=rows, num_devices=8))
+    assert found.training.devices == 8
+    assert found.chosen.setting.replicas == 8
+    assert found.chosen.setting.num_devices == 1
 
 
 def test_a_plan_for_the_machine_at_hand_says_so(planned):

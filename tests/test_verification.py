@@ -13,15 +13,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from thrifty import fake_step, verification
 from thrifty.cli import main
-from thrifty.core.plan import LoRA, Training
+from thrifty.core.plan import MemoryPlan
+from thrifty.core.resolve import resolve
+from thrifty.costs.blocks import Blocks
 from thrifty.costs.operations import Adapter
 from thrifty.costs.setting import MemorySetting, States, Storage
 from thrifty.costs.shape import ModelShape, read_shape
 from thrifty.fake_device import as_on_the_device
 from thrifty.fake_step import Instant, Tape, record
-from thrifty.memory.states.adafactor import Adafactor
+from thrifty.memory_plan import Techniques
 from thrifty.meta_step import run_step
-from thrifty.trainer import build_model
 from thrifty.verification import PHASES, trace, verify
 
 LLAMA: dict[str, Any] = dict(
@@ -170,7 +171,13 @@ def test_few_layers_tell_of_all(config, fields, depths):
 
 
 STORED = Storage(name="nf4", bits=4.127)
-FACTORED = Adafactor().rewrite(MemorySetting()).states
+
+
+def states_of(name: str, **options: Any) -> States:
+    return resolve("states", {name: options} if options else name).rewrite(MemorySetting()).states
+
+
+FACTORED, ADALOMO = states_of("adafactor"), states_of("adalomo")
 
 
 @pytest.mark.parametrize(
@@ -184,8 +191,10 @@ FACTORED = Adafactor().rewrite(MemorySetting()).states
         dict(recompute=1, offload=True),
         dict(adapter=FEW, storage=STORED),
         dict(states=FACTORED),
-        dict(states=States(name="lion", relative=1.0)),
-        dict(states=FACTORED, in_backward=True, recompute=1),
+        *[dict(states=states_of(name)) for name in ("adam_mini", "adamw_bf16", "lion", "sgd")],
+        *[dict(states=states_of(name, rank=16)) for name in ("apollo", "galore")],
+        dict(states=ADALOMO, in_backward=True, recompute=1),
+        dict(blocks=Blocks(layers=1), recompute=1),
         dict(zeroth_order=True),
     ],
     ids=lambda value: ", ".join(value),
@@ -234,8 +243,8 @@ def test_a_run_adapts_what_is_priced(tmp_path):
     config = dict(EXPERTS["qwen3_moe"])
     described = AutoConfig.for_model(config.pop("model_type"), **config)
     AutoModelForCausalLM.from_config(described).save_pretrained(tmp_path)
-    training = Training(method="lora", lora=LoRA(rank=4))
-    model = build_model(training, tmp_path, "cpu")
+    memory = MemoryPlan(trained={"lora": {"rank": 4}})
+    model = Techniques.of(memory).build(tmp_path, read_shape(tmp_path), "cpu", seed=0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == Adapter(rank=4).num_parameters(read_shape(tmp_path))
 

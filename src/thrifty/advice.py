@@ -9,8 +9,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from thrifty.choices import alternatives
-from thrifty.combinations import Combinations, Neighbours
+from thrifty.combinations import Combinations, Neighbours, variants
 from thrifty.core import quantities
 from thrifty.core.contracts import MEMORY_KINDS, MemoryTechnique
 from thrifty.core.resolve import name_of
@@ -146,7 +145,7 @@ def swaps(chosen: Candidate, request: Request, combinations: Combinations) -> li
     )
     found: dict[tuple[str, str], Swap] = {}
     for place, kind in enumerate(MEMORY_KINDS):
-        for technique in alternatives(request, kind):
+        for technique in variants(kind):
             techniques = [*own.techniques]
             if technique == techniques[place]:
                 continue

@@ -67,14 +67,16 @@ def ceiling(
     return max(steps, int(min(FASTER * steps, possible)))
 
 
-def accumulation(request: Request, sequences: float, rows: int, *, least: int) -> int:
+def accumulation(
+    request: Request, sequences: float, rows: int, *, least: int, steps: int = 1
+) -> int:
     """Micro-batches of an optimizer step, each of so many rows on all devices together: about 300
-    steps in all, at most 128 sequences each. No fewer than ``least``: zero where a micro-batch is
-    more than that and a smaller one may do."""
+    steps in all, or ``steps`` where those are more, at most 128 sequences each. No fewer than
+    ``least``: zero where a micro-batch is more than that and a smaller one may do."""
     fixed = request.fixed.get("training.gradient_accumulation_steps")
     if fixed is not None:
         return int(fixed)
-    batch = 2 ** round(math.log2(max(1.0, min(sequences / STEPS_WANTED, MAX_BATCH))))
+    batch = 2 ** round(math.log2(max(1.0, min(sequences / max(STEPS_WANTED, steps), MAX_BATCH))))
     if request.fixed.get("training.per_device_train_batch_size"):
         least = 1
     return max(least, batch // rows)

@@ -29,6 +29,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from thrifty.core import quantities
 from thrifty.core.budget import Budget, Cost
 from thrifty.core.ledger import BudgetExceeded, Lease, Ledger, Rates, Stage
+from thrifty.costs.setting import MemorySetting
 from thrifty.divergence import FiniteGuard
 from thrifty.ranks import summed, told
 from thrifty.signals.metering import PassMeter
@@ -86,6 +87,7 @@ class BudgetCallback(TrainerCallback):
         stage: Stage | None = None,
         governor: Governor | None = None,
         predicted_step: Cost | None = None,
+        setting: MemorySetting | None = None,
     ) -> None:
         self.budget = budget or Budget(
             flops=None if flops is None else quantities.parse_flops(flops),
@@ -106,6 +108,7 @@ class BudgetCallback(TrainerCallback):
         self._ledger_path = ledger
         self._stage = stage
         self._governor = governor
+        self._setting = setting
         self._step_cost = StepCost(predicted_step or Cost())
         self._owned = ExitStack()
         """What training opened, closed at its end."""
@@ -126,12 +129,12 @@ class BudgetCallback(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        self._meter = PassMeter(model)
+        self._meter = PassMeter(model, self._setting)
         self._meter.attach()
         self._owned.callback(self._meter.detach)
         self._guard = FiniteGuard(model)
         self._owned.callback(self._guard.detach)
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero and self._stage is None:
             return
         stage = self._stage or self._open_stage(Path(args.output_dir), state.global_step)
         device = local_device() if args.device.type != "cpu" else "cpu"
@@ -257,6 +260,11 @@ class BudgetCallback(TrainerCallback):
         with self._steps.spending(name, upper, step=step) as lease:
             yield lease
         self._meter.take()  # counted by the activity itself
+
+    def charge_as(self, setting: MemorySetting) -> None:
+        """From now on steps are held like this."""
+        assert self._meter is not None
+        self._meter.setting = setting
 
     def count(self, used: Cost) -> None:
         """In the step under way, beside what went through the model in training mode."""

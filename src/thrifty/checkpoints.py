@@ -22,6 +22,8 @@ from typing import Any
 from thrifty.core.durable import sync_folder, write_atomically
 
 MANIFEST = "manifest.json"
+FOR_OTHERS = "for-others"
+"""In a checkpoint: the model as stock libraries load it, where the checkpoint itself is another."""
 _PREFIX = "checkpoint-"
 
 

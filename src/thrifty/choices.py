@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from thrifty.combinations import MICRO_BATCHES, Combinations, price_all, variants
 from thrifty.core.contracts import MEMORY_KINDS, MemoryTechnique, Scorer
-from thrifty.core.plan import LoRA
-from thrifty.core.resolve import Spec, all_names, method_class, name_of, resolve
-from thrifty.costs.operations import Adapter
+from thrifty.core.plan import put
+from thrifty.core.quantities import show
+from thrifty.core.resolve import Spec, all_names, method_class, name_of, parse_spec, resolve
 from thrifty.costs.setting import MemorySetting
+from thrifty.pair_costs import LOGITS_AT_A_TIME, SIDES, why_no_pairs
 from thrifty.pricing import Request
 
 
@@ -29,31 +29,48 @@ def combinations_of(request: Request, sequence: int) -> Combinations:
                 f"{names} ({kind}) is priced, but a run cannot train with it yet\n"
                 "hint: plan without --pool to see its price, or leave it out"
             )
-    if runs_only and request.num_devices > 1:
-        raise ValueError(
-            f"{request.num_devices} devices are priced, but a run trains on one\n"
-            "hint: plan without --pool to see their price, or leave --devices out"
-        )
+    sides = 1 if request.preference is None else SIDES
+    if request.preference is not None:
+        _check_pairs(request, wanted.get("trained", []))
     masks = [True, False] if not runs_only and request.device.kind == "cuda" else [True]
     counts = [2**n for n in range(request.num_devices.bit_length())]
-    layouts = [
-        {"masked": masked, "num_devices": count, "reference": request.task == "preference"}
+    layouts: list[dict[str, Any]] = [
+        {"masked": masked, "num_devices": count, "reference": request.asks_reference}
         for masked in masks
         for count in sorted({*(c for c in counts if c < request.num_devices), request.num_devices})
     ]
+    if runs_only:
+        layouts = [{**layouts[0], "num_devices": 1, "replicas": request.num_devices}]
     found = price_all(
         request.shape,
         request.device,
         sequence=sequence,
         layouts=layouts,
         wanted=wanted,
-        micro_batches=MICRO_BATCHES if size is None else (int(size),),
+        micro_batches=[sides * rows for rows in (MICRO_BATCHES if size is None else [int(size)])],
         runs_only=runs_only,
         generated_context=request.generated_context,
     )
     if not found.blocks:
-        raise ValueError(_cannot_be_combined(_named(request).values(), found.refused))
+        raise ValueError(_cannot_be_combined(_names(request), found.refused))
     return found
+
+
+def _check_pairs(request: Request, trained: Sequence[MemoryTechnique]) -> None:
+    """Raise ValueError where what the user named does not train on pairs."""
+    start = MemorySetting(
+        reference=request.asks_reference,
+        replicas=1 if request.pool is None else request.num_devices,
+        device_kind=request.device.kind,
+    )
+    reasons = [why_no_pairs(each.rewrite(start)) for each in trained] or [why_no_pairs(start)]
+    if all(reasons):
+        raise ValueError(f"task preference: {reasons[0]}\nhint: another technique, or one device")
+
+
+def _names(request: Request) -> list[str]:
+    """Of the techniques that the user named."""
+    return [parse_spec(kind, spec)[0] for kind, spec in _named(request).items()]
 
 
 def _cannot_be_combined(names: Iterable[str], refused: Mapping[str, int]) -> str:
@@ -68,20 +85,18 @@ def _cannot_be_combined(names: Iterable[str], refused: Mapping[str, int]) -> str
 
 def _wanted(request: Request) -> dict[str, list[MemoryTechnique]]:
     """Kind -> techniques, where the request fixes them."""
-    chosen = {kind: [name] for kind, name in _named(request).items()}
+    chosen = _named(request)
     if "weights" not in chosen and not _bf16_pays(request):
-        chosen["weights"] = ["float32"]
-    wanted = {kind: alternatives(request, kind, names) for kind, names in chosen.items()}
-    trained = wanted.get("trained") or alternatives(request, "trained")
-    if request.pool is not None:  # a run's adapters are float32, as PEFT's are
-        trained = [t for t in trained if getattr(t, "adapter_dtype", "float32") == "float32"]
-    return {**wanted, "trained": trained}
+        chosen["weights"] = "float32"
+    if request.preference is not None and "loss" not in chosen:
+        chosen["loss"] = {"chunked": {"tokens": LOGITS_AT_A_TIME}}
+    return {kind: alternatives(kind, spec) for kind, spec in chosen.items()}
 
 
-def _named(request: Request) -> dict[str, str]:
+def _named(request: Request) -> dict[str, Spec]:
     """Kind -> the technique that the user named, with ``--using`` or as a key. Raises ValueError
     where two of one kind are named, or one that a key contradicts: a step has one of each."""
-    said: dict[str, str] = {}
+    said: dict[str, Spec] = {}
     for name in request.techniques:
         kind = _kind_of(name)
         if said.setdefault(kind, name) != name:
@@ -90,44 +105,34 @@ def _named(request: Request) -> dict[str, str]:
                 f"the same part of a step ({kind})\n"
                 "hint: name one of them, or neither to have all compared"
             )
-    fixed = request.fixed
-    recompute = fixed.get("training.activation_checkpointing")
-    keys = (
-        ("training.method", "trained", fixed.get("training.method")),
-        ("training.dtype", "weights", fixed.get("training.dtype")),
-        (
-            "training.activation_checkpointing",
-            "activations",
-            None if recompute is None else ("recompute" if recompute else "keep"),
-        ),
-    )
-    for key, kind, meant in keys:
-        if not meant:
+    for kind in MEMORY_KINDS:
+        meant = _fixed_technique(request, kind)
+        if meant is None:
             continue
-        named = said.setdefault(kind, str(meant))
-        if _value_under(kind, named) != _value_under(kind, str(meant)):
+        named = said.setdefault(kind, meant)
+        if parse_spec(kind, named)[0] != parse_spec(kind, meant)[0]:
             raise ValueError(
-                f"{key}={fixed[key]} and --using {named} cannot both hold\n"
+                f"training.memory.{kind}={show(meant)} and --using {named} cannot both hold\n"
                 "hint: leave one of them out"
             )
+        said[kind] = meant
     return said
 
 
-def _value_under(kind: str, name: str) -> Any:
-    """What a technique makes of the plan.yaml value that goes with its kind."""
-    setting = variants(kind, [name])[0].rewrite(MemorySetting(adapter=Adapter()))
-    values = {"trained": name, "weights": setting.dtype, "activations": bool(setting.recompute)}
-    return values[kind]
+def _fixed_technique(request: Request, kind: str) -> Spec | None:
+    """What the user set under ``training.memory``: a technique, or some of its options."""
+    key, values = f"training.memory.{kind}", dict[str, Any]()
+    for name, value in request.fixed.items():
+        if name == key or name.startswith(f"{key}."):
+            put(values, name, value)
+    return values["training"]["memory"][kind] if values else None
 
 
-def alternatives(
-    request: Request, kind: str, names: list[str] | None = None
-) -> list[MemoryTechnique]:
-    """Those named, or all, with the rank and targets that the request fixes."""
-    found = variants(kind, names)
-    if request.fixed.get("training.lora.rank") or request.fixed.get("training.lora.targets"):
-        found = [_fitted(technique, lora_of(request)) for technique in found]
-    return found
+def alternatives(kind: str, spec: Spec) -> list[MemoryTechnique]:
+    """A technique that is named alone in all forms that a search tries, one with options as it
+    is."""
+    name, options = parse_spec(kind, spec)
+    return [resolve(kind, spec)] if options else variants(kind, [name])
 
 
 def _kind_of(technique: str) -> str:
@@ -136,13 +141,6 @@ def _kind_of(technique: str) -> str:
             return kind
     known = ", ".join(name for kind in MEMORY_KINDS for name in all_names(kind))
     raise ValueError(f"there is no memory technique {technique!r}\nhint: one of {known}")
-
-
-def _fitted(technique: MemoryTechnique, lora: LoRA) -> MemoryTechnique:
-    """A LoRA technique with the rank and targets asked for."""
-    if name_of(technique) != "lora":
-        return technique
-    return replace(technique, rank=lora.rank, targets=lora.targets)  # type: ignore[type-var]
 
 
 def _bf16_pays(request: Request) -> bool:
@@ -186,9 +184,3 @@ def sequence_of(request: Request) -> int:
         return int(fixed)
     longest = request.pool.max_tokens if request.pool else 1024
     return min(max(64, 2 ** math.ceil(math.log2(max(longest, 1)))), 2048, context)
-
-
-def lora_of(request: Request) -> LoRA:
-    rank = int(request.fixed.get("training.lora.rank") or LoRA.rank)
-    targets = request.fixed.get("training.lora.targets") or request.shape.lora_targets
-    return LoRA(rank=rank, targets=tuple(targets))

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USAGE
     try:
         with _termination():
-            options.do(options)
+            return options.do(options) or DONE
     except BrokenPipeError:
         return DONE  # the reader had enough
     except KeyboardInterrupt:
@@ -48,7 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "Interrupted":  # by name: a mistake loads no torch
             return _stopped(str(error))
         return _fail(*_explain(error))
-    return DONE
 
 
 @contextmanager
@@ -163,15 +162,34 @@ def _free_name(parent: str) -> str:
     return f"{parent}/run-{number}"
 
 
-def _run(options: argparse.Namespace) -> None:
+def _as_ranks(options: argparse.Namespace) -> int | None:
+    """The exit code of the processes that do a command on several devices; None where this process
+    does it, or is one of them."""
+    from thrifty import launch
+    from thrifty.run_folder import RunFolder
+
+    overrides = tuple(options.set or ())
+    plan = RunFolder(Path(options.run)).plan(overrides)
+    if not launch.needed(plan):
+        return None
+    again = [f"--set={override}" for override in overrides]
+    return launch.run_ranks(plan.training.devices, [options.command, options.run, *again])
+
+
+def _run(options: argparse.Namespace) -> int | None:
     from thrifty import display, pipeline
     from thrifty.report.summary import summarize, text_summary
     from thrifty.run_folder import RunFolder
 
+    if (code := _as_ranks(options)) is not None:
+        return code
     display.quiet_libraries()
     report = pipeline.run(options.run, display.say, tuple(options.set or ()))
+    if report is None:  # of a rank that followed
+        return DONE
     print(text_summary(summarize(RunFolder(Path(options.run)))))
     display.say(f"\nreport: {report}")
+    return DONE
 
 
 def _select(options: argparse.Namespace) -> None:
@@ -197,13 +215,17 @@ def _select(options: argparse.Namespace) -> None:
     print(selected)
 
 
-def _train(options: argparse.Namespace) -> None:
-    from thrifty import display, pipeline
+def _train(options: argparse.Namespace) -> int | None:
+    from thrifty import display, pipeline, ranks
     from thrifty.run_folder import RunFolder
 
+    if (code := _as_ranks(options)) is not None:
+        return code
     display.quiet_libraries()
     pipeline.train(options.run, display.say, tuple(options.set or ()))
-    print(RunFolder(Path(options.run)).model("budget"))
+    if ranks.rank() == 0:
+        print(RunFolder(Path(options.run)).model("budget"))
+    return DONE
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -216,6 +238,22 @@ def _report(options: argparse.Namespace) -> None:
         _print_json(summarize(run))
     else:
         print(write_report(run))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from thrifty.export import export
+    from thrifty.run_folder import RunFolder
+
+    folder = None if options.output is None else Path(options.output)
+    print(
+        export(
+            RunFolder(Path(options.run)),
+            options.to,
+            folder,
+            overwrite=options.overwrite,
+            take_nearest=options.nearest,
+        )
+    )
 
 
 def _methods(options: argparse.Namespace) -> None:
@@ -309,7 +347,8 @@ class _Parser(argparse.ArgumentParser):
 def _unrecognised(arguments: Sequence[str]) -> str:
     message = f"unrecognised: {' '.join(arguments)}"
     if any("=" in argument for argument in arguments):
-        message += "\nhint: --set once per key: --set training.seed=1 --set training.method=lora"
+        message += "\nhint: --set once per key: "
+        message += "--set training.seed=1 --set training.memory.trained=lora"
     return message
 
 
@@ -356,6 +395,18 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", metavar="RUN")
     report.add_argument("--json", action="store_true", help="print JSON")
     report.set_defaults(do=_report)
+
+    export = commands.add_parser(
+        "export", help="write the chosen rows and the plan for another program"
+    )
+    export.add_argument("run", metavar="RUN")
+    export.add_argument("--to", required=True, help="trl, axolotl or llamafactory")
+    export.add_argument("-o", "--output", metavar="FOLDER", help="default: RUN/export/TO")
+    export.add_argument("--overwrite", action="store_true", help="write over what is there")
+    export.add_argument(
+        "--nearest", action="store_true", help="also where it takes another amount of memory"
+    )
+    export.set_defaults(do=_export)
 
     methods = commands.add_parser("methods", help="every method, with its cost and source")
     methods.add_argument("--json", action="store_true", help="print JSON")

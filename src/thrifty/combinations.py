@@ -20,7 +20,7 @@ import numpy as np
 
 from thrifty.core.contracts import MEMORY_KINDS, MemoryTechnique, Worth
 from thrifty.core.resolve import all_names, method_class, name_of
-from thrifty.costs.flops import step_coefficients
+from thrifty.costs.flops import fixed_flops, step_coefficients
 from thrifty.costs.hardware import Device
 from thrifty.costs.job import job_peaks
 from thrifty.costs.setting import MemorySetting
@@ -166,12 +166,10 @@ class Neighbours:
 
 
 def variants(kind: str, names: Sequence[str] | None = None) -> list[MemoryTechnique]:
-    """The techniques of a kind, or those named, each in the forms that its class offers."""
-    found: list[MemoryTechnique] = []
-    for name in all_names(kind) if names is None else names:
-        cls: Any = method_class(kind, name)
-        found += cls.variants()
-    return found
+    """The techniques of a kind that a search tries, or those named, each in the forms that its
+    class offers."""
+    classes: list[Any] = [method_class(kind, name) for name in names or all_names(kind)]
+    return [form for cls in classes if names or cls.searched for form in cls.variants()]
 
 
 def price_all(
@@ -201,6 +199,7 @@ def price_all(
         for kind in MEMORY_KINDS
     ]
     refused: Counter[str] = Counter()
+    kinds = [_holding(techniques, shape, device.kind, refused) for techniques in kinds]
     blocks: list[Block] = []
     for fields in layouts:
         start = MemorySetting(sequence=sequence, device_kind=device.kind, **fields)
@@ -212,6 +211,23 @@ def price_all(
                 )
                 blocks.append(block)
     return Combinations(tuple(blocks), load_priors(), dict(refused))
+
+
+def _holding(
+    techniques: Sequence[MemoryTechnique],
+    shape: ModelShape,
+    device_kind: str,
+    refused: Counter[str],
+) -> list[MemoryTechnique]:
+    """Those that can hold a model of this shape there."""
+    found = []
+    for technique in techniques:
+        refuses = getattr(technique, "refuses_model", None)  # of what concerns the weights
+        if refuses is None or (reason := refuses(shape, device_kind)) is None:
+            found.append(technique)
+        else:
+            refused[f"{name_of(technique)}: {reason}"] += 1
+    return found
 
 
 def _settings(
@@ -268,5 +284,5 @@ def _block(
         resident=resident,
         accumulating=accumulating,
         seconds=seconds_by_optimizer(shape, settings, device, micro_batches),
-        flops=tokens * (linear + attention * sequence),
+        flops=tokens * (linear + attention * sequence) + fixed_flops(shape, settings[0]),
     )

@@ -62,12 +62,16 @@ def device_text(facts: Mapping[str, Any]) -> str:
 def quiet_libraries() -> None:
     """No progress bars of loading and saving, which say nothing; warnings and errors stay, but for
     one that PEFT causes by asking transformers something by its old name."""
+    import logging
     import warnings
 
     import datasets
     import transformers
 
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+    # torchao, where it is installed, tells at import which of its kernels are for other machines.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()

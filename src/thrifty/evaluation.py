@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from thrifty import ranks
+from thrifty.core.budget import Cost
 from thrifty.core.contracts import Meter, Rows
 from thrifty.costs.shape import ModelShape
 from thrifty.signals.forward import Losses, example_losses, losses_flops
@@ -73,25 +75,49 @@ def measure(
     weights: Mapping[str, float],
     meter: Meter,
     max_tokens: int | None = None,
+    *,
+    together: bool = False,
 ) -> Measured:
-    """Evaluate ``model`` on every target's rows. Raises Diverged where a loss is not finite."""
+    """Evaluate ``model`` on every target's rows. Raises Diverged where a loss is not finite.
+
+    ``together``: all ranks call this; each measures its share of the batches, ``meter`` is charged
+    for those of all, and all have the whole.
+    """
+    share = (ranks.rank(), ranks.world()) if together else (0, 1)
     found = {
-        name: example_losses(model, shape, r.tokens, meter, max_tokens) for name, r in rows.items()
+        name: example_losses(model, shape, r.tokens, meter, max_tokens, share)
+        for name, r in rows.items()
     }
-    for name, losses in found.items():
-        if not np.isfinite(losses.objective):
+    if share != (0, 1):
+        found = {
+            name: Losses(ranks.added(losses.nll), ranks.added(losses.num_tokens))
+            for name, losses in found.items()
+        }
+        others = [(number, share[1]) for number in range(share[1]) if number != share[0]]
+        meter.tick(Cost(flops=sum(measure_flops(shape, rows, max_tokens, s) for s in others)))
+    return checked(Measured(found, weights))
+
+
+def checked(found: Measured) -> Measured:
+    """Raises Diverged where a loss is not finite."""
+    for name, loss in found.losses().items():
+        if not np.isfinite(loss):
             raise Diverged(
                 f"the loss on {name} is not finite: the model diverged\n"
                 "hint: lower training.learning_rate in plan.yaml; the same command then goes on "
                 "from the last checkpoint"
             )
-    return Measured(found, weights)
+    return found
 
 
 def measure_flops(
-    shape: ModelShape, rows: Mapping[str, Rows], max_tokens: int | None = None
+    shape: ModelShape,
+    rows: Mapping[str, Rows],
+    max_tokens: int | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> float:
-    """Exactly what ``measure`` takes."""
+    """Exactly what ``measure`` takes, or a share of it."""
     return sum(
-        losses_flops(shape, [len(t.input_ids) for t in r.tokens], max_tokens) for r in rows.values()
+        losses_flops(shape, [len(t.input_ids) for t in r.tokens], max_tokens, share)
+        for r in rows.values()
     )

@@ -75,7 +75,7 @@ def reasons(
     """One line a choice."""
     c = chosen
     limit = request.memory_limit
-    sequences = c.per_device_train_batch_size * c.gradient_accumulation_steps
+    sequences = training.step_sequences
     quality = c.quality
     asked = {key: f"{value}: as asked" for key, value in request.fixed.items()}
     epochs_rule = "at most 4 passes: repeated tokens are worth 93% of fresh ones by then"
@@ -85,7 +85,7 @@ def reasons(
             f"{quantities.format_tokens(c.keep_tokens)}: {_times(c.epochs, 'pass', 'passes')} over "
             f"what is kept ({epochs_rule}, arXiv:2305.16264)"
         ),
-        "training.method": (
+        "training.memory.trained": (
             f"{c.method} in {c.dtype}: a token is worth {quality.mean:.2g} ± {quality.stderr:.1g} "
             f"of one under the reference, a prior ({quality.source})"
         ),
@@ -94,10 +94,11 @@ def reasons(
             f"{c.per_device_train_batch_size}: the fastest per token whose peak of "
             f"{quantities.format_bytes(c.peak_memory_bytes)} fits {quantities.format_bytes(limit)}"
         ),
-        "training.activation_checkpointing": (
-            "recompute: activations would not fit otherwise, or only in slower micro-batches"
-            if c.activation_checkpointing
-            else "no recompute: activations fit"
+        "training.memory.activations": (
+            f"{c.techniques['activations']}: kept whole they would not fit, or only in slower "
+            "micro-batches"
+            if c.techniques["activations"] != REFERENCE["activations"]
+            else "keep: activations fit"
         ),
         "training.gradient_accumulation_steps": (
             f"{c.gradient_accumulation_steps}: {_times(sequences, 'sequence', 'sequences')} "
@@ -139,9 +140,9 @@ def reasons(
 
 
 def _techniques(c: Candidate) -> dict[str, str]:
-    """What a run cannot set yet, where it is not the usual."""
+    """The optimizer and the loss, where they are not the usual."""
     return {
-        f"memory.{kind}": f"{c.techniques[kind]}: makes it fit, or faster"
+        f"training.memory.{kind}": f"{c.techniques[kind]}: makes it fit, or faster"
         for kind in ("states", "loss")
         if c.techniques[kind] != REFERENCE[kind]
     }

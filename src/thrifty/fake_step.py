@@ -19,13 +19,11 @@ float32. What waits on the host is not on the tape.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,12 +31,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from thrifty import fake_techniques as techniques
+from thrifty.costs.adapted import scales_input
+from thrifty.costs.blocks import Block
 from thrifty.costs.families import FAMILIES, TEXT_PARTS
+from thrifty.costs.memory import worst_turn
 from thrifty.costs.operations import Adapter
 from thrifty.costs.setting import MemorySetting
 from thrifty.costs.shape import ModelShape
 from thrifty.data.packed_attention import pack_attention_kwargs
 from thrifty.fake_device import as_on_the_device
+from thrifty.holding.blockwise import weights_of
+from thrifty.holding.chunked_loss import hold_few_logits
+from thrifty.holding.host_activations import Link, offload
+from thrifty.holding.recompute import recompute
+from thrifty.holding.zeroth_order import Moved
+from thrifty.signals.adapters import adapted, adapter_weights, freeze_inputs, peft_config
 from thrifty.signals.models import layers_of
 
 _TRACED = (
@@ -50,7 +57,10 @@ _TRACED = (
     "device_kind",
     "adapter",
     "adapter_dtype",
+    "blocks",
     "only_layers",
+    "with_embedding",
+    "with_head",
     "only_head",
     "zeroth_order",
     "storage",
@@ -90,12 +100,17 @@ class Tape(TorchDispatchMode):
         super().__init__()
         self.instant = Instant("setup")
         self.paused = False
+        self.numbers = False
+        """A number that is asked of a tensor is 1, as in optimizers, whose norms are; the model
+        itself must ask for none."""
         self.events: list[tuple[Instant, int, Buffer]] = []
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self.numbers and func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0
         out = func(*args, **(kwargs or {}))
         for leaf in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
@@ -114,14 +129,6 @@ class Tape(TorchDispatchMode):
     def _lose(self, key: int, size: int, buffer: Buffer, _: object) -> None:
         del self._alive[key]
         self.events.append((self.instant, -size, buffer))
-
-    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy elsewhere, which takes no memory here."""
-        self.paused = True
-        try:
-            return tensor.detach().clone()
-        finally:
-            self.paused = False
 
     def peaks(self) -> dict[Instant, int]:
         """The most bytes alive in each instant."""
@@ -146,12 +153,28 @@ class Tape(TorchDispatchMode):
         return +alive
 
 
+class TapedLink(Link):
+    """A link to a host that is not on the tape."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+
+    def down(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.tape.paused = True
+        try:
+            return super().down(tensor)
+        finally:
+            self.tape.paused = False
+
+
 def record(
     config: Mapping[str, Any], setting: MemorySetting, num_layers: int | None = None
 ) -> Tape:
     """The tape of one training step."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    if setting.blocks is not None:
+        setting = worst_turn(ModelShape.from_config(config), setting)
     model = skeleton(config, setting, num_layers)
     tape = Tape()
     with FakeTensorMode(), tape, as_on_the_device(setting):
@@ -172,43 +195,41 @@ def _step(model: Any, setting: MemorySetting, tape: Tape) -> None:
     if setting.zeroth_order:
         _zeroth_order_step(model, batch, tape)
         return
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [[each] for each in trained] if setting.in_backward else [trained]
-    optimizers = [techniques.optimizer_of(group, setting) for group in groups]
-    for parameter in trained:
-        parameter.grad = torch.empty_like(parameter)
-    for optimizer in optimizers:
-        optimizer.step()  # makes its states
-        if setting.gradient_accumulation_steps == 1:
-            optimizer.zero_grad()
-    if setting.in_backward:
-        techniques.update_in_backward(dict(zip(trained, optimizers, strict=True)))
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    config = model.config.to_dict()
+    shape = ModelShape.from_config(config) if has_closed_form(config) else None
+    tape.numbers = True
+    optimizer = techniques.optimizer_of(named, setting, shape)
+    tape.numbers = False
+    if setting.gradient_accumulation_steps == 1:
+        optimizer.zero_grad()
     mark_layers(layers_of(model), tape)
     if setting.offload:
-        techniques.offload(_plain(model).base_model, tape.to_host)
+        offload(model, TapedLink(tape))
 
     tape.instant = Instant("loss")
-    out = forward(model, batch, setting.loss_chunk)
+    out = forward(model, batch)
     loss = out.loss
     if not setting.holds_logits:
         del out
+    tape.numbers = True
     loss.backward()
     del loss  # and with it the graph, whose leaves may be activations with a gradient
     tape.instant = Instant("optimizer")
     if not setting.in_backward:
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizers[0].step()
+        torch.nn.utils.clip_grad_norm_([weight for _, weight in named], 1.0)
+        optimizer.step()
 
 
 def _zeroth_order_step(model: Any, batch: dict[str, torch.Tensor], tape: Tape) -> None:
-    """The loss on both sides of a random direction, and the noise on the weights."""
+    """The loss on both sides of a random direction."""
     model.eval()
     tape.instant = Instant("loss")
+    weights = dict(model.named_parameters())
     with torch.no_grad():
-        for _ in range(2):
-            forward(model, batch)
-        tape.instant = Instant("optimizer")
-        techniques.perturb(model.parameters())
+        for distance in (1e-3, -1e-3):
+            with Moved(weights, 0, 0, distance):
+                forward(model, batch)
 
 
 def batch_of(rows: int, sequence: int) -> dict[str, torch.Tensor]:
@@ -217,7 +238,7 @@ def batch_of(rows: int, sequence: int) -> dict[str, torch.Tensor]:
     return {name: torch.ones(rows, sequence, dtype=torch.long) for name in names}
 
 
-def forward(model: Any, batch: dict[str, torch.Tensor], loss_chunk: int = 0) -> Any:
+def forward(model: Any, batch: dict[str, torch.Tensor]) -> Any:
     """What the model puts out for a batch of packed rows, its ``loss`` in it."""
     apart = pack_attention_kwargs(
         model.config.model_type,
@@ -225,16 +246,7 @@ def forward(model: Any, batch: dict[str, torch.Tensor], loss_chunk: int = 0) -> 
         attn_implementation=model.config._attn_implementation or "eager",
         dtype=model.dtype,
     )
-    if not loss_chunk:
-        return model(**batch, **apart)
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"} | apart
-    loss = techniques.chunked_loss(_plain(model), batch["labels"], inputs, loss_chunk)
-    return SimpleNamespace(loss=loss)
-
-
-def _plain(model: Any) -> Any:
-    """The model inside PEFT's."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model(**batch, **apart)
 
 
 def mark_layers(layers: torch.nn.ModuleList, tape: Tape) -> list[Any]:
@@ -276,21 +288,21 @@ def skeleton(config: Mapping[str, Any], setting: MemorySetting, num_layers: int 
     if num_layers is not None:
         del layers_of(model)[num_layers:]
     if setting.adapter is not None:
-        model = _adapted(model, setting.adapter, _lora_targets(config, model))
+        model = _adapted(model, setting.adapter, _targets(config, model, setting.adapter))
     elif setting.only_head:
         model.requires_grad_(False).get_output_embeddings().requires_grad_(True)
     elif setting.only_layers is not None:
+        block = Block(setting.only_layers, setting.with_embedding, setting.with_head)
         model.requires_grad_(False)
-        for index, layer in enumerate(layers_of(model)):
-            layer.requires_grad_(index in setting.only_layers)
+        for weight in weights_of(model, block):
+            weight.requires_grad_(True)
     if setting.storage is not None:
         shape = ModelShape.from_config(config)
         techniques.pack_linears(layers_of(model), shape, setting.storage)
+    if setting.loss_chunk:
+        hold_few_logits(model, setting.loss_chunk)
     if setting.recompute:
-        options: dict[str, Any] = {"use_reentrant": False}
-        if setting.selective:
-            options["context_fn"] = techniques.selective_contexts
-        model.activation_checkpointing_enable(options, every_n_layers=int(setting.recompute))
+        recompute(model, every=int(setting.recompute), selective=setting.selective)
     return model.train()
 
 
@@ -325,40 +337,41 @@ def has_closed_form(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in (*FAMILIES, *TEXT_PARTS)
 
 
-def _lora_targets(config: Mapping[str, Any], model: Any) -> Sequence[str]:
+def _targets(config: Mapping[str, Any], model: Any, adapter: Adapter) -> Sequence[str]:
     """What is adapted where no names are given: as priced, or every linear of the layers. PEFT's
     own ``all-linear`` takes routers and experts with it."""
     from transformers.pytorch_utils import Conv1D
 
     if has_closed_form(config):
-        return ModelShape.from_config(config).lora_targets
+        return adapter.names(ModelShape.from_config(config))
     named = layers_of(model).named_modules()
     linears = (torch.nn.Linear, Conv1D)
     return sorted({name.split(".")[-1] for name, module in named if isinstance(module, linears)})
 
 
 def _adapted(model: Any, adapter: Adapter, default_targets: Sequence[str]) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    options = LoraConfig(
-        r=adapter.rank,
-        target_modules=list(adapter.targets or default_targets),
-        layers_to_transform=None if adapter.layers is None else list(adapter.layers),
-        task_type="CAUSAL_LM",
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # remarks on the Conv1D of GPT-2
-        return get_peft_model(model, options)
+    scaled: list[str] = []
+    options: dict[str, Any] = {}
+    if adapter.form == "ia3":
+        shape = ModelShape.from_config(model.config.to_dict())
+        scaled = [each.name for each in adapter.linears(shape) if scales_input(shape, each)]
+    if adapter.form == "adalora":  # its schedule, which changes no size
+        options["total_step"] = 100
+    config = peft_config(adapter, adapter.targets or default_targets, scaled, **options)
+    found = adapted(model, config, seed=0)
+    if adapter.form == "lora_fa":
+        freeze_inputs(found)
+    return found
 
 
 def materialise(model: torch.nn.Module, setting: MemorySetting) -> None:
     """Replace the tensors of a skeleton by new ones on the default device; tied ones stay tied."""
     made: dict[int, torch.Tensor] = {}
+    beside = {id(weight) for weight in adapter_weights(model)}
 
     def new(old: torch.Tensor) -> torch.Tensor:
         if id(old) not in made:
-            of_adapter = setting.adapter is not None and old.requires_grad
-            dtype = getattr(torch, setting.adapter_dtype) if of_adapter else old.dtype
+            dtype = getattr(torch, setting.adapter_dtype) if id(old) in beside else old.dtype
             made[id(old)] = torch.empty(old.shape, dtype=dtype)
             if isinstance(old, torch.nn.Parameter):
                 made[id(old)] = torch.nn.Parameter(made[id(old)], old.requires_grad)

@@ -1,121 +1,61 @@
 """Memory techniques as they run on fake tensors, for the step that ``fake_step`` traces.
 
-Each as its usual implementation has it: torch's own AdamW and SGD, transformers' Adafactor,
-checkpoints that keep products, a head in checkpointed chunks, hooks that use a gradient up. Two are
-stand-ins: weights in few bits are packed bytes that each use makes whole (bitsandbytes has no fake
-kernels), and Lion is SGD with momentum, one moment as well.
+They are traced as a run has them, but for weights in few bits: packed bytes that each use makes
+whole, as bitsandbytes has no fake kernels. Neither have its optimizers, nor torchao's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 
+from thrifty.core.resolve import method_class
 from thrifty.costs.setting import ADAMW, MemorySetting, Storage
 from thrifty.costs.shape import ModelShape
 
-STATES = ("adamw", "adafactor", "adalomo", "lion", "lomo", "sgd")
+STATES = (
+    "adafactor",
+    "adalomo",
+    "adam_mini",
+    "adamw",
+    "adamw_bf16",
+    "apollo",
+    "galore",
+    "lion",
+    "lomo",
+    "sgd",
+)
 """The optimizers that can be traced."""
 
-_ATEN = torch.ops.aten
-_PRODUCTS = {
-    _ATEN.mm.default,
-    _ATEN.addmm.default,
-    _ATEN.bmm.default,
-    _ATEN.baddbmm.default,
-    _ATEN._grouped_mm.default,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-    _ATEN._scaled_dot_product_efficient_attention.default,
-}
 
-
-def optimizer_of(parameters: Iterable[torch.nn.Parameter], setting: MemorySetting) -> Any:
-    name = setting.states.name
-    if setting.states == ADAMW:
+def optimizer_of(
+    named: list[tuple[str, torch.nn.Parameter]], setting: MemorySetting, shape: ModelShape | None
+) -> Any:
+    """That of a run, but that AdamW need not be fused. Its states exist from here on, and the
+    gradients that they are of."""
+    group = {"params": named, "lr": 1e-4, "weight_decay": 0.0}
+    states = setting.states
+    if states == ADAMW:
         foreach = None if setting.fused else setting.device_kind == "cuda"
-        return torch.optim.AdamW(parameters, lr=1e-4, fused=setting.fused, foreach=foreach)
-    if name in ("adafactor", "adalomo"):
-        from transformers.optimization import Adafactor
-
-        return Adafactor(
-            parameters, lr=1e-4, scale_parameter=False, relative_step=False, warmup_init=False
-        )
-    momentum = 0.9 if name == "lion" else 0.0
-    # In place either way, and the fused kernel has no fake form: it would run on real memory.
-    return torch.optim.SGD(parameters, lr=1e-4, momentum=momentum, foreach=False)
-
-
-def update_in_backward(optimizers: dict[torch.nn.Parameter, Any]) -> None:
-    """Each weight by its own optimizer as soon as its gradient is there, which then goes."""
-
-    def update(parameter: torch.nn.Parameter) -> None:
-        optimizers[parameter].step()
-        parameter.grad = None
-
-    for parameter in optimizers:
-        parameter.register_post_accumulate_grad_hook(update)
-
-
-def selective_contexts() -> Any:
-    """For a checkpoint that keeps what products and attention put out."""
-
-    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        kept = operation in _PRODUCTS
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
-
-
-def chunked_loss(model: Any, labels: torch.Tensor, inputs: dict[str, Any], chunk: int) -> Any:
-    """The head and the loss of ``chunk`` tokens at a time, run again in the backward."""
-    head = model.get_output_embeddings()
-    cap = getattr(model.config, "final_logit_softcapping", None)
-
-    def loss(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        logits = head(rows)
-        if cap:
-            logits = torch.tanh(logits / cap) * cap
-        return functional.cross_entropy(logits.float(), wanted, reduction="sum")
-
-    hidden = model.base_model(**inputs).last_hidden_state.flatten(0, 1)
-    pairs = zip(hidden.split(chunk), labels.flatten().split(chunk), strict=True)
-    return sum(checkpoint(loss, *pair, use_reentrant=False) for pair in pairs) / labels.numel()
-
-
-def offload(decoder: torch.nn.Module, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """What the decoder keeps for its backward waits on the host, to which ``copy`` copies it;
-    weights stay where they are."""
-    resident = {p.untyped_storage()._cdata for p in decoder.parameters()}
-    forward = decoder.forward
-
-    def pack(tensor: torch.Tensor) -> tuple[bool, torch.Tensor]:
-        stays = tensor.untyped_storage()._cdata in resident
-        return stays, tensor if stays else copy(tensor)
-
-    def unpack(packed: tuple[bool, torch.Tensor]) -> torch.Tensor:
-        stays, tensor = packed
-        return tensor if stays else tensor.clone()
-
-    def offloading(*args: Any, **kwargs: Any) -> Any:
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return forward(*args, **kwargs)
-
-    decoder.forward = offloading  # type: ignore[method-assign]
-
-
-def perturb(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Noise for one weight after the other."""
-    for parameter in parameters:
-        parameter.data.add_(torch.randn_like(parameter), alpha=1e-3)
+        optimizer: Any = torch.optim.AdamW([group], fused=setting.fused, foreach=foreach)
+    else:
+        options = {"rank": states.rank} if states.rank else {}
+        technique: Any = method_class("states", states.name)(**options)
+        optimizer = technique.optimizer([group], shape)
+    with torch.no_grad():
+        for _, weight in named:
+            gradient = torch.empty_like(weight)
+            if setting.in_backward:
+                optimizer.update(weight, gradient, optimizer.param_groups[0])
+            else:
+                weight.grad = gradient
+    if not setting.in_backward:
+        optimizer.step()
+    return optimizer
 
 
 # -- weights in few bits --------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class Block:
     def useful_tokens(self) -> NDArray[np.float64]:
         """Of a micro-batch on every device, those that are no padding: [num_batches]."""
         setting = self.settings[0]
-        rows = np.array(self.micro_batches) * setting.num_devices
+        rows = np.array(self.micro_batches) * setting.num_devices * setting.replicas
         return rows * float(setting.sequence) * PACKING_FILL
 
 
@@ -95,16 +95,15 @@ class Held:
             shown.append("bf16 adapters")
         if not setting.masked:
             shown.append("flash")
-        many = [f"on {self.num_devices} devices"] if self.num_devices > 1 else []
+        many = [f"on {self.num_ranks} devices"] if self.num_ranks > 1 else []
         return " ".join((*shown, batch, *many))
 
     @cached_property
     def runs(self) -> bool:
         """Whether a run can train with it; otherwise it is priced alone. A run's packs have their
-        mask, its adapters are float32, and it plans one device."""
+        mask, and its devices hold everything each."""
         setting = self.block.settings[self.state]
         alike = setting.masked and setting.num_devices == 1
-        alike = alike and (setting.adapter is None or setting.adapter_dtype == "float32")
         return alike and all(technique.runs for technique in self.techniques)
 
     @property
@@ -120,6 +119,11 @@ class Held:
         return self.block.settings[self.state].num_devices
 
     @property
+    def num_ranks(self) -> int:
+        """Devices that work on a step, sharding or not."""
+        return self.num_devices * self.block.settings[self.state].replicas
+
+    @property
     def most_accumulated(self) -> int:
         return 1 if self.block.settings[self.state].in_backward else MOST_ACCUMULATED
 
@@ -132,6 +136,7 @@ class Held:
             device_kind=own.device_kind,
             masked=own.masked,
             num_devices=own.num_devices,
+            replicas=own.replicas,
             reference=own.reference,
         )
 
@@ -159,18 +164,19 @@ class Held:
 
     def micro(self, index: int) -> Cost:
         """Of a micro-batch on every device at once, its update included."""
-        setting = self.block.settings[self.state]
+        sequence = self.block.settings[self.state].sequence
         return Cost(
-            flops=float(self.block.flops[index]) * setting.num_devices,
+            flops=float(self.block.flops[index]) * self.num_ranks,
             seconds=float(self.block.seconds[self.state, index]),
-            tokens=float(self.micro_batches[index] * setting.sequence * setting.num_devices),
+            tokens=float(self.micro_batches[index] * sequence * self.num_ranks),
         )
 
 
 def quality_of(techniques: tuple[MemoryTechnique, ...], priors: Priors) -> Worth:
     """Of a token trained on under these, in tokens under the reference: the product of the priors
     of what departs from it."""
-    trains_weights = name_of(techniques[0]) == "full"
+    setting = techniques[0].rewrite(MemorySetting())
+    trains_weights = setting.adapter is None and not setting.zeroth_order
     worths = [priors.of(technique, trained=trains_weights) for technique in techniques]
     mean = math.prod(worth.mean for worth in worths)
     relative = math.hypot(*(worth.stderr / worth.mean for worth in worths))

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from thrifty import notes
+from thrifty import notes, ranks
 from thrifty.core import contracts
 from thrifty.core.budget import PRICED, Budget, Cost, Rates
 from thrifty.core.contracts import Held, Rows
@@ -27,6 +28,8 @@ from thrifty.costs.hardware import Device, load_device
 from thrifty.costs.shape import ModelShape, read_shape
 from thrifty.data.store import Store, open_store
 from thrifty.evaluation import measure_flops
+from thrifty.memory_plan import dtype_of
+from thrifty.pair_evaluation import log_probs_flops
 from thrifty.predictions import Predictions, predictions
 from thrifty.preparation import POOL_AS_TARGET, Say, stats_together, what_was_read
 from thrifty.run_folder import RunFolder
@@ -39,9 +42,13 @@ LARGE_BYTES = 1e9
 
 
 @contextmanager
-def at_work(run: RunFolder, say: Say, overrides: tuple[str, ...] = ()) -> Iterator[Work]:
+def at_work(
+    run: RunFolder, say: Say, overrides: tuple[str, ...] = (), *, trains: bool = True
+) -> Iterator[Work]:
     """Hold the run's lock and ledger. Raises ValueError for a run that cannot be worked on."""
     plan = run.plan(overrides)
+    if ranks.world() > 1 or trains:
+        _check_ranks(run, plan.training.devices)
     work = Work(run, plan, say)
     work.check()
     with run.working() as work.ledger:
@@ -49,7 +56,10 @@ def at_work(run: RunFolder, say: Say, overrides: tuple[str, ...] = ()) -> Iterat
             say(note)
         work.ledger.set_budget(plan.budget)
         work.ledger.energy = energy_counter()
-        work.ledger.set_rates(Rates.hourly(plan.dollars_per_hour, work.ledger.rates.watts))
+        price = plan.dollars_per_hour
+        if price is not None and work.device.kind != "cpu":  # whose processes share one
+            price *= plan.training.devices
+        work.ledger.set_rates(Rates.hourly(price, work.ledger.rates.watts))
         yield work
 
 
@@ -80,10 +90,10 @@ class Work:
     def check(self) -> None:
         """Raise ValueError for what no stage could get past. Writes nothing."""
         plan = self.plan
-        if plan.task == "preference":
+        if plan.task == "preference" and find_spec("trl") is None:
             raise ValueError(
-                "training on preferences is not built yet; the rows were read and validated\n"
-                "hint: task: sft trains on prompt and completion rows"
+                "training on pairs takes TRL's DPOTrainer, and trl is not installed\n"
+                "hint: pip install 'thrifty[trl]'"
             )
         if plan.budget.dollars is not None and plan.dollars_per_hour is None:
             raise ValueError(
@@ -185,7 +195,7 @@ class Work:
     def models(self) -> LoadedModels:
         return LoadedModels(
             self.base,
-            self.plan.training.dtype,
+            dtype_of(self.plan.training.memory),
             local_device(),
             self.say,
             max_length=self.plan.training.max_length,
@@ -199,7 +209,7 @@ class Work:
             targets={},
             shape=self.shape,
             device=self.device,
-            dtype=plan.training.dtype,
+            dtype=dtype_of(plan.training.memory),
             max_length=plan.training.max_length,
         )
         return self.ledger.rates.of(embedding_cost(asked, pool))
@@ -216,13 +226,27 @@ class Work:
             stats_together([store.manifest for store in self.stores(part).values()])
             for part in ("dev", "test")
         )
-        costs = predictions(plan.training, self.shape, self.device, dev, test)
+        pool = self.pool.manifest.stats
+        costs = predictions(plan.training, self.shape, self.device, dev, test, pool)
         most = plan.training.micro_batch_tokens
-        once, twice = (measure_flops(self.shape, self.rows(p), most) for p in ("dev", "test"))
+        flops = measure_flops if plan.training.preference is None else log_probs_flops
+        once, twice = (flops(self.shape, self.rows(part), most) for part in ("dev", "test"))
         return replace(
             costs,
             evaluation=replace(costs.evaluation, flops=once),
             test=replace(costs.test, flops=2 * twice),
+        )
+
+
+def _check_ranks(run: RunFolder, devices: int) -> None:
+    """A process for every device."""
+    if devices != ranks.world():
+        raise ValueError(
+            f"plan.yaml has training.devices {devices}, and this is a job of {ranks.world()} "
+            f"process{'es' if ranks.world() > 1 else ''}\n"
+            f"hint: `thrifty run {run.path}` starts as many as there are devices; to go on with "
+            "fewer or more edit training.devices, and training.gradient_accumulation_steps so that "
+            "their product stays"
         )
 
 
@@ -256,7 +280,8 @@ def _check_prepared(run: RunFolder, plan: Plan) -> None:
 def _check_size(plan: Plan, pool: Store) -> None:
     """Some row must fit what is to be kept."""
     most = plan.selection.max_tokens
-    if most is None or most >= pool.manifest.max_tokens:
+    longest = pool.manifest.max_tokens * (1 if plan.training.preference is None else 2)
+    if most is None or most >= longest:
         return
     shortest = min(int(shard.num_tokens.min()) for shard in pool.shards())
     if most < shortest:

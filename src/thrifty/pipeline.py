@@ -1,14 +1,15 @@
 """The whole job on one screen: plan -> select -> train -> test -> control -> report.
 
 A run is a folder. Every stage is resumable, charges what it spends to the run's ledger, and does
-nothing when it is done; so these functions may be called again after anything.
+nothing when it is done; so these functions may be called again after anything. Under ``torchrun``
+every rank calls them; they return None to all but rank 0.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from thrifty import stages
+from thrifty import ranks, stages
 from thrifty.core.plan import Plan
 from thrifty.preparation import Asked, Say, plan_run
 from thrifty.report.page import write_report
@@ -21,6 +22,7 @@ def make_plan(asked: Asked, folder: str | Path, say: Say = print) -> Plan:
     return plan_run(asked, Path(folder), say)[2]
 
 
+@ranks.led
 def run(folder: str | Path, say: Say = print, overrides: tuple[str, ...] = ()) -> Path:
     """What is not done yet, to the end. Returns the report's path."""
     with stages.at_work(RunFolder(Path(folder)), say, overrides) as work:
@@ -35,6 +37,7 @@ def run(folder: str | Path, say: Say = print, overrides: tuple[str, ...] = ()) -
     return write_report(RunFolder(Path(folder)))
 
 
+@ranks.led
 def select(
     folder: str | Path,
     say: Say = print,
@@ -42,10 +45,11 @@ def select(
     engine: Engine | None = None,
 ) -> None:
     """Score the pool, here or on an engine's workers, and leave the chosen rows in RUN/selected."""
-    with stages.at_work(RunFolder(Path(folder)), say, overrides) as work:
+    with stages.at_work(RunFolder(Path(folder)), say, overrides, trains=False) as work:
         stages.select(work, work.main, engine)
 
 
+@ranks.led
 def train(folder: str | Path, say: Say = print, overrides: tuple[str, ...] = ()) -> None:
     """Train on what was selected, selecting first where that is not done."""
     with stages.at_work(RunFolder(Path(folder)), say, overrides) as work:

@@ -251,7 +251,7 @@ def _point_json(point: Point) -> dict[str, Any]:
     return {
         "techniques": dict(held.technique_names),
         "masked": held.masked,
-        "num_devices": held.num_devices,
+        "num_devices": held.num_ranks,
         "runs": held.runs,
         "micro_batch": point.micro_batch,
         "memory_bytes": point.memory_bytes,
@@ -274,7 +274,7 @@ def _candidate_json(c: Candidate, purposes: Purposes) -> dict[str, Any]:
         "makes_it_fit": list(answers.makes_it_fit),
         "better_per_flop": list(answers.better_per_flop),
         "runs": c.runs,
-        "num_devices": c.held.num_devices,
+        "num_devices": c.held.num_ranks,
         "quality": _quality_json(c.held),
         "method": c.method,
         "dtype": c.dtype,

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from thrifty.preparation import Asked
 
 SET_HELP = (
-    "fix a plan.yaml value, once per key: training.method=lora, training.lora.rank=8, "
-    "training.learning_rate=1e-4, selection.scorer=bm25, ..."
+    "fix a plan.yaml value, once per key: training.memory.trained=lora, "
+    "training.memory.trained.lora.rank=8, training.learning_rate=1e-4, selection.scorer=bm25, ..."
 )
 
 
@@ -34,7 +34,12 @@ def add_to(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--tokens", metavar="20M", help="limit on tokens trained on")
     plan.add_argument("--device", metavar="h100", help="plan for this device (default: here)")
     plan.add_argument(
-        "--devices", type=int, default=1, metavar="8", help="shard over up to so many (priced only)"
+        "--devices",
+        type=int,
+        default=1,
+        metavar="8",
+        help="train on so many, each with all of the model (without --pool: priced, sharded over "
+        "up to so many)",
     )
     plan.add_argument(
         "--using", action="append", metavar="TECHNIQUE", help="a memory technique that it must have"

@@ -12,20 +12,22 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from thrifty.affordable import UNLIMITED_TOKENS
-from thrifty.choices import combinations_of, lora_of, scorers_of, sequence_of
+from thrifty.choices import combinations_of, scorers_of, sequence_of
 from thrifty.combinations import Combinations
 from thrifty.core import quantities
 from thrifty.core.ledger import Rates
 from thrifty.core.marginal import Choice, Option, choose
-from thrifty.core.plan import LoRA, Training
+from thrifty.core.plan import Training
 from thrifty.costs.allocator import allocatable
 from thrifty.costs.hardware import DEVICES, dollars_per_hour
 from thrifty.explanations import least_that_would_do, reasons
 from thrifty.held import Held
+from thrifty.memory_plan import memory_plan_of
 from thrifty.pricing import MEMORY_MARGIN, Candidate, Pricing, Refused, Request
 
 COOLDOWN_SHARE = 0.2
@@ -87,6 +89,8 @@ def _search(request: Request) -> Planned | list[Refused]:
                 fitting.append(found)
             elif found is not None:
                 refused.append(found)
+    if not fitting and not refused and pricing.too_short:
+        raise ValueError(pricing.too_short)
     if not fitting and not refused:
         tokens = request.pool.num_tokens if request.pool else UNLIMITED_TOKENS
         whose = "the pool's " if request.pool else ""
@@ -191,7 +195,9 @@ def _worth_pricing(combinations: Combinations, request: Request) -> list[Held]:
         if least < smaller.get(like, math.inf) * 0.98:
             smaller[like] = least
             kept.append(held)
-    best = sorted(kept, key=lambda held: (-held.runs, -held.quality.mean))[:PRICED_WHOLE]
+    best = sorted(kept, key=lambda held: (-held.runs, -held.quality.mean))
+    running = sum(held.runs for held in best)
+    best = best[:running][:PRICED_WHOLE] + best[running:][: PRICED_WHOLE // 2]
     return best or [combinations.held[int(least_bytes.argmin())]]
 
 
@@ -231,20 +237,21 @@ def training_of(chosen: Candidate, request: Request) -> Training:
     c = chosen
     cooldown = int(COOLDOWN_SHARE * c.max_steps)
     eval_steps = int(request.fixed.get("training.eval_steps") or _eval_steps(c, request))
-    rate = LEARNING_RATE * 4096 / request.shape.hidden_size
-    if c.method == "lora":
-        rate *= 10
+    trained: Any = c.held.techniques[0]
+    states: Any = c.held.techniques[-1]
+    rate = trained.learning_rate * LEARNING_RATE * 4096 / request.shape.hidden_size
+    rate = min(rate, MAX_LEARNING_RATE)
+    if not c.setting.zeroth_order:  # whose update is its own
+        rate *= states.learning_rate
     return Training(
-        method=c.method,
-        lora=lora_of(request) if c.method == "lora" else LoRA(),
-        dtype=c.dtype,
-        activation_checkpointing=c.activation_checkpointing,
+        memory=memory_plan_of(c.held.techniques),
         per_device_train_batch_size=c.per_device_train_batch_size,
         gradient_accumulation_steps=c.gradient_accumulation_steps,
+        devices=c.held.num_ranks,
         max_length=c.max_length,
         max_steps=c.ceiling,
         epochs=round(c.epochs * c.ceiling / c.max_steps, 3),
-        learning_rate=float(f"{min(rate, MAX_LEARNING_RATE):.2g}"),
+        learning_rate=float(f"{rate:.2g}"),
         warmup_steps=min(max(1, int(WARMUP_SHARE * c.max_steps)), c.max_steps - cooldown),
         cooldown_steps=cooldown,
         eval_steps=eval_steps,

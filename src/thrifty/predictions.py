@@ -6,15 +6,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from thrifty.core.budget import Cost, PoolStats
+from thrifty.core.contracts import OnlineMethod
 from thrifty.core.plan import Training
 from thrifty.core.resolve import resolve
 from thrifty.costs.allocator import device_memory
-from thrifty.costs.flops import Adapter, step_flops
+from thrifty.costs.flops import step_flops
 from thrifty.costs.hardware import Device
 from thrifty.costs.job import job_account
 from thrifty.costs.memory import MemorySetting, checkpoint_bytes, weight_bytes
 from thrifty.costs.shape import ModelShape
 from thrifty.costs.time import step_seconds
+from thrifty.memory_plan import Techniques
+from thrifty.pair_costs import LOGITS_AT_A_TIME, SIDES, as_sequences, on_average, why_no_pairs
 from thrifty.signals.forward import forward_cost
 
 BUILD_SECONDS = 0.5
@@ -41,23 +44,33 @@ class Predictions:
 def setting_of(training: Training, shape: ModelShape, device: Device) -> MemorySetting:
     """How a plan's ``training`` holds a step. Packs have several documents, so that attention gets
     its mask."""
-    return MemorySetting(
-        micro_batch=training.per_device_train_batch_size,
-        sequence=training.max_length,
-        dtype=training.dtype,
-        adapter=adapter_of(training, shape),
-        recompute=int(training.activation_checkpointing),
-        masked=True,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        device_kind=device.kind,
+    techniques = Techniques.of(training.memory)
+    if reason := techniques.refuses_model(shape, device.kind):
+        raise ValueError(f"training.memory.{reason}\nhint: another technique, or another option")
+    cycle = techniques.trained.cycle_steps(shape)
+    if training.max_steps < cycle:
+        raise ValueError(
+            f"training.memory.trained: {training.memory.trained} takes {cycle:,} steps to come "
+            f"round once, and training.max_steps is {training.max_steps:,}\n"
+            "hint: a shorter turn (its options), or another technique"
+        )
+    pairs = training.preference
+    setting = techniques.setting(
+        MemorySetting(
+            micro_batch=training.per_device_train_batch_size * (1 if pairs is None else SIDES),
+            sequence=training.max_length,
+            masked=True,
+            gradient_accumulation_steps=training.gradient_accumulation_steps,
+            device_kind=device.kind,
+            replicas=training.devices,
+            reference=pairs is not None and not pairs.precompute_ref_log_probs,
+        )
     )
-
-
-def adapter_of(training: Training, shape: ModelShape) -> Adapter | None:
-    """That a plan's ``training`` puts on the model; None where it trains all weights."""
-    if training.method != "lora":
-        return None
-    return Adapter(rank=training.lora.rank, targets=training.lora.targets or shape.lora_targets)
+    if pairs is None:
+        return setting
+    if reason := why_no_pairs(setting):
+        raise ValueError(f"task preference: {reason}\nhint: other techniques, training.memory")
+    return replace(setting, loss_chunk=LOGITS_AT_A_TIME)
 
 
 def predictions(
@@ -66,23 +79,38 @@ def predictions(
     device: Device,
     dev: PoolStats | None,
     test: PoolStats | None,
+    pool: PoolStats | None = None,
 ) -> Predictions:
     """What a step, an evaluation, a checkpoint and the test (of two models) take. The step's FLOPs
-    and tokens are exact; tokens are positions, the padding of packs included."""
+    and tokens are exact; tokens are positions, the padding of packs included. On pairs they are
+    those of pairs like ``pool``'s on average, without it of the longest."""
     setting = setting_of(training, shape, device)
     peak = device_memory(job_account(shape, setting).peak_memory_bytes, device.kind).device
     micro = Cost(
-        flops=step_flops(shape, setting),
+        flops=step_flops(shape, setting) * setting.replicas,
         seconds=step_seconds(shape, setting, device),
-        tokens=float(setting.tokens),
+        tokens=float(setting.tokens * setting.replicas),
         peak_memory_bytes=peak,
     )
+    if training.preference is not None:
+        dev, test = (stats and as_sequences(stats) for stats in (dev, test))
+        micro = on_average(micro, shape, setting, pool)
     costs = Predictor(shape, device, dev, test).of(setting, micro)
-    online = resolve("online", training.online)
-    if why := online.refuses(shape, setting):
+    online: OnlineMethod = resolve("online", training.online)
+    if why := why_unsuited(online, shape, setting):
         raise ValueError(f"training.online: {training.online} does not do here: {why}")
     micro = online.step_cost(micro, shape, setting)
     return replace(costs, step=micro * training.gradient_accumulation_steps)
+
+
+def why_unsuited(online: OnlineMethod, shape: ModelShape, setting: MemorySetting) -> str | None:
+    """Why an online method cannot run on steps that are held like this; None where it can."""
+    blockwise = setting.blocks is not None
+    if online.chooses and (setting.zeroth_order or setting.in_backward or blockwise):
+        return "it chooses by the gradients of all that is trained, which this step never has whole"
+    if (online.chooses or online.watches or online.weighs_tokens) and setting.loss_chunk:
+        return "it looks at every token's logits, which a loss in chunks does not keep"
+    return online.refuses(shape, setting)
 
 
 class Predictor:

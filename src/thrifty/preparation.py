@@ -24,6 +24,7 @@ from thrifty.core.ledger import Ledger, Rates
 from thrifty.core.plan import ModelSource, Objective, Plan, PoolSource, Target
 from thrifty.costs.hardware import Device, dollars_per_hour, load_device
 from thrifty.costs.shape import ModelShape, read_config, read_shape
+from thrifty.pair_costs import as_sequences
 from thrifty.progress import counted
 from thrifty.run_folder import RunFolder
 from thrifty.signals.models import locate
@@ -128,7 +129,8 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
         draft.plan_file.write_text(plans.dump(plan), encoding="utf-8")
         prepared = {**what_was_read(plan), "training.epochs": plan.training.epochs}
         draft.prepared.write_text(json.dumps(prepared), encoding="utf-8")
-        with Ledger.create(draft.ledger_file, asked.budget, request.rates) as ledger:
+        rates = request.on(plan.training.devices).rates
+        with Ledger.create(draft.ledger_file, asked.budget, rates) as ledger:
             _write_decisions(ledger, plan, planned)
         if folder.exists():
             folder.rmdir()
@@ -158,6 +160,7 @@ def _check_fixed(asked: Asked) -> None:
     fixed = dict(asked.fixed)
     fixed.setdefault("training.max_steps", 10**9)
     fixed.setdefault("training.save_steps", fixed.get("training.eval_steps", 1))
+    fixed.setdefault("training.devices", asked.num_devices if asked.pool else 1)
     skeleton = Plan(
         task=asked.task,
         model=ModelSource(path=asked.model),
@@ -166,6 +169,7 @@ def _check_fixed(asked: Asked) -> None:
         budget=asked.budget,
     )
     values = plans.to_dict(skeleton)
+    values["training"]["memory"] = {}  # of whose techniques options alone may be set
     for key, value in fixed.items():
         plans.put(values, key, value)
     report_to = plans.from_dict(values).training.report_to
@@ -180,9 +184,10 @@ class _Stores:
     pool: StoreManifest
     targets: Mapping[str, Mapping[str, StoreManifest]]
 
-    def together(self, part: str) -> PoolStats | None:
-        """All targets' rows of a part, as one."""
-        return stats_together([parts[part] for parts in self.targets.values() if part in parts])
+    def together(self, part: str, task: str) -> PoolStats | None:
+        """All targets' rows of a part, as one; of pairs the sequences that a model reads."""
+        found = stats_together([parts[part] for parts in self.targets.values() if part in parts])
+        return as_sequences(found) if found and task == "preference" else found
 
 
 def stats_together(manifests: list[StoreManifest]) -> PoolStats | None:
@@ -195,6 +200,7 @@ def stats_together(manifests: list[StoreManifest]) -> PoolStats | None:
         max_tokens=max(m.max_tokens for m in manifests),
         num_loss_tokens=sum(m.num_loss_tokens for m in manifests),
         num_squared_tokens=sum(m.num_squared_tokens for m in manifests),
+        num_padded_tokens=sum(m.num_padded_tokens for m in manifests),
     )
 
 
@@ -212,7 +218,9 @@ def _read(asked: Asked, shape: ModelShape, model_folder: Path, run: RunFolder, s
 
     def store(rows: Iterable[Row | BadRow], directory: Path) -> StoreManifest:
         told = counted(rows, say)
-        return build_store(told, directory, tokenizer, max_length, tokenizer_fingerprint=mark)
+        return build_store(
+            told, directory, tokenizer, max_length, tokenizer_fingerprint=mark, task=asked.task
+        )
 
     def large_store(sources: tuple[str, ...], directory: Path) -> StoreManifest:
         """Of rows that may take minutes to read: kept for the next plan."""
@@ -341,12 +349,12 @@ def _request(asked: Asked, shape: ModelShape, stores: _Stores | None = None) -> 
             for name, parts in (stores.targets.items() if stores else ())
             if "signal" in parts and (found := stats_together([parts["signal"]]))
         },
-        dev=stores.together("dev") if stores else None,
-        test=stores.together("test") if stores else None,
+        dev=stores.together("dev", asked.task) if stores else None,
+        test=stores.together("test", asked.task) if stores else None,
         task=asked.task,
         fixed=asked.fixed,
         techniques=asked.techniques,
-        num_devices=asked.num_devices,
+        num_devices=int(asked.fixed.get("training.devices", asked.num_devices)),
     )
 
 
@@ -379,7 +387,7 @@ def _plan(
         pool=PoolSource(sources=asked.pool, fingerprint=stores.pool.fingerprint),
         targets=dict(asked.targets),
         budget=asked.budget,
-        objective=Objective(),
+        objective=Objective(unit="nats/pair") if asked.task == "preference" else Objective(),
         selection=plans.Selection(
             scorer=c.scorer_spec, picker=picker, max_tokens=None if whole else c.keep_tokens
         ),
@@ -392,7 +400,8 @@ def _plan(
     )
     values = plans.to_dict(plan)
     for key, value in asked.fixed.items():
-        plans.put(values, key, value)
+        if not key.startswith("training.memory."):  # of which the candidates were made
+            plans.put(values, key, value)
     return plans.from_dict(values)
 
 

@@ -19,7 +19,7 @@ from thrifty.core.budget import Budget, Cost, PoolStats
 from thrifty.core.contracts import OnlineMethod, Scorer, Work, Worth
 from thrifty.core.ledger import Rates
 from thrifty.core.marginal import Estimate
-from thrifty.core.plan import Training
+from thrifty.core.plan import Preference, Training, put
 from thrifty.core.resolve import Spec, name_of, resolve
 from thrifty.costs.allocator import DeviceMemory, allocatable, device_memory
 from thrifty.costs.hardware import Device
@@ -28,7 +28,8 @@ from thrifty.costs.memory import MemoryAccount, MemorySetting
 from thrifty.costs.shape import ModelShape
 from thrifty.effective_tokens import best_repetition, prior_gain
 from thrifty.held import PACKING_FILL, Held
-from thrifty.predictions import Predictor
+from thrifty.pair_costs import SIDES, on_average, reference_cost, why_no_pairs
+from thrifty.predictions import Predictor, why_unsuited
 from thrifty.priors import load_priors
 from thrifty.signals.embeddings import embedding_cost
 
@@ -56,7 +57,7 @@ class Request:
     techniques: tuple[str, ...] = ()
     """Memory techniques that the user named."""
     num_devices: int = 1
-    """At most."""
+    """At most; those of a run."""
     refreshes: bool = False
     """The pool is scored again while training, beside its states. No plan.yaml key asks for it: a
     run does not refresh yet."""
@@ -65,13 +66,31 @@ class Request:
     which takes none."""
 
     def on(self, num_devices: int) -> Request:
-        """The same, paid for so many devices."""
+        """The same, paid for so many devices; processes on a CPU share one."""
+        if self.device.kind == "cpu":
+            return self
         dollars, watts = self.rates.dollars_per_second, self.rates.watts
         rates = Rates(
             dollars_per_second=None if dollars is None else dollars * num_devices,
             watts=None if watts is None else watts * num_devices,
         )
         return replace(self, rates=rates)
+
+    @property
+    def preference(self) -> Preference | None:
+        """How pairs are trained on, as far as the user set it; None where the task is another."""
+        if self.task != "preference":
+            return None
+        given: dict[str, Any] = {"training": {}}
+        for key, value in self.fixed.items():
+            if key.startswith("training.preference"):
+                put(given, key, value)
+        return Preference(**given["training"].get("preference") or {})
+
+    @property
+    def asks_reference(self) -> bool:
+        """Whether every step of pairs asks the reference."""
+        return self.preference is not None and not self.preference.precompute_ref_log_probs
 
     @property
     def memory_limit(self) -> float:
@@ -100,6 +119,8 @@ class Candidate:
     generated_context: int
     peak_memory_bytes: float
     """On the device, of all phases of the job."""
+    sides: int
+    """Sequences of a row: two of a pair."""
     step: Cost
     """Of an optimizer step."""
     max_steps: int
@@ -127,12 +148,12 @@ class Candidate:
         return self.held.runs
 
     @property
-    def method(self) -> Literal["full", "lora"]:
-        return "full" if self.setting.adapter is None else "lora"
+    def method(self) -> str:
+        return self.techniques["trained"]
 
     @property
-    def dtype(self) -> Literal["float32", "bfloat16"]:
-        return "bfloat16" if self.setting.dtype == "bfloat16" else "float32"
+    def dtype(self) -> str:
+        return self.setting.dtype
 
     @property
     def activation_checkpointing(self) -> bool:
@@ -140,7 +161,7 @@ class Candidate:
 
     @property
     def per_device_train_batch_size(self) -> int:
-        return self.setting.micro_batch
+        return self.setting.micro_batch // self.sides
 
     @property
     def gradient_accumulation_steps(self) -> int:
@@ -224,8 +245,12 @@ class Pricing:
         self.priors = load_priors()
         self.predictor = Predictor(request.shape, request.device, request.dev, request.test)
         self._scoring: dict[tuple[Any, str, int], Cost] = {}
+        self.too_short = ""
+        """Why a run of what was priced last would end too early, where one would."""
         named = request.fixed.get("training.online", Training().online)
         self.online: OnlineMethod = resolve("online", named)
+        self.preference = request.preference
+        self.sides = 1 if self.preference is None else SIDES
 
     def price(self, held: Held, scorer: Scorer, spec: Spec) -> Candidate | Refused | None:
         """The candidate at the micro-batch that takes least time a token; or what it lacks; or None
@@ -242,13 +267,17 @@ class Pricing:
         return refusal
 
     def _at(self, held: Held, index: int, scorer: Scorer, spec: Spec) -> Candidate | Refused | None:
-        request, num_devices = self.request.on(held.num_devices), held.num_devices
+        request, num_ranks = self.request.on(held.num_ranks), held.num_ranks
         micro_batch = held.micro_batches[index]
         pool_tokens = float(request.pool.num_tokens) if request.pool else math.inf
         setting = held.setting(index)
-        if self.online.refuses(request.shape, setting):
+        if why_unsuited(self.online, request.shape, setting):
             return None
         plain = held.micro(index)
+        if self.preference is not None:
+            if why_no_pairs(setting):
+                return None
+            plain = on_average(plain, request.shape, setting, request.pool)
         micro = self.online.step_cost(plain, request.shape, setting)
         costs = self.predictor.of(setting, micro)
         scoring = self._score(scorer, setting)
@@ -257,10 +286,15 @@ class Pricing:
         left = minus(request, once + costs.watching(2, 1))
         wanted, binding = affordable(request, costs.step, left, pool_tokens)
         _, kept, _ = self._repetition(scorer, wanted * costs.step.tokens * PACKING_FILL)
-        online = self._online(setting, kept)
+        online = self._online(setting, kept) + self._reference(setting, kept)
         once += online
-        rows = micro_batch * num_devices
-        accumulation = accumulation_of(request, wanted * rows, rows, least=int(micro_batch == 1))
+        rows = micro_batch * num_ranks
+        smallest = int(micro_batch == self.sides)
+        trained: Any = held.techniques[0]
+        cycle = trained.cycle_steps(request.shape)
+        accumulation = accumulation_of(
+            request, wanted * rows, rows, least=smallest, steps=2 * cycle
+        )
         if accumulation < 1:
             return None
         accumulation = min(accumulation, held.most_accumulated)
@@ -287,6 +321,12 @@ class Pricing:
             steps = min(steps, int(request.fixed["training.max_steps"]))
         if steps < 1 and binding == "epochs":
             return None
+        if 0 < steps < cycle:
+            self.too_short = (
+                f"{name_of(trained)} takes {cycle:,} steps to come round once, and {steps:,} fit\n"
+                "hint: a shorter turn (its options), another technique, or a larger budget"
+            )
+            return None
         if steps < 1 or peak * MEMORY_MARGIN > request.memory_limit:
             least = reserved(request, once + costs.watching(evaluations, saves) + step)
             return Refused(
@@ -307,6 +347,7 @@ class Pricing:
             shape=request.shape,
             held=held,
             setting=replace(setting, gradient_accumulation_steps=accumulation),
+            sides=self.sides,
             scorer=name_of(scorer),
             scorer_spec=spec,
             scoring_bytes=scoring.peak_memory_bytes,
@@ -347,6 +388,14 @@ class Pricing:
         if cost.flops:
             cost += Cost(seconds=self.predictor.load_seconds(setting))
         return cost + self.online.renewal_cost(work) * self.online.renewals
+
+    def _reference(self, setting: MemorySetting, tokens: float) -> Cost:
+        """Of asking the reference once, for the pairs that ``tokens`` of the pool are."""
+        pool, pairs = self.request.pool, self.preference
+        if pool is None or pairs is None or not pairs.precompute_ref_log_probs:
+            return Cost()
+        kept = pool.part(min(1.0, tokens / pool.num_tokens))
+        return reference_cost(self.request.shape, kept, setting, self.request.device)
 
     def scoring_bytes(self, scorer: Scorer, setting: MemorySetting) -> float:
         """Of a scorer's pass with the model that it asks."""

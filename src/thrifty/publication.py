@@ -18,6 +18,8 @@ _NOTE = "thrifty.json"
 
 def publish(checkpoint: Path, folder: Path, *, mark: str, step: int) -> None:
     """Copy the model's own files of ``checkpoint``, which is of ``step``, to ``folder``."""
+    if (checkpoint / checkpoints.FOR_OTHERS).is_dir():
+        checkpoint /= checkpoints.FOR_OTHERS
     draft = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)

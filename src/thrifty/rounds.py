@@ -19,6 +19,10 @@ FILE = "rounds.npz"
 _RENEWED = "renewed "
 
 
+def _nothing() -> None:
+    """What is learnt where nobody looks."""
+
+
 class Rounds:
     """Asks an online method for its rounds as training comes to them."""
 
@@ -41,7 +45,7 @@ class Rounds:
         self._drawn = np.zeros(len(chosen), dtype=np.int64)
         self.renewed: dict[str, NDArray[Any]] = {}
         """What the method learnt while the model was trained."""
-        self.renew: Callable[[], Mapping[str, NDArray[Any]] | None] = lambda: None
+        self.renew: Callable[[], Mapping[str, NDArray[Any]] | None] = _nothing
         """Looks again, or not where the budget has nothing for it; set by who trains the model."""
 
     @property

@@ -43,6 +43,10 @@ class WarmupStableDecay:
             return
         self.cooldown_start = step
         if scheduler is not None:  # the rate of this step was set before the decision
-            groups = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True)
-            for group, base in groups:
-                group["lr"] = base * self(step)
+            self.set_rate(scheduler, step)
+
+    def set_rate(self, scheduler: Any, step: int) -> None:
+        """The rate of ``step`` as it now is, in the optimizer."""
+        groups = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True)
+        for group, base in groups:
+            group["lr"] = base * self(step)

@@ -5,6 +5,8 @@ many. The scorer, its state and the code are the same, so scores are equal bit f
     processes   a pool of worker processes, one shard each at a time
     ray         Ray Data: its cluster schedules shards and runs those of a lost machine again
 
+and where a run has several ranks (``ranks.py``), shards are dealt to them in turn.
+
 Workers open the pool by its path, which every machine must see. A worker may spend on a shard what
 it was predicted to take and a margin: past that it gives the shard back, to be scored in this
 process under the eye of the ledger.
@@ -17,6 +19,7 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,6 +118,35 @@ def _in_processes(work: ShardScoring, shards: Sequence[int], count: int) -> Iter
                 yield done.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def on_ranks(work: ShardScoring, shards: Sequence[int]) -> Iterator[Scored]:
+    """As rank 0: a shard for every rank at a time."""
+    from thrifty import ranks
+
+    others = DealtShards(work, tuple(shards))
+    ranks.tell(others)
+    yield from others.each_round()
+
+
+@dataclass(frozen=True)
+class DealtShards:
+    """The shards that ranks score together."""
+
+    work: ShardScoring
+    shards: tuple[int, ...]
+
+    def follow(self) -> None:
+        for _ in self.each_round():
+            pass
+
+    def each_round(self) -> Iterator[Scored]:
+        """This rank's part; rank 0 is given what all have found."""
+        from thrifty import ranks
+
+        for first in range(0, len(self.shards), ranks.world()):
+            mine = self.shards[first : first + ranks.world()][ranks.rank() :][:1]
+            yield from chain(*ranks.gathered([self.work.of(shard) for shard in mine]))
 
 
 _work: ShardScoring | None = None

@@ -33,6 +33,7 @@ from thrifty.data.shard import Shard
 from thrifty.data.store import Store
 from thrifty.group_quotas import labels_of, pick_by_group
 from thrifty.look import PoolLook
+from thrifty.memory_plan import dtype_of
 from thrifty.scoring_engines import MARGIN, Engine, Scored, ShardScoring
 from thrifty.selected import MANIFEST, write_selected
 from thrifty.signals.models import local_device, locate, num_threads, weights_sha256
@@ -166,7 +167,7 @@ def _score_mark(job: SelectionJob, scorer: Scorer) -> str:
         [rows.tokenizer_fingerprint, rows.max_length],
         [_weights(job, path) for path in scorer.looks_at] if _looks(scorer) else None,
         {name: b"".join(map(bytes, some.fingerprints)).hex() for name, some in signals.items()},
-        job.plan.training.dtype if _looks(scorer) else None,
+        dtype_of(job.plan.training.memory) if _looks(scorer) else None,
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=dict).encode()).hexdigest()[:12]
 
@@ -193,7 +194,7 @@ def _weights(job: SelectionJob, path: str) -> str:
 
 
 def _look(job: SelectionJob, stage: Stage) -> PoolLook:
-    parts = [job.pool.manifest.fingerprint, job.base_sha256, job.plan.training.dtype]
+    parts = [job.pool.manifest.fingerprint, job.base_sha256, dtype_of(job.plan.training.memory)]
     mark = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
     return PoolLook(
         pool=job.pool,

@@ -5,22 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from thrifty import checkpoints, selection, training, training_rows
+from thrifty import checkpoints, ranks, selection, training, training_rows
 from thrifty.core.budget import Budget, Cost
 from thrifty.core.contracts import Rows
 from thrifty.core.ledger import BudgetExceeded, Ledger, Stage
 from thrifty.core.plan import Plan, Training
 from thrifty.core.resolve import parse_spec, resolve
+from thrifty.costs.flops import dearest_step_flops, step_flops
 from thrifty.data.tokens import load_tokenizer
 from thrifty.evaluation import Measured, measure
+from thrifty.memory_plan import Techniques, dtype_of, trained_name
 from thrifty.open_run import Branch, Work, at_work
+from thrifty.pair_evaluation import PairLosses, log_probs_of, share_likelier, share_right
+from thrifty.predictions import setting_of
 from thrifty.report.words import in_targets
-from thrifty.scoring_engines import Engine
+from thrifty.scoring_engines import Engine, on_ranks
 from thrifty.signals.models import load_model, local_device, locate, weights_sha256
 from thrifty.signals.peak_memory import peak_noted
 
@@ -54,7 +60,7 @@ def select(work: Work, branch: Branch, engine: Engine | None = None) -> None:
             predicted_vectors=work.predicted_vectors(plan),
             scores=work.run.scores(branch.account),
             selected=folder,
-            engine=engine,
+            engine=on_ranks if engine is None and ranks.world() > 1 else engine,
         )
         selection.select(job, stage)
         stage.detail = json.loads((folder / selection.MANIFEST).read_text(encoding="utf-8"))
@@ -79,13 +85,14 @@ def train(work: Work, branch: Branch) -> None:
     done = training.is_done(folder, mark)
     if done and _is_closed(work.ledger, name):
         return
-    work.say(f"{name}: {plan.training.method}, {_steps(plan.training, predicted)}")
+    method = trained_name(plan.training.memory)
+    costs = work.predicted(plan)
+    work.say(f"{name}: {method}, {_steps(plan.training, predicted, costs.step.tokens)}")
     with work.ledger.stage(
-        name, plan.training.method, predicted=predicted, account=branch.account, limit=branch.limit
+        name, method, predicted=predicted, account=branch.account, limit=branch.limit
     ) as stage:
         if done:  # killed between leaving the model and saying so
             return
-        costs = work.predicted(plan)
         chosen = training_rows.chosen_rows(work, branch)
         rounds = training_rows.rounds_of(work, branch, chosen, stage, mark, predicted)
         work.models.release()  # training loads its own
@@ -94,17 +101,19 @@ def train(work: Work, branch: Branch) -> None:
             base=work.base,
             base_sha256=work.base_sha256,
             tokenizer=load_tokenizer(str(work.base)),
-            data=training_rows.packed(plan.training, rounds),
+            data=training_rows.read_by_training(plan.training, rounds),
             rounds=rounds,
             dev=work.dev,
             weights=work.weights(work.dev),
             rule=resolve("stopping", plan.stopping),
             objective=plan.objective,
-            predicted_step=costs.step,
+            setting=setting_of(plan.training, work.shape, work.device),
+            predicted_step=_dearest_step(work, plan, costs.step),
             choosing_flops=_choosing_flops(work, plan),
             predicted_evaluation=costs.evaluation,
             predicted_checkpoint=costs.checkpoint,
             predicted_load=costs.load,
+            predicted_reference=training_rows.predicted_reference(work, branch, chosen),
             predicted_renewal=training_rows.predicted_renewal(work, branch, chosen, rounds.method),
             signals=work.rows("signal") if rounds.method.renewals else {},
             mark=mark,
@@ -120,6 +129,18 @@ def train(work: Work, branch: Branch) -> None:
             training_rows.note_savings(stage, rounds, costs.step, each)
 
 
+def _dearest_step(work: Work, plan: Plan, step: Cost) -> Cost:
+    """No step may take more: where what is trained changes, or how long its rows are, ``step`` is
+    their mean."""
+    setting = setting_of(plan.training, work.shape, work.device)
+    if plan.training.preference is not None:
+        times = plan.training.gradient_accumulation_steps
+        flops = dearest_step_flops(work.shape, setting) * times
+        return replace(step, flops=flops, tokens=float(setting.tokens * times))
+    dearer = dearest_step_flops(work.shape, setting) / step_flops(work.shape, setting)
+    return replace(step, flops=step.flops * dearer)
+
+
 def _choosing_flops(work: Work, plan: Plan) -> float:
     """Of a micro-batch, those that the online method adds to it."""
     plain = replace(plan, training=replace(plan.training, online=Training().online))
@@ -127,10 +148,9 @@ def _choosing_flops(work: Work, plan: Plan) -> float:
     return more / plan.training.gradient_accumulation_steps
 
 
-def _steps(settings: Training, predicted: Cost) -> str:
+def _steps(settings: Training, predicted: Cost, per_step: float) -> str:
     """How many steps there will be, as predicted; a plan allows for more where a clock ends it."""
     most = settings.max_steps
-    per_step = settings.micro_batch_tokens * settings.gradient_accumulation_steps
     likely = min(most, round(predicted.tokens / per_step))
     if not 0 < likely < most:
         return f"up to {most:,} steps"
@@ -142,8 +162,11 @@ def _is_closed(ledger: Ledger, name: str) -> bool:
 
 
 def _training_mark(work: Work, branch: Branch) -> str:
-    """A hash of what decides the weights. The learning rate may be lowered on the way."""
-    settings = {**asdict(branch.plan.training), "learning_rate": None, "report_to": None}
+    """A hash of what decides the weights. The learning rate may be lowered on the way, and the
+    sequences of a step may be dealt to other devices."""
+    plan = branch.plan.training
+    free = ("learning_rate", "report_to", "devices", "parallel", "gradient_accumulation_steps")
+    settings = {**asdict(plan), **dict.fromkeys(free), "step_sequences": plan.step_sequences}
     chosen = json.loads(
         (work.run.selected(branch.account) / selection.MANIFEST).read_text(encoding="utf-8")
     )
@@ -184,12 +207,24 @@ def _test(work: Work, branch: Branch, stage: Stage, part: str, upper: Cost) -> N
     which = "the base and the trained model" if branch is work.main else "its model"
     num_rows = sum(len(some.ids) for some in rows.values())
     work.say(f"{branch.stage_name('test')}: measuring {which} on {num_rows:,} {part} rows")
+    more: dict[str, float] = {}
     with stage.spending("test", upper) as lease, peak_noted(lease, local_device()):
         model = _trained(work, branch)
-        after = measure(model, work.shape, rows, weights, lease, most)
-        if branch is work.main:
-            before = measure(work.models.base(), work.shape, rows, weights, lease, most)
-    stage.detail = {"rows": part, "after": after.objective, "by_target": after.losses()}
+        if (pairs := branch.plan.training.preference) is not None:
+            ask = partial(log_probs_of, shape=work.shape, rows=rows, meter=lease, max_tokens=most)
+            now = ask(model)
+            with _base_of(work, model) as base:
+                first = ask(base)
+            losses = PairLosses(pairs.beta, first)
+            after, before = losses.measured(now, weights), losses.measured(first, weights)
+            more = {"right": share_right(after)}
+            more |= {"likelier": share_likelier(now), "likelier_before": share_likelier(first)}
+        else:
+            after = measure(model, work.shape, rows, weights, lease, most)
+            if branch is work.main:
+                with _base_of(work, model) as base:
+                    before = measure(base, work.shape, rows, weights, lease, most)
+    stage.detail = {"rows": part, "after": after.objective, "by_target": after.losses(), **more}
     if branch is work.main:
         after.save(kept)
         stage.detail |= {
@@ -217,14 +252,23 @@ def _own_losses(
 
 
 def _trained(work: Work, branch: Branch) -> Any:
-    folder = work.run.model(branch.account)
-    dtype = branch.plan.training.dtype
+    folder, memory = work.run.model(branch.account), branch.plan.training.memory
     if not (folder / "adapter_config.json").is_file():
-        return load_model(folder, dtype, local_device())
+        return load_model(folder, dtype_of(memory), local_device())
     from peft import PeftModel
 
-    base = load_model(work.base, dtype, local_device())
+    base = Techniques.of(memory).weights.load(work.base, local_device())
     return PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
+
+
+@contextmanager
+def _base_of(work: Work, model: Any) -> Iterator[Any]:
+    """The base model; under an adapter the one that it is on, which is not loaded twice."""
+    if not hasattr(model, "disable_adapter"):
+        yield work.models.base()
+        return
+    with model.disable_adapter():
+        yield model
 
 
 # -- control ------------------------------------------------------------------------------------

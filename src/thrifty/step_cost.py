@@ -1,8 +1,9 @@
 """What a training step takes, learnt as steps go by: a bound for the next, a mean for those after.
 
-FLOPs and tokens are bounded by the largest step that can come where that is known, otherwise by the
-largest so far; seconds by the slowest of the last few with a margin, since no clock tells the
-future.
+FLOPs and tokens of the next are bounded by the largest step that can come where that is known,
+otherwise by the largest so far; seconds by the slowest of the last few with a margin, since no
+clock tells the future. Those after it are taken for no dearer than the last few were, with a margin
+where these differ: whether each may start is asked when it comes.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class StepCost:
     def __init__(self, predicted: Cost) -> None:
         self._largest = predicted
         self._seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._used: deque[Cost] = deque(maxlen=_RECENT_STEPS)
 
     @property
     def is_known(self) -> bool:
@@ -45,6 +47,7 @@ class StepCost:
         """Learn from a step that ``used`` so much and took ``seconds``."""
         self.raise_to(used)
         self._seconds.append(seconds)
+        self._used.append(used)
 
     def raise_to(self, used: Cost) -> None:
         """A step may take the FLOPs and tokens of ``used``."""
@@ -56,14 +59,24 @@ class StepCost:
         )
 
     def upper(self, steps: int = 1) -> Cost:
-        """Upper bound of the next step, and of more after it at their mean pace."""
+        """Upper bound of the next step, and of more after it as the last few were."""
         slowest = max(self._seconds, default=self._largest.seconds)
-        following = replace(self._largest, seconds=self._mean_seconds() * MEAN_MARGIN)
+        following = self._usual(MEAN_MARGIN)
         return replace(self._largest, seconds=slower(slowest)) + following * (steps - 1)
 
     def mean(self) -> Cost:
-        """The largest step in the mean time of the last few."""
-        return replace(self._largest, seconds=self._mean_seconds())
+        """Of the last few."""
+        return self._usual()
+
+    def _usual(self, margin: float = 1.0) -> Cost:
+        """The mean of the last few times ``margin``, no more FLOPs and tokens than the largest."""
+        largest, seen = self._largest, self._used or [self._largest]
+        return replace(
+            largest,
+            flops=min(sum(used.flops for used in seen) / len(seen) * margin, largest.flops),
+            tokens=min(sum(used.tokens for used in seen) / len(seen) * margin, largest.tokens),
+            seconds=self._mean_seconds() * margin,
+        )
 
     def _mean_seconds(self) -> float:
         if not self._seconds:

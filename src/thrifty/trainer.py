@@ -18,27 +18,30 @@ from transformers import (
     default_data_collator,
 )
 
-from thrifty import checkpoints
+from thrifty import checkpoints, ranks
+from thrifty.agreement import AgreeingCallback
 from thrifty.budget_callback import BudgetCallback
 from thrifty.core.budget import Cost
-from thrifty.core.contracts import Rows, StoppingRule
+from thrifty.core.contracts import Meter, Rows, StoppingRule
 from thrifty.core.ledger import Stage
 from thrifty.core.plan import Objective, Training
 from thrifty.costs.flops import forward_flops
-from thrifty.costs.shape import ModelShape, read_shape
+from thrifty.costs.setting import MemorySetting
+from thrifty.costs.shape import read_shape
 from thrifty.data.packed_attention import attention_of, check_isolation
 from thrifty.divergence import NonFiniteGradient
 from thrifty.evaluation import Measured, measure
 from thrifty.governor import Governor
 from thrifty.interruption import PauseCallback
 from thrifty.larger_batch import LargerBatch
+from thrifty.memory_plan import Techniques
 from thrifty.reporters import Fenced, is_reporter
 from thrifty.rounds import Rounds
 from thrifty.schedule import WarmupStableDecay
-from thrifty.signals.adapters import with_adapter
-from thrifty.signals.models import ModelInTraining, load_model
+from thrifty.signals.models import ModelInTraining
 from thrifty.step_choice import StepChoice
 from thrifty.training_progress import TrainingProgress
+from thrifty.turns import TurnCallback
 from thrifty.weighed_loss import weighed_loss
 
 ACTIVITY_MARGIN = 1.5
@@ -62,12 +65,17 @@ class TrainingJob:
     """What is trained on next, and how much it counts; ``data`` asks it."""
     rule: StoppingRule
     objective: Objective
+    setting: MemorySetting
+    """How a step is held in memory, in the cost model's terms."""
     predicted_step: Cost
     choosing_flops: float
     """Of a micro-batch, those that choosing rows in it takes."""
     predicted_evaluation: Cost
     predicted_checkpoint: Cost
     predicted_load: Cost
+    predicted_reference: Cost
+    """Of asking the reference for the pairs that are trained on; none where they are no pairs, or
+    where it is asked at every step."""
     predicted_renewal: Cost
     """Of the online method's look at the model on the way."""
     signals: Mapping[str, Rows]
@@ -89,12 +97,14 @@ class BudgetedTrainer(Trainer):
 
     control: TrainerControl
     lr_scheduler: Any
+    optimizer: Any
 
     def __init__(
         self, job: TrainingJob, stage: Stage, newest: checkpoints.Checkpoint | None
     ) -> None:
         self.job = job
         self._stage = stage
+        self._techniques = Techniques.of(job.training.memory)
         self._schedule = WarmupStableDecay(
             max_steps=job.training.max_steps,
             warmup_steps=job.training.warmup_steps,
@@ -118,30 +128,60 @@ class BudgetedTrainer(Trainer):
             eval_steps=job.training.eval_steps,
         )
         self.budget = BudgetCallback(
-            stage=stage, governor=self.governor, predicted_step=job.predicted_step
+            stage=stage,
+            governor=self.governor,
+            predicted_step=job.predicted_step,
+            setting=job.setting,
         )
         self.pause = PauseCallback()
+        self._ranks = AgreeingCallback(self._schedule)
         self.progress = TrainingProgress(job.say, self._steps_left)
+        self._shape = read_shape(job.base)
+        self._trained, seed = self._techniques.trained, job.training.seed
+        turns = TurnCallback(self._trained, self._shape, job.setting, self.budget, seed)
         super().__init__(
-            model=build_model(job.training, job.base, job.device),
-            args=_arguments(job, resumed=newest is not None),
-            train_dataset=job.data,
-            eval_dataset=job.data,  # asked for by the Trainer; ``evaluate`` measures the dev rows
-            data_collator=default_data_collator,
+            model=self._techniques.build(job.base, self._shape, job.device, seed),
+            args=self._settings(_arguments(job, resumed=newest is not None)),
+            **self._batches(),
             processing_class=job.tokenizer,
-            callbacks=[self.budget, self.pause, self.progress],
+            callbacks=[self.budget, turns, self.pause, self._ranks],
         )
         self.remove_callback(PrinterCallback)
-        self._shape = ModelShape.from_config(self._inner().config.to_dict())
-        check_isolation(self._inner())
+        if ranks.rank() == 0:
+            self.add_callback(self.progress)
+        self._check()
         job.rounds.renew = self._renew
         handler = self.callback_handler
         handler.callbacks = [Fenced(c, job.say) if is_reporter(c) else c for c in handler.callbacks]
+
+    def _settings(self, arguments: dict[str, Any]) -> TrainingArguments:
+        return TrainingArguments(**arguments)
+
+    def _batches(self) -> dict[str, Any]:
+        """What the Trainer is given to read."""
+        data = self.job.data
+        # The second is asked for by the Trainer; ``evaluate`` measures the dev rows.
+        return {
+            "train_dataset": data,
+            "eval_dataset": data,
+            "data_collator": default_data_collator,
+        }
+
+    def _check(self) -> None:
+        """Raise ValueError where the model does not do for such batches."""
+        check_isolation(self._inner())
 
     @property
     def over(self) -> bool:
         """Whether the run came to its end, rather than being interrupted."""
         return self.governor.is_over(self.state.global_step)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """As ever, but gradients lie in the buckets in which ranks add them up, not beside them."""
+        found = super()._build_accelerator_args(**kwargs)
+        for handler in found["kwargs_handlers"]:
+            handler.gradient_as_bucket_view = True
+        return found
 
     def _steps_left(self, step: int) -> float:
         """By the schedule or by the budget, whichever is less."""
@@ -152,8 +192,8 @@ class BudgetedTrainer(Trainer):
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def _cost_of(self, activity: str, predicted: Cost) -> Cost:
-        """Upper bound of an evaluation or a checkpoint: as it last was, with a margin."""
-        seconds = self._seconds[activity] or predicted.seconds
+        """Upper bound of an evaluation, say, or a checkpoint: as it last was, with a margin."""
+        seconds = self._seconds.get(activity) or predicted.seconds
         cost = replace(predicted, seconds=seconds * ACTIVITY_MARGIN)
         return self._stage.ledger.rates.of(cost)
 
@@ -170,6 +210,19 @@ class BudgetedTrainer(Trainer):
         lost = [key for key in missing if tied.get(key, key) in missing]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=lost))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """As ever; an adapter's weights alone, where the Trainer would begin it anew first, which
+        changes what some begin with."""
+        model = self.model if model is None else model
+        if not hasattr(model, "peft_config"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        saved = load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors")
+        set_peft_model_state_dict(model, saved)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As saved, but at the learning rate that the plan has now."""
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -179,21 +232,49 @@ class BudgetedTrainer(Trainer):
         self.lr_scheduler.base_lrs = [rate] * len(self.optimizer.param_groups)
         for group in self.optimizer.param_groups:
             group["initial_lr"] = rate
-            group["lr"] = rate * self._schedule(self.lr_scheduler.last_epoch)
+            group["lr"] = rate * self._share_of_rate(self.lr_scheduler.last_epoch)
+
+    def _share_of_rate(self, step: int) -> float:
+        return self._schedule(self._trained.schedule_step(step, self._shape))
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """As ever; a norm that overflowed would be clipped to a silent zero."""
+        if self.job.setting.in_backward:  # which clips by the norm of the step before
+            return torch.tensor(self._inner_optimizer.norm)
         norm = super()._clip_grad_norm(model)
         if not bool(torch.isfinite(torch.as_tensor(norm))):
             raise NonFiniteGradient.at(self.state.global_step + 1)
         return norm
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """That of the memory plan, on what is trained; weight decay on matrices alone."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            decayed, rate = self.get_decay_parameter_names(model), self.args.learning_rate
+            trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            groups = [
+                {
+                    "params": [(name, p) for name, p in trained if (name in decayed) == decays],
+                    "lr": rate,
+                    "weight_decay": self.args.weight_decay * decays,
+                }
+                for decays in (True, False)
+            ]
+            seed = self.job.training.seed
+            groups = [group for group in groups if group["params"]]
+            self.optimizer = self._techniques.optimizer(groups, self._shape, seed)
+            if self.job.setting.in_backward:
+                self.optimizer.max_grad_norm = self.args.max_grad_norm
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         from torch.optim.lr_scheduler import LambdaLR
 
         if self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = LambdaLR(getattr(optimizer, "optimizer", optimizer), self._schedule)
+            self.lr_scheduler = LambdaLR(
+                getattr(optimizer, "optimizer", optimizer), self._share_of_rate
+            )
             self._created_lr_scheduler = True
             self.governor.scheduler = self.lr_scheduler
         return self.lr_scheduler
@@ -221,6 +302,8 @@ class BudgetedTrainer(Trainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """As ever, or on the rows of the batch that the online method chooses."""
         rounds, step = self.job.rounds, self.state.global_step
+        if estimate := getattr(self._inner_optimizer, "estimate", None):
+            return self._estimated(estimate, self._prepare_inputs(inputs), num_items_in_batch)
         if not rounds.method.chooses:
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
@@ -236,6 +319,20 @@ class BudgetedTrainer(Trainer):
         once = self.job.predicted_step.flops / self.args.gradient_accumulation_steps
         seen = batch * forward_flops(self._shape, 1, sequence)  # as passes of no training
         self.budget.count(Cost(flops=once - seen, tokens=float(batch * sequence)))
+        return loss
+
+    @property
+    def _inner_optimizer(self) -> Any:
+        """Without what accelerate puts around it."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _estimated(self, estimate: Any, inputs: Any, num_items: Any) -> Any:
+        """A micro-batch of which the optimizer needs losses alone."""
+        self.model.eval()  # the same weights drop out on both sides of a direction: none
+        loss = estimate(
+            lambda: self.compute_loss(self.model, inputs, num_items_in_batch=num_items).detach()
+        )
+        self.budget.count(Cost(tokens=float(inputs["input_ids"].numel())))
         return loss
 
     @cached_property
@@ -264,14 +361,7 @@ class BudgetedTrainer(Trainer):
         if step == 0:  # the first line of a run that may otherwise be long in coming
             self.job.say(f"  evaluating the base model on {self._num_dev():,} dev rows ...")
         with self.budget.activity("evaluate", upper, step=step) as lease:
-            found = measure(
-                self.model,
-                self._shape,
-                self.job.dev,
-                self.job.weights,
-                lease,
-                self.job.training.micro_batch_tokens,
-            )
+            found = self._measure(lease)
             self._seconds["evaluate"] = lease.used.seconds
         stderr = found.stderr(self._measured)
         self._measured = found
@@ -294,7 +384,12 @@ class BudgetedTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
+        self._ranks.agree(self.control, self.lr_scheduler, step)
         return metrics
+
+    def _measure(self, meter: Meter) -> Measured:
+        job, most = self.job, self.job.training.micro_batch_tokens
+        return measure(self.model, self._shape, job.dev, job.weights, meter, most, together=True)
 
     def _num_dev(self) -> int:
         return sum(len(rows.ids) for rows in self.job.dev.values())
@@ -313,12 +408,17 @@ class BudgetedTrainer(Trainer):
         """Save as the Trainer does, then commit; an uncommitted folder does not count."""
         step = self.state.global_step
         folder = self.job.checkpoints / f"checkpoint-{step}"
-        if folder.exists():
+        if folder.exists() and ranks.rank() == 0:
             # Left by a run that was rolled back past it; a manifest over mixed files would lie.
             shutil.rmtree(folder)
+        ranks.wait()
         upper = self._cost_of("checkpoint", self.job.predicted_checkpoint)
         with self.budget.activity("checkpoint", upper, step=step) as lease:
             super()._save_checkpoint(model, trial)
+            ranks.wait()
+            if ranks.rank():
+                return
+            self._trained.save(self.model, folder / checkpoints.FOR_OTHERS)
             details = {
                 "step": step,
                 "base_sha256": self.job.base_sha256,
@@ -338,9 +438,10 @@ class BudgetedTrainer(Trainer):
             self._seconds["checkpoint"] = lease.used.seconds
 
 
-def _arguments(job: TrainingJob, *, resumed: bool) -> TrainingArguments:
+def _arguments(job: TrainingJob, *, resumed: bool) -> dict[str, Any]:
+    """Of ``TrainingArguments``."""
     training = job.training
-    return TrainingArguments(
+    return dict(
         output_dir=str(job.checkpoints),
         max_steps=training.max_steps,
         per_device_train_batch_size=training.per_device_train_batch_size * job.rounds.method.larger,
@@ -348,8 +449,6 @@ def _arguments(job: TrainingJob, *, resumed: bool) -> TrainingArguments:
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        optim="adamw_torch_fused",
-        activation_checkpointing=training.activation_checkpointing,
         eval_strategy="steps",
         eval_steps=training.eval_steps,
         eval_on_start=not resumed,
@@ -364,17 +463,8 @@ def _arguments(job: TrainingJob, *, resumed: bool) -> TrainingArguments:
         restore_callback_states_from_checkpoint=False,  # the ledger has them
         disable_tqdm=True,
         dataloader_pin_memory=job.device != "cpu",
+        ddp_find_unused_parameters=False,
         use_cpu=job.device == "cpu",
         seed=training.seed,
         data_seed=training.seed,
     )
-
-
-def build_model(training: Training, base: Path, device: str) -> Any:
-    """The base model as the plan trains it: all weights, or LoRA adapters on frozen ones."""
-    model = load_model(base, training.dtype, device)
-    if training.method == "full":
-        return model
-    lora = training.lora
-    targets = lora.targets or read_shape(base).lora_targets
-    return with_adapter(model, targets, lora.rank, lora.alpha, training.seed)

@@ -8,9 +8,16 @@ model; stop on gradients that are not finite; shrug off a reporter that raises.
 
 from __future__ import annotations
 
-from thrifty import checkpoints
-from thrifty.core.ledger import BudgetExceeded, Stage
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from thrifty import checkpoints, ranks
+from thrifty.core.budget import Budget
+from thrifty.core.ledger import BudgetExceeded, Ledger, Stage
+from thrifty.divergence import NonFiniteGradient
 from thrifty.interruption import Interrupted, signals_asking
+from thrifty.memory_plan import trained_name
 from thrifty.publication import is_done, publish
 from thrifty.signals.peak_memory import memory_bytes, release_free_memory
 from thrifty.trainer import BudgetedTrainer, TrainingJob
@@ -37,7 +44,8 @@ def train(job: TrainingJob, stage: Stage) -> None:
             f"the checkpoints in {job.checkpoints} were trained under other settings, or on other "
             "rows, than plan.yaml now has\n"
             f"hint: delete {job.checkpoints} to train anew, or undo the edit; of what decides the "
-            "weights training.learning_rate alone may change on the way"
+            "weights training.learning_rate alone may change on the way, and training.devices if "
+            "gradient_accumulation_steps makes up for it"
         )
     if newest is None or not newest.manifest.get("over"):
         _go_on(job, stage, newest)
@@ -55,13 +63,15 @@ def _go_on(job: TrainingJob, stage: Stage, newest: checkpoints.Checkpoint | None
     if lost.flops:
         job.say(f"lost with the interruption, and charged: {lost}")
     job.say("  loading the model ...")
+    ranks.tell(SameTraining(replace(job, say=_unsaid), newest))
     with stage.spending("load", job.predicted_load, step=max(step, 0)):
         release_free_memory()
-        trainer = BudgetedTrainer(job, stage, newest)
+        trainer = _trainer_of(job)(job, stage, newest)
         stage.detail["level_bytes"] = memory_bytes(job.device)  # training's rise is above it
     try:
-        with signals_asking(trainer.pause):
-            trainer.train(resume_from_checkpoint=str(newest.path) if newest else None)
+        _take_steps(trainer, newest)
+    except FloatingPointError as error:  # of an optimizer that no gradient is shown to before
+        raise NonFiniteGradient(str(error)) from error
     except BudgetExceeded as refusal:
         if checkpoints.best(job.checkpoints) is None:
             raise
@@ -75,6 +85,44 @@ def _go_on(job: TrainingJob, stage: Stage, newest: checkpoints.Checkpoint | None
             f"stopped after step {trainer.state.global_step}, which is saved\n"
             "hint: the same command goes on from there"
         )
+
+
+def _trainer_of(job: TrainingJob) -> type[BudgetedTrainer]:
+    if job.training.preference is None:
+        return BudgetedTrainer
+    from thrifty.preference_trainer import PreferenceTrainer
+
+    return PreferenceTrainer
+
+
+def _take_steps(trainer: BudgetedTrainer, newest: checkpoints.Checkpoint | None) -> None:
+    with signals_asking(trainer.pause):
+        trainer.train(resume_from_checkpoint=str(newest.path) if newest else None)
+
+
+@dataclass(frozen=True)
+class SameTraining:
+    """What a rank that follows does of a training: all its steps, on books that nobody reads."""
+
+    job: TrainingJob
+    newest: checkpoints.Checkpoint | None
+
+    def follow(self) -> None:
+        method = trained_name(self.job.training.memory)
+        with (
+            TemporaryDirectory() as folder,
+            Ledger.create(Path(folder) / "ledger.sqlite", Budget()) as ledger,
+            ledger.stage("train", method) as stage,
+        ):
+            trainer = _trainer_of(self.job)(self.job, stage, self.newest)
+            try:
+                _take_steps(trainer, self.newest)
+            finally:
+                trainer.budget.close()
+
+
+def _unsaid(line: str) -> None:
+    """Rank 0 says it."""
 
 
 def _keep_the_best(job: TrainingJob, stage: Stage) -> None:

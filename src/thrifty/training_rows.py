@@ -5,6 +5,7 @@ has to know of them, and packed sequences in the order that it gives.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,21 @@ from numpy.typing import NDArray
 from thrifty.core import contracts
 from thrifty.core.budget import Cost, PoolStats
 from thrifty.core.contracts import Chosen, OnlineMethod, Tokens
-from thrifty.core.durable import rename_durably
+from thrifty.core.durable import save_arrays
 from thrifty.core.ledger import Stage
 from thrifty.core.ordering import best_first, fill
 from thrifty.core.plan import Training
 from thrifty.core.resolve import name_of, resolve
 from thrifty.data.packing import PackedDataset
+from thrifty.data.pairs import PairedDataset
 from thrifty.data.store import open_store
 from thrifty.group_quotas import labels_of
 from thrifty.held import PACKING_FILL
+from thrifty.memory_plan import dtype_of
 from thrifty.open_run import Branch, Work
-from thrifty.predictions import adapter_of
+from thrifty.pair_costs import reference_cost
+from thrifty.pair_evaluation import answers_flops
+from thrifty.predictions import setting_of
 from thrifty.rounds import Rounds
 from thrifty.signals.models import local_device
 from thrifty.signals.peak_memory import peak_noted
@@ -87,7 +92,7 @@ def rounds_of(
     """``planned``: what training was predicted to take, nothing where that is not known. Charges
     what the online method prepares, once."""
     settings = branch.plan.training
-    steps = settings.max_steps * settings.micro_batch_tokens * settings.gradient_accumulation_steps
+    steps = settings.max_steps * settings.max_length * settings.step_sequences
     method: OnlineMethod = resolve("online", settings.online)
     return Rounds(
         method,
@@ -113,11 +118,7 @@ def _prepared(
             peak_noted(lease, local_device()),
         ):
             found = method.prepare(chosen, work.rows("signal"), work.models, lease)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(".new.npz")
-        arrays: Any = {name: np.asarray(value) for name, value in found.items()}
-        np.savez(draft, **arrays)
-        rename_durably(draft, file)
+        save_arrays(file, found)
     with np.load(file, allow_pickle=False) as saved:
         return dict(saved)
 
@@ -134,22 +135,27 @@ def predicted_renewal(work: Work, branch: Branch, chosen: Chosen, method: Online
 
 
 def _asked(work: Work, branch: Branch, chosen: Chosen) -> contracts.Work:
-    lengths = chosen.num_tokens
-    pool = PoolStats(
-        num_examples=len(chosen),
-        num_tokens=int(lengths.sum()),
-        max_tokens=int(lengths.max()),
-        num_squared_tokens=int((lengths**2).sum()),
-    )
+    pool = _stats_of(chosen)
     stores = work.stores("signal").items()
+    setting = setting_of(branch.plan.training, work.shape, work.device)
     return contracts.Work(
         pool=pool,
         targets={name: store.manifest.stats for name, store in stores},
         shape=work.shape,
         device=work.device,
-        dtype=branch.plan.training.dtype,
+        dtype=dtype_of(branch.plan.training.memory),
         max_length=branch.plan.training.max_length,
-        adapter=adapter_of(branch.plan.training, work.shape),
+        adapter=setting.adapter,
+    )
+
+
+def _stats_of(chosen: Chosen) -> PoolStats:
+    lengths = chosen.num_tokens
+    return PoolStats(
+        num_examples=len(chosen),
+        num_tokens=int(lengths.sum()),
+        max_tokens=int(lengths.max()),
+        num_squared_tokens=int((lengths**2).sum()),
     )
 
 
@@ -160,14 +166,35 @@ class _Free:
         assert not cost.flops, "this method declares no cost"
 
 
-def packed(settings: Training, rounds: Rounds) -> PackedDataset:
-    """Sequences for every step that the plan allows, and for a step more, so that the trainer does
-    not come to an end of them."""
-    per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+def predicted_reference(work: Work, branch: Branch, chosen: Chosen) -> Cost:
+    """Of asking the reference once for all pairs chosen, its FLOPs exact; none where it is asked at
+    every step, and where rows are no pairs."""
+    settings = branch.plan.training
+    if settings.preference is None or not settings.preference.precompute_ref_log_probs:
+        return Cost()
+    setting = setting_of(settings, work.shape, work.device)
+    cost = reference_cost(work.shape, _stats_of(chosen), setting, work.device)
+    flops = answers_flops(work.shape, chosen.tokens, settings.micro_batch_tokens)
+    return work.ledger.rates.of(replace(cost, flops=flops))
+
+
+def read_by_training(settings: Training, rounds: Rounds) -> PackedDataset | PairedDataset:
+    """Sequences, or pairs of them, for every step that the plan allows, and for a step more, so
+    that the trainer does not come to an end of them."""
+    num_items = (settings.max_steps + 1) * settings.step_sequences * rounds.method.larger
+    if settings.preference is not None:
+        pairs: Any = rounds.chosen.tokens
+        return PairedDataset(
+            pairs,
+            settings.per_device_train_batch_size,
+            num_items=num_items,
+            order=rounds.order,
+            exact=rounds.method.keeps_order,
+        )
     return PackedDataset(
         rounds.chosen.tokens,
         settings.max_length,
-        num_items=(settings.max_steps + 1) * per_step * rounds.method.larger,
+        num_items=num_items,
         order=rounds.order,
         exact=rounds.method.keeps_order,
         tells_rows=rounds.tells_rows,

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from thrifty.core import quantities
-from thrifty.costs.memory import account
+from thrifty.costs.memory import account, worst_turn
 from thrifty.costs.setting import MemorySetting
 from thrifty.costs.shape import ModelShape
 from thrifty.fake_step import Instant, base_model, has_closed_form, record
 from thrifty.signals.models import layers_of
 
 PHASES = ("loss", "backward", "optimizer")
-_ZEROTH_ORDER = {"layers": "loss", "perturbation": "optimizer"}
+_ZEROTH_ORDER = {"layers": "loss", "perturbation": "loss"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,9 @@ def verify(
     start = time.perf_counter()
     predicted = None
     if has_closed_form(config):
-        predicted = _predicted(ModelShape.from_config(config), setting)
+        shape = ModelShape.from_config(config)
+        setting = worst_turn(shape, setting)
+        predicted = _predicted(shape, setting)
     model = base_model(config, setting.dtype)
     depth = len(layers_of(model))
     depths = (depth,) if full_depth else depths_that_tell(model, setting)

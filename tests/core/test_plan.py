@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from thrifty.core.budget import Budget
 from thrifty.core.plan import (
-    LoRA,
+    MemoryPlan,
     ModelSource,
     Objective,
     Plan,
@@ -57,6 +57,12 @@ def file(tmp_path):
 # -- there and back --------------------------------------------------------------------------------
 
 amounts = st.floats(1e-6, 1e9)
+
+
+def adapters(rank):
+    return {"lora": {"rank": rank}}
+
+
 plans = st.builds(
     Plan,
     task=st.sampled_from(["sft", "continued"]),
@@ -87,9 +93,12 @@ plans = st.builds(
     ),
     training=st.builds(
         Training,
-        lora=st.builds(LoRA, rank=st.integers(1, 10**6), targets=st.lists(st.text()).map(tuple)),
+        memory=st.builds(
+            MemoryPlan,
+            trained=st.just("full") | st.builds(adapters, st.integers(1, 10**6)),
+            activations=st.sampled_from(["keep", "recompute"]),
+        ),
         learning_rate=amounts,
-        activation_checkpointing=st.booleans(),
         max_steps=st.integers(1, 10**9),
     ),
     control=st.booleans(),
@@ -196,7 +205,11 @@ def test_an_override_may_hold_any_sign():
     [
         ("modle", {}, "unknown key modle: did you mean model?"),
         ("training__max_stps", 3, "unknown key training.max_stps: did you mean max_steps?"),
-        ("training__lora__rnk", 3, "unknown key training.lora.rnk: did you mean rank?"),
+        (
+            "training__memory__traned",
+            3,
+            "unknown key training.memory.traned: did you mean trained?",
+        ),
         ("training__Max-Steps", 3, "unknown key training.Max-Steps: did you mean max_steps?"),
         ("budget__memory", "3GiB", "unknown key budget.memory: did you mean memory_bytes?"),
         ("targets", {"a": {"signal": [], "wait": 1}}, "unknown key targets.a.wait: did you mean w"),
@@ -250,7 +263,7 @@ def test_all_mistakes_are_reported_at_once():
     found = problems(
         training__max_stps=3,
         training__learning_rate="abc",
-        training__lora__rank="x",
+        training__memory__trained={"lora": {"rank": "x"}},
         budget__flops="-3",
         budget__sconds=3,
         selection__scorer="bm52",
@@ -270,7 +283,10 @@ def test_all_mistakes_are_reported_at_once():
         ({"training__eval_steps": 2, "training__save_steps": 3}, "is not a multiple of eval_steps"),
         ({"training__replay_share": 1.0, "task": "continued"}, "replay_share must be in [0, 1)"),
         ({"training__replay_share": 0.5}, "needs task: continued and training.replay"),
-        ({"training__lora__rank": 0}, "training.lora.rank must be at least 1"),
+        (
+            {"training__memory__trained": {"lora": {"rank": 0}}},
+            "trained.lora: rank must be at least 1",
+        ),
         ({"training__seed": -1}, "training.seed must be in [0, 2^32), not -1"),
         ({"model__path": ""}, "model.path is empty"),
         ({"pool__sources": []}, "pool.sources is empty"),

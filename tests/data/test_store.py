@@ -234,7 +234,7 @@ def test_columns_are_read_on_demand(store: Store, monkeypatch: pytest.MonkeyPatc
     shard = store.shard(0)
     assert asked == []
     assert shard.tokens is shard.tokens
-    assert asked == [["input_ids"], ["loss_mask"], ["truncated"]]
+    assert asked == [["input_ids"], ["loss_mask"], ["truncated"], ["border"]]
 
 
 def test_from_files_to_store_and_back(tmp_path: Path, tokenizer: Any) -> None:

@@ -7,7 +7,7 @@ Five resources are *consumed* and add up: FLOPs, tokens trained on, seconds, jou
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from thrifty.core import quantities
@@ -186,16 +186,18 @@ class PoolStats:
     num_examples: int
     num_tokens: int
     max_tokens: int
-    """Tokens of the longest example."""
+    """Tokens of the longest sequence: of an example, or of a side of a pair."""
     num_loss_tokens: int = 0
     """Tokens that carry loss (answers only, in a prompt/completion pool)."""
     num_squared_tokens: int = 0
-    """Sum over examples of their tokens squared, which attention is paid by; 0 where unknown."""
+    """Sum over sequences of their tokens squared, which attention is paid by; 0 where unknown."""
+    num_padded_tokens: int = 0
+    """Tokens with the shorter side of each pair as long as its other one; 0 where unknown."""
 
     def part(self, share: float) -> PoolStats:
         """Of that share of the rows, drawn evenly."""
-        numbers = ("num_examples", "num_tokens", "num_loss_tokens", "num_squared_tokens")
-        return replace(self, **{name: math.ceil(getattr(self, name) * share) for name in numbers})
+        sums = {name: value for name, value in asdict(self).items() if name.startswith("num_")}
+        return replace(self, **{name: math.ceil(value * share) for name, value in sums.items()})
 
     @property
     def mean_tokens(self) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "KINDS",
     "MEMORY_KINDS",
+    "ActivationMemory",
     "Candidates",
     "Choice",
     "Chosen",
@@ -51,10 +53,12 @@ __all__ = [
     "Filter",
     "Held",
     "Look",
+    "LossMemory",
     "MemoryTechnique",
     "Meter",
     "Models",
     "OnlineMethod",
+    "OptimizerStates",
     "Outlook",
     "Picked",
     "Picker",
@@ -65,7 +69,9 @@ __all__ = [
     "Scorer",
     "StoppingRule",
     "Tokens",
+    "Trainable",
     "Verdict",
+    "WeightStorage",
     "Work",
     "Worth",
 ]
@@ -338,6 +344,8 @@ class MemoryTechnique(ABC):
     """What it is for: to make a model fit, or to get more from a FLOP."""
     runs: ClassVar[bool]
     """Whether a run of thrifty can train with it; otherwise it is priced alone."""
+    searched: ClassVar[bool] = True
+    """Whether a search tries it unasked: not where another of its kind holds the step alike."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Packages that it takes."""
     source: ClassVar[str]
@@ -359,6 +367,89 @@ class MemoryTechnique(ABC):
         return (cls(),)
 
 
+class Trainable(MemoryTechnique):
+    """What of the model is trained. Where it is not all of it, ``prepare`` says how."""
+
+    learning_rate: ClassVar[float] = 1.0
+    """The usual one, in that of training all weights."""
+
+    def prepare(self, model: Any, shape: ModelShape, seed: int) -> Any:
+        """The model to train: ``model`` itself or what is wrapped around it, what is to be trained
+        requiring a gradient and nothing else."""
+        return model
+
+    def save(self, model: Any, folder: Path) -> bool:
+        """Leave in ``folder`` what stock libraries load on the base model, where that is not what
+        ``save_pretrained`` leaves; whether there was need to."""
+        return False
+
+    def refuses_model(self, shape: ModelShape, device_kind: str) -> str | None:
+        """Why it cannot train a model of this shape there; None where it can."""
+        return None
+
+    def at_step(self, model: Any, optimizer: Any, step: int, seed: int) -> None:
+        """Called before each step, the first 0: where what is trained changes on the way, have
+        that require a gradient and nothing else. A function of the step and the seed."""
+
+    def setting_at(
+        self, setting: MemorySetting, shape: ModelShape, step: int, seed: int
+    ) -> MemorySetting:
+        """How ``step`` is held, of a run that is held as ``setting`` says."""
+        return setting
+
+    def cycle_steps(self, shape: ModelShape) -> int:
+        """Steps after which all that it trains was trained; a run must have as many."""
+        return 1
+
+    def schedule_step(self, step: int, shape: ModelShape) -> int:
+        """The step of the schedule whose learning rate ``step`` has."""
+        return step
+
+    def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape, seed: int) -> Any:
+        """One of its own, where its update is not by a gradient's backward; else None. ``groups``
+        as for ``OptimizerStates``. It has ``estimate(loss) -> loss``, called for each micro-batch
+        of a step instead of a forward and a backward; ``loss()`` is the micro-batch's."""
+        return None
+
+
+class WeightStorage(MemoryTechnique):
+    """How the weights lie in memory."""
+
+    def load(self, folder: Path, device: str) -> Any:
+        """The base model in ``folder``, as it is to be held."""
+        raise NotImplementedError
+
+    def refuses_model(self, shape: ModelShape, device_kind: str) -> str | None:
+        """Why it cannot hold a model of this shape there; None where it can."""
+        return None
+
+
+class ActivationMemory(MemoryTechnique):
+    """What is kept from the forward to the backward."""
+
+    def hold(self, model: Any) -> None:
+        """Have ``model``, as it is trained, keep no more than that."""
+
+
+class LossMemory(MemoryTechnique):
+    """How many logits exist at a time."""
+
+    def hold(self, model: Any) -> None:
+        """Have ``model``, as it is trained, make its loss this way where it is given labels."""
+
+
+class OptimizerStates(MemoryTechnique):
+    """What the optimizer keeps, and how it updates."""
+
+    learning_rate: ClassVar[float] = 1.0
+    """The usual one, in that of AdamW."""
+
+    @abstractmethod
+    def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape) -> Any:
+        """A ``torch.optim.Optimizer`` whose ``state_dict`` is all that it knows. ``groups``: each
+        with its ``params`` as (name, parameter) pairs, its ``lr`` and its ``weight_decay``."""
+
+
 MEMORY_KINDS = ("trained", "weights", "activations", "loss", "states")
 """In the order in which they rewrite a setting."""
 
@@ -369,6 +460,10 @@ KINDS: Mapping[str, tuple[str, type]] = {
     "picker": ("thrifty.pickers", Picker),
     "online": ("thrifty.online", OnlineMethod),
     "stopping": ("thrifty.stopping", StoppingRule),
-    **{kind: (f"thrifty.memory.{kind}", MemoryTechnique) for kind in MEMORY_KINDS},
+    "trained": ("thrifty.memory.trained", Trainable),
+    "weights": ("thrifty.memory.weights", WeightStorage),
+    "activations": ("thrifty.memory.activations", ActivationMemory),
+    "loss": ("thrifty.memory.loss", LossMemory),
+    "states": ("thrifty.memory.states", OptimizerStates),
 }
 """kind -> (package whose files are its methods, the contract)."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -25,6 +29,15 @@ def rename_durably(aside: Path, path: Path) -> None:
             os.fsync(stream.fileno())
     aside.replace(path)
     sync_folder(path.parent)
+
+
+def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """An npz file of ``arrays``; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".new.npz")
+    plain: Any = {name: np.asarray(value) for name, value in arrays.items()}
+    np.savez(draft, allow_pickle=False, **plain)
+    rename_durably(draft, path)
 
 
 def sync_folder(folder: Path) -> None:

@@ -18,6 +18,7 @@ import yaml
 
 from thrifty.core import typed
 from thrifty.core.budget import Budget
+from thrifty.core.contracts import MEMORY_KINDS
 from thrifty.core.quantities import Dollars, Tokens, show
 from thrifty.core.resolve import Spec, name_of, resolve
 
@@ -39,6 +40,11 @@ FilterSpec = Annotated[Spec, _method("filter")]
 PickerSpec = Annotated[Spec, _method("picker")]
 OnlineSpec = Annotated[Spec, _method("online")]
 StoppingSpec = Annotated[Spec, _method("stopping")]
+TrainedSpec = Annotated[Spec, _method("trained")]
+WeightsSpec = Annotated[Spec, _method("weights")]
+ActivationsSpec = Annotated[Spec, _method("activations")]
+LossSpec = Annotated[Spec, _method("loss")]
+StatesSpec = Annotated[Spec, _method("states")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,24 +108,44 @@ class Selection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA:
-    """Rank, alpha and the names of the linear layers that get an adapter (none: all of them)."""
+class MemoryPlan:
+    """How a training step is held in memory: a technique of each kind, with its options."""
 
-    rank: int = 16
-    alpha: float = 32.0
-    targets: tuple[str, ...] = ()
+    trained: TrainedSpec = "full"
+    """All weights, an adapter on them, a block at a time."""
+    weights: WeightsSpec = "float32"
+    """How they lie in memory."""
+    activations: ActivationsSpec = "keep"
+    """What is kept from the forward to the backward."""
+    loss: LossSpec = "whole"
+    """How many logits exist at a time."""
+    states: StatesSpec = "adamw"
+    """The optimizer, by what it keeps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preference:
+    """Training on pairs by TRL's ``DPOTrainer``: the better answer likelier than the worse one,
+    against what a reference, the model before the first step, makes of the two."""
+
+    beta: float = 0.1
+    """How near to the reference the model is kept (arXiv:2305.18290)."""
+    precompute_ref_log_probs: bool = True
+    """Ask the reference once, before the first step. False: at every step, with the adapter off
+    where one is trained, of a frozen copy where all weights are."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """One ``Trainer`` run. Fields that reach Hugging Face are spelt as there."""
 
-    method: Literal["full", "lora"] = "full"
-    lora: LoRA = field(default_factory=LoRA)
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    activation_checkpointing: bool = False
+    memory: MemoryPlan = field(default_factory=MemoryPlan)
     per_device_train_batch_size: int = 1
     gradient_accumulation_steps: int = 1
+    devices: int = 1
+    """That train together, each on a micro-batch of its own; a run starts a process for each."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Whether each of several devices holds everything, or a share of it."""
     max_length: int = 1024
     """Tokens of a packed sequence; a longer example is cut."""
     max_steps: int = 1
@@ -139,13 +165,22 @@ class Training:
     replay_share: float = 0.0
     """Continued pretraining: the share of every epoch's tokens drawn from ``replay``."""
     replay: tuple[str, ...] = ()
+    preference: Preference | None = None
+    """Of task preference, whose batches are pairs; None: of another."""
     seed: int = 0
     report_to: tuple[str, ...] = ()
 
     @property
+    def step_sequences(self) -> int:
+        """Of an optimizer step, on all devices together."""
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return rows * self.devices
+
+    @property
     def micro_batch_tokens(self) -> int:
         """Of a training pass; evaluations keep to it, so that their memory stays within its own."""
-        return self.per_device_train_batch_size * self.max_length
+        sides = 1 if self.preference is None else 2
+        return self.per_device_train_batch_size * sides * self.max_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +205,11 @@ class Plan:
     predicted: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     """stage -> ``Cost`` as predicted when the plan was made."""
     why: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.task == "preference" and self.training.preference is None:
+            training = dataclasses.replace(self.training, preference=Preference())
+            object.__setattr__(self, "training", training)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
@@ -277,6 +317,7 @@ def _contradictions(plan: Plan) -> Iterator[str]:
     positive = (
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
+        "devices",
         "max_length",
         "max_steps",
         "epochs",
@@ -304,10 +345,13 @@ def _contradictions(plan: Plan) -> Iterator[str]:
         yield f"training.replay_share must be in [0, 1), not {training.replay_share}"
     if training.replay_share and (plan.task != "continued" or not training.replay):
         yield "training.replay_share needs task: continued and training.replay with its sources"
-    if training.lora.rank < 1:
-        yield f"training.lora.rank must be at least 1, not {training.lora.rank}"
-    if not training.lora.alpha > 0:
-        yield f"training.lora.alpha must be more than zero, not {training.lora.alpha}"
+    if training.devices > 1:
+        yield from _not_on_several(plan)
+    if training.preference is not None:
+        yield from _wrong_on_pairs(plan, training.preference)
+    for kind in MEMORY_KINDS:
+        if not resolve(kind, spec := getattr(training.memory, kind)).runs:
+            yield f"training.memory.{kind}: {spec} is priced, but a run cannot train with it yet"
     for section, seed in (("training", training.seed), ("selection", plan.selection.seed)):
         if not 0 <= seed < 2**32:
             yield f"{section}.seed must be in [0, 2^32), not {seed}"
@@ -333,6 +377,41 @@ def _contradictions(plan: Plan) -> Iterator[str]:
     if plan.task not in scorer.tasks:
         fits = "try uniform or length"
         yield f"selection.scorer {name_of(scorer)} makes no sense for task {plan.task}: {fits}"
+
+
+def _not_on_several(plan: Plan) -> Iterator[str]:
+    """What a run on several devices cannot do."""
+    training = plan.training
+    online = resolve("online", training.online)
+    if training.parallel == "fsdp":
+        yield (
+            "training.parallel: fsdp is priced, but a run cannot train with it yet (accelerate "
+            "shards on GPUs alone, and takes ddp on CPUs without a word): use ddp, which holds "
+            "everything on each device"
+        )
+    if plan.task == "preference":
+        yield "training.devices: training on preferences uses one device"
+    if online.watches or online.weighs_tokens or online.renewals or online.chooses:
+        yield (
+            f"training.devices: training.online {name_of(online)} looks at the losses or gradients "
+            "of all that is trained on, and each device sees its own alone"
+        )
+
+
+def _wrong_on_pairs(plan: Plan, preference: Preference) -> Iterator[str]:
+    if plan.task != "preference":
+        yield f"training.preference needs task: preference, not {plan.task}"
+        return
+    if not preference.beta > 0:
+        yield f"training.preference.beta must be more than zero, not {preference.beta}"
+    online = resolve("online", spec := plan.training.online)
+    if online.chooses or online.watches or online.weighs_tokens or online.cost_class != "free":
+        yield f"training.online: {spec} looks at the losses of rows, which pairs have two of"
+    looking = [("filters", "filter", each) for each in plan.selection.filters]
+    looking.append(("picker", "picker", plan.selection.picker))
+    for field_name, kind, method in looking:
+        if resolve(kind, method).needs_vectors:
+            yield f"selection.{field_name}: {method} takes a vector of each row, and a pair has two"
 
 
 def to_dict(plan: Plan) -> dict[str, Any]:

@@ -112,6 +112,17 @@ def build(cls: type, options: Mapping[str, Any], where: str) -> Any:
     return method
 
 
+def spec_of(method: Any) -> Spec:
+    """What ``resolve`` makes the method of: its name, and its options where they are not the
+    defaults."""
+    options = {
+        field.name: value
+        for field in dataclasses.fields(method)
+        if (value := getattr(method, field.name)) != field.default
+    }
+    return {name_of(method): options} if options else name_of(method)
+
+
 def name_of(method: Any) -> str:
     """The name under which a method instance is known: its file's, or its entry point's."""
     module, cls = type(method).__module__, type(method).__qualname__

@@ -97,7 +97,7 @@ def read_fields(cls: Any, values: Any, where: str, problems: list[str]) -> Any:
 
 def _deeper(cls: Any, key: str, value: Any) -> str | None:
     """The path below ``cls`` of the one field called ``key`` that stands deeper: for ``lora``, and
-    what is set in it, ``training.lora.rank``."""
+    what is set in it, ``selection.max_tokens``."""
     if isinstance(value, Mapping) and len(value) == 1:
         key = f"{key}.{next(iter(value))}"
     found = [path for path in _paths(cls) if path.endswith(f".{key}")]

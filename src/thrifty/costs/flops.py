@@ -23,13 +23,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
+from thrifty.costs.adapted import regularising_flops
+from thrifty.costs.blocks import mean_turns
 from thrifty.costs.layer import Setup, embedding, head, layers
 from thrifty.costs.operations import Adapter, Operation, Product, recomputed
-from thrifty.costs.setting import MemorySetting
+from thrifty.costs.setting import MemorySetting, at_turn, takes_turns
 from thrifty.costs.shape import ModelShape
 
 __all__ = [
     "Adapter",
+    "dearest_step_flops",
     "decode_flops",
     "forward_flops",
     "gradient_score_flops",
@@ -64,14 +67,25 @@ def train_flops(
     causal: bool = False,
 ) -> float:
     """Forward and backward of one micro-batch; all weights, or an adapter on frozen ones."""
-    setting = MemorySetting(adapter=adapter, recompute=recompute)
-    return _count(*step_coefficients(shape, setting), batch, sequence, causal)
+    setting = MemorySetting(
+        adapter=adapter, recompute=recompute, micro_batch=batch, sequence=sequence
+    )
+    return step_flops(shape, setting, causal=causal)
 
 
 def step_flops(shape: ModelShape, setting: MemorySetting, *, causal: bool = False) -> float:
     """Forward and backward of one micro-batch, in whatever way it is run."""
     linear, attention = step_coefficients(shape, setting)
-    return _count(linear, attention, setting.micro_batch, setting.sequence, causal)
+    of_tokens = _count(linear, attention, setting.micro_batch, setting.sequence, causal)
+    return of_tokens + fixed_flops(shape, setting)
+
+
+def dearest_step_flops(shape: ModelShape, setting: MemorySetting) -> float:
+    """The most that a micro-batch can take, where what is trained changes from step to step."""
+    if blocks := takes_turns(setting):
+        turns = blocks.cycle(shape.num_layers, shape.tie_word_embeddings)
+        return max(step_flops(shape, at_turn(setting, block)) for block in turns)
+    return step_flops(shape, setting)
 
 
 def gradient_score_flops(
@@ -92,9 +106,8 @@ def gradient_score_flops(
     only = None
     if last_layers is not None:
         only = frozenset(range(shape.num_layers - last_layers, shape.num_layers))
-    setting = MemorySetting(adapter=adapter, only_layers=only)
-    linear, attention = step_coefficients(shape, setting)
-    return _count(linear, attention, batch, sequence, causal)
+    setting = MemorySetting(adapter=adapter, only_layers=only, micro_batch=batch, sequence=sequence)
+    return step_flops(shape, setting, causal=causal)
 
 
 def decode_flops(
@@ -132,25 +145,47 @@ def _forward(shape: ModelShape) -> tuple[float, float, float]:
     setup = Setup(eager=True, backward=False)
     # The last product is the head's own; what comes before it belongs to the hidden states.
     *body, logits = _products(embedding(shape, setup), *layers(shape, setup), head(shape, setup))
-    return *_sum(body), _sum([logits])[0]
+    return *_sum(body)[:2], _sum([logits])[0]
 
 
 def step_coefficients(shape: ModelShape, setting: MemorySetting) -> tuple[float, float]:
-    """FLOPs of a step per token, and per token and key; no other size enters."""
-    linear, attention = _step(
+    """FLOPs of a step per token, and per token and key; those of ``fixed_flops`` come on top."""
+    linear, attention, _ = _whole_step(shape, setting)
+    if setting.reference:
+        own, keyed, head_linear = _forward(shape)
+        linear, attention = linear + own + head_linear, attention + keyed
+    return linear, attention
+
+
+def fixed_flops(shape: ModelShape, setting: MemorySetting) -> float:
+    """FLOPs of a step whatever its batch: what some adapters make of weights alone."""
+    return _whole_step(shape, setting)[2]
+
+
+def _whole_step(shape: ModelShape, setting: MemorySetting) -> tuple[float, float, float]:
+    """Of blocks that take turns, the mean over a cycle."""
+    if blocks := takes_turns(setting):
+        turns = mean_turns(shape, blocks)
+        each = [_whole_step(shape, at_turn(setting, block)) for block, _ in turns]
+        weights = [weight for _, weight in turns]
+        linear, attention, fixed = (
+            sum(weight * of[kind] for weight, of in zip(weights, each, strict=True))
+            for kind in range(3)
+        )
+        return linear, attention, fixed
+    return _step(
         shape,
         setting.adapter,
         setting.only_layers,
+        setting.with_embedding,
+        setting.with_head,
         setting.only_head,
         setting.zeroth_order,
         int(setting.recompute),
         setting.selective,
         setting.loss_chunk > 0,
+        setting.mlp_chunk > 0,
     )
-    if setting.reference:
-        own, keyed, head_linear = _forward(shape)
-        linear, attention = linear + own + head_linear, attention + keyed
-    return linear, attention
 
 
 @lru_cache(maxsize=4096)
@@ -158,21 +193,27 @@ def _step(
     shape: ModelShape,
     adapter: Adapter | None,
     only_layers: frozenset[int] | None,
+    with_embedding: bool,
+    with_head: bool,
     only_head: bool,
     zeroth_order: bool,
     recompute: int,
     selective: bool,
     chunked: bool,
-) -> tuple[float, float]:
+    sliced: bool,
+) -> tuple[float, float, float]:
     if zeroth_order:  # the loss on both sides of a random direction
         linear, attention, head_linear = _forward(shape)
-        return 2 * (linear + head_linear), 2 * attention
+        return 2 * (linear + head_linear), 2 * attention, 0.0
     setup = Setup(
         eager=True,
         adapter=adapter,
         only_layers=only_layers,
+        with_embedding=with_embedding,
+        with_head=with_head,
         only_head=only_head,
         recompute=bool(recompute),
+        mlp_share=float(sliced),
     )
     body, top = tuple(layers(shape, setup)), head(shape, setup)
     products = _products(embedding(shape, setup), *body, top, backward=True)
@@ -180,7 +221,8 @@ def _step(
         products += _products(*(recomputed(operations) for operations in body[::recompute]))
     if chunked:  # a chunk's logits are made again for its backward
         products += _products(top)[-1:]
-    return _sum(products)
+    linear, attention, fixed = _sum(products)
+    return linear, attention, fixed + regularising_flops(shape, adapter)
 
 
 def _products(*pieces: Sequence[Operation], backward: bool = False) -> list[Product]:
@@ -192,12 +234,14 @@ def _products(*pieces: Sequence[Operation], backward: bool = False) -> list[Prod
     ]
 
 
-def _sum(products: Iterable[Product]) -> tuple[float, float]:
-    """FLOPs per token, and per token and key."""
-    linear = attention = 0.0
+def _sum(products: Iterable[Product]) -> tuple[float, float, float]:
+    """FLOPs per token, per token and key, and whatever the batch."""
+    linear = attention = fixed = 0.0
     for product in products:
         if product.heads:
             attention += 2.0 * product.heads * product.inner
+        elif product.rows:
+            fixed += 2.0 * product.rows * product.inner * product.columns
         else:
             linear += 2.0 * product.inner * product.columns
-    return linear, attention
+    return linear, attention, fixed

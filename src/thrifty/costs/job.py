@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from thrifty.costs.held import state_bytes
+from thrifty.costs.held import state_bytes, state_bytes_of, turns_of
 from thrifty.costs.memory import (
     TERMS,
     MemoryAccount,
@@ -64,7 +64,9 @@ def job_account(
     phases = {"load": _terms(**_load(shape, setting))}
     if scoring_bytes:
         own = own_bytes(shape, setting)
-        phases["score"] = _terms(weights=own, activations=max(scoring_bytes - own, 0.0))
+        phases["score"] = _terms(
+            weights=min(own, scoring_bytes), activations=max(scoring_bytes - own, 0.0)
+        )
     phases |= step.phases
     phases["evaluate"] = _added(resident, _evaluation(shape, _pass_of(setting, generated_context)))
     if refreshes and scoring_bytes:
@@ -93,8 +95,14 @@ def job_peaks(
     first = settings[0]
     rest = _resident(shape, first)
     rest_bytes = (rest["weights"] + rest["adapter"]) * first.num_devices
-    held = np.array([rest_bytes + _state_bytes(shape, setting) for setting in settings])
-    held /= first.num_devices
+    turns = turns_of(shape, first)
+    states = [
+        0.0
+        if setting.states_offloaded
+        else max(state_bytes_of(shape, turn, setting) for turn in turns)
+        for setting in settings
+    ]
+    held = (rest_bytes + np.array(states)) / first.num_devices
     passes = [_pass_of(first, generated_context)._replace(batch=size) for size in micro_batches]
     passing = np.array([sum(_evaluation(shape, each).values()) for each in passes])
     least = sum(_load(shape, first).values())

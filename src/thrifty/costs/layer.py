@@ -16,7 +16,15 @@ from functools import lru_cache
 
 from thrifty.costs.latent import latent_projections
 from thrifty.costs.mixture import mixture_of_experts
-from thrifty.costs.operations import Adapter, Operation, Product, Program, Size, Tensor
+from thrifty.costs.operations import (
+    Adapter,
+    Operation,
+    Operations,
+    Product,
+    Program,
+    Size,
+    Tensor,
+)
 from thrifty.costs.rotary import rotate
 from thrifty.costs.shape import ModelShape
 
@@ -38,12 +46,18 @@ class Setup:
     adapter: Adapter | None = None
     only_layers: frozenset[int] | None = None
     """Only the weights of these layers are trained; None: all, or the adapter."""
+    with_embedding: bool = False
+    """The embedding beside them."""
+    with_head: bool = False
+    """The final norm and the head beside them."""
     only_head: bool = False
     """Only the head's matrix is trained."""
     recompute: bool = False
     """Some layers are run again in the backward."""
     quantised: bool = False
     """The layers' linears are stored in few bits, and made whole for each use."""
+    mlp_share: float = 0.0
+    """Of the tokens, those whose MLP runs at a time, and again in the backward; 0: all, once."""
     backward: bool = True
     training: bool = True
     masked: bool = False
@@ -60,18 +74,42 @@ class Setup:
         return self.backward and not chosen
 
     def trains_embedding(self, shape: ModelShape) -> bool:
-        """A head that is trained alone takes the embedding with it where they are tied."""
-        tied = self.backward and self.only_head and shape.tie_word_embeddings
-        return self.trains_all or tied
+        """A head that is trained takes the embedding with it where they are tied."""
+        tied = shape.tie_word_embeddings and (self.only_head or self.with_head)
+        return self.trains_all or (self.backward and (self.with_embedding or tied))
+
+    def trains_head(self, shape: ModelShape) -> bool:
+        """With its norm."""
+        tied = shape.tie_word_embeddings and self.with_embedding
+        return self.trains_all or (self.backward and (self.with_head or tied))
 
     def embedding_grad(self, shape: ModelShape) -> bool:
         # transformers makes the embedding's output require a gradient under checkpointing, so that
         # the backward then runs through every layer whatever is frozen.
         return self.trains_embedding(shape) or (self.backward and self.recompute)
 
+    @property
+    def kernels(self) -> Setup:
+        """What of it a piece depends on, told apart which of its tensors need a gradient."""
+        return _kernels(self)
+
 
 @lru_cache(maxsize=512)
-def embedding(shape: ModelShape, setup: Setup) -> tuple[Operation, ...]:
+def _kernels(setup: Setup) -> Setup:
+    return Setup(
+        itemsize=setup.itemsize,
+        adapter_itemsize=setup.adapter_itemsize,
+        on_cpu=setup.on_cpu,
+        quantised=setup.quantised,
+        mlp_share=setup.mlp_share,
+        training=setup.training,
+        eager=setup.eager,
+        one_row=setup.one_row,
+    )
+
+
+@lru_cache(maxsize=512)
+def embedding(shape: ModelShape, setup: Setup) -> Operations:
     """Token ids -> the first layer's input."""
     p = _program(shape, setup, trained=setup.trains_embedding(shape))
     ids = Tensor("ids", Size(8.0))
@@ -109,21 +147,32 @@ def embedding(shape: ModelShape, setup: Setup) -> tuple[Operation, ...]:
         leaf = p.operations[int(shape.scaled_embedding)]
         if leaf is not p.operations[-1]:
             p.operations[p.operations.index(leaf)] = replace(leaf, saves=(leaf.writes,))
-    return tuple(p.operations)
+    return Operations(p.operations)
+
+
+def head(shape: ModelShape, setup: Setup, loss: bool = True) -> Operations:
+    """The last layer's output -> logits, and the loss that ``ForCausalLMLoss`` takes in float32."""
+    trained = setup.trains_head(shape)
+    alone = setup.only_head or setup.only_layers == frozenset()
+    grad = setup.backward and (setup.embedding_grad(shape) or not alone)
+    matrix = trained or (setup.only_head and setup.backward)
+    kernels = replace(setup.kernels, adapter_itemsize=setup.itemsize, quantised=False)
+    kernels = replace(kernels, mlp_share=0.0)
+    return _head(shape, kernels, trained, matrix, grad, loss)
 
 
 @lru_cache(maxsize=512)
-def head(shape: ModelShape, setup: Setup, loss: bool = True) -> tuple[Operation, ...]:
-    """The last layer's output -> logits, and the loss that ``ForCausalLMLoss`` takes in float32."""
-    p = _program(shape, setup, trained=setup.trains_all)
-    reached = setup.embedding_grad(shape) or not setup.only_head
-    x = _input(shape, setup, grad=setup.backward and reached)
+def _head(
+    shape: ModelShape, setup: Setup, trained: bool, matrix: bool, grad: bool, loss: bool
+) -> Operations:
+    """``trained``: all of it; ``matrix``: the last one; ``grad``: its input needs a gradient."""
+    p = _program(shape, setup, trained=trained)
+    x = _input(shape, setup, grad=grad)
     if shape.final_norm:
         x = p.norm(x, shape.hidden_size)
     if shape.projection_parameters:
-        x = p.product(x, shape.hidden_size, shape.embedding_size, trained=p.trained)
-    trained = p.trained or (setup.only_head and setup.backward)
-    logits = p.product(x, shape.embedding_size, shape.vocab_size, trained=trained)
+        x = p.product(x, shape.hidden_size, shape.embedding_size, trained=trained)
+    logits = p.product(x, shape.embedding_size, shape.vocab_size, trained=matrix)
     if shape.logit_softcap:
         logits = p.apply("scale", logits)
         logits = p.apply("tanh", logits, keeps="output")
@@ -134,22 +183,26 @@ def head(shape: ModelShape, setup: Setup, loss: bool = True) -> tuple[Operation,
         # The model's output holds the logits until the loss is returned.
         held = logits._replace(grad=False)
         p.emit("nll", (log_probabilities, held), Size(4.0), passes=(1.0, 1.0))
-    return tuple(p.operations)
+    return Operations(p.operations)
 
 
-def layers(shape: ModelShape, setup: Setup) -> Iterator[tuple[Operation, ...]]:
+def layers(shape: ModelShape, setup: Setup) -> Iterator[Operations]:
     """The operations of each layer, first to last. Equal layers are the same object."""
     if setup.adapter is not None:
         setup.adapter.check(shape)
     adapted = _adapted(shape, setup)
     grad = setup.embedding_grad(shape)
-    sliding = _sliding(shape)
+    sliding, kernels = _sliding(shape), setup.kernels
+    known: dict[tuple[bool, ...], Operations] = {}
     for index in range(shape.num_layers):
         trained = setup.trains_all or (setup.backward and index in (setup.only_layers or ()))
         adapter = setup.adapter if index in adapted else None
         masked = setup.masked or (setup.window_masked and sliding[index])
         rotates, mixture = index not in shape.no_rope_layers, shape.is_mixture(index)
-        yield layer(shape, setup, trained, adapter, grad, masked, rotates, mixture)
+        key = trained, adapter is not None, grad, masked, rotates, mixture
+        if key not in known:
+            known[key] = layer(shape, kernels, trained, adapter, grad, masked, rotates, mixture)
+        yield known[key]
         grad = grad or trained or adapter is not None
 
 
@@ -176,7 +229,7 @@ def layer(
     masked: bool,
     rotates: bool,
     mixture: bool,
-) -> tuple[Operation, ...]:
+) -> Operations:
     """One decoder layer; ``grad``: its input needs a gradient; ``mixture``: it has experts."""
     p = _program(shape, setup, trained=trained, adapter=adapter, masked=masked, rotates=rotates)
     x, hidden = _input(shape, setup, grad=grad), shape.hidden_size
@@ -205,7 +258,7 @@ def layer(
         p.add(x, p.dropout(branch(p, p.norm(x, hidden)), shape.dropout))
         if shape.model_type == "gpt2":  # a variable of its own
             p.hold(attended)
-    return tuple(p.operations)
+    return Operations(p.operations)
 
 
 def _program(
@@ -228,6 +281,7 @@ def _program(
         rotates=rotates,
         training=setup.training,
         quantised=setup.quantised,
+        mlp_share=setup.mlp_share,
         one_row=setup.one_row,
         operations=[],
     )
@@ -238,6 +292,14 @@ def _input(shape: ModelShape, setup: Setup, *, grad: bool) -> Tensor:
 
 
 def _mlp(p: Program, x: Tensor) -> Tensor:
+    if not p.mlp_share:
+        return _whole_mlp(p, x)
+    inside = replace(p, operations=list(p.operations))
+    out = _whole_mlp(inside, x)
+    return p.sliced(inside.operations[len(p.operations) :], x, out, p.mlp_share)
+
+
+def _whole_mlp(p: Program, x: Tensor) -> Tensor:
     linears = [linear for linear in p.shape.linears if linear.part == "mlp"]
     keeps = ACTIVATIONS.get(p.shape.activation, "input")
     if not p.shape.gated:

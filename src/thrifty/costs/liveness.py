@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from thrifty.costs.layer import Setup, embedding, head, layers
-from thrifty.costs.operations import Operation, Size, recomputed, saved, total
+from thrifty.costs.operations import Operation, Operations, Size, recomputed, saved, total
 from thrifty.costs.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Piece:
     """A run of operations: the embedding, a layer, or the head. Each pass over it is looked through
     when it is first asked for."""
 
-    def __init__(self, operations: Sequence[Operation], given: Size) -> None:
+    def __init__(self, operations: Operations, given: Size) -> None:
         self.operations = operations
         self.input = given
         self.weight_elements = sum(each.weight_elements for each in operations if each.trained)
@@ -107,6 +107,15 @@ class Piece:
         return instants(_forward_points(self.operations, self._kept))
 
     @cached_property
+    def forward_within(self) -> Instants:
+        """The same of a layer, whose caller holds its input until it is done."""
+        return instants(_forward_points(self.operations, self._kept, holding=True))
+
+    @property
+    def keeps_input(self) -> bool:
+        return "input" in self._kept
+
+    @cached_property
     def forward_bare(self) -> Instants:
         """The forward when nothing of it stays: it is made again, or waits on the host."""
         return instants(_forward_points(self.operations, (), waiting=Size()))
@@ -119,6 +128,12 @@ class Piece:
     @cached_property
     def backward(self) -> Instants:
         return instants(self._backward[0])
+
+    @cached_property
+    def through(self) -> Instants:
+        """The forward and at once the backward, as of the head."""
+        points = self.forward.points + self.backward.points
+        return Instants(points, np.concatenate([self.forward.columns, self.backward.columns]))
 
     @cached_property
     def offload(self) -> Instants:
@@ -154,13 +169,15 @@ class Piece:
 
 @lru_cache(maxsize=2048)
 def pieces(shape: ModelShape, setup: Setup) -> tuple[Piece, ...]:
-    """The embedding, every layer, the head. Equal layers are the same object."""
-    known: dict[int, Piece] = {}
+    """The embedding, every layer, the head. Equal ones are the same object."""
+    given = Size(shape.hidden_size * setup.itemsize)
     programs = (embedding(shape, setup), *layers(shape, setup), head(shape, setup))
-    for operations in programs:
-        if id(operations) not in known:
-            known[id(operations)] = Piece(operations, Size(shape.hidden_size * setup.itemsize))
-    return tuple(known[id(operations)] for operations in programs)
+    return tuple(_piece(operations, given) for operations in programs)
+
+
+@lru_cache(maxsize=4096)
+def _piece(operations: Operations, given: Size) -> Piece:
+    return Piece(operations, given)
 
 
 def _forward_points(
@@ -169,11 +186,14 @@ def _forward_points(
     num_executed: int | None = None,
     waiting: Size | None = None,
     cached: Mapping[str, Size] | None = None,
+    holding: bool = False,
 ) -> tuple[Point, ...]:
     """``keeping``: names of what stays; ``waiting``: gradients alive throughout a recomputation;
     then the input is counted elsewhere; ``cached``: what was stored of it, handed out as it is come
-    by."""
+    by; ``holding``: the input stays alive to the end."""
     last = {t.name: i for i, each in enumerate(operations) for t in (*each.reads, each.writes)}
+    if holding:
+        last["input"] = len(operations)
     kept: dict[str, Size] = {}
     live: dict[str, Size] = {}
     cache = dict(cached or {})
@@ -186,7 +206,14 @@ def _forward_points(
             live["waiting"] = waiting
             live.pop("input", None)
             kept.pop("input", None)
-        beside = total((*live.values(), *cache.values(), Size(fixed=each.unpacks)))
+        unpacked = Size(fixed=0.0 if each.inside else each.unpacks)
+        beside = total((*live.values(), *cache.values(), unpacked))
+        if each.inside:
+            slices = _forward_points(each.inside, (each.reads[0].name,))
+            for point in slices:
+                of_slice = point.beside.of_tokens(each.share)
+                points.append(Point(total(kept.values()), total((beside, of_slice))))
+            beside = total((beside, each.writes.size))  # put together
         points.append(Point(total(kept.values()), beside))
         live = {name: size for name, size in live.items() if last.get(name, -1) > index}
     return tuple(points)
@@ -219,8 +246,12 @@ def _backward_points(
         work = each.writes.size.times(WORKSPACE.get(each.kind, 0.0))
         fresh = each.weight_elements if each.trained else 0
         done += fresh
-        unpacked = Size(fixed=each.unpacks if written else 0.0)
+        unpacked = Size(fixed=each.unpacks if written and not each.inside else 0.0)
         beside = total((*gradients.values(), *written.values(), work, unpacked))
+        for of_slice in _slice_points(each):
+            points.append(Point(total(kept.values()), total((beside, of_slice)), done, fresh))
+        if each.inside:
+            beside = total((beside, *written.values()))  # the slices' gradients, put together
         here = (kept[tensor.name] for tensor in each.saves) if offloaded else kept.values()
         points.append(Point(total(here), beside, done, fresh))
         del gradients[each.writes.name]
@@ -237,6 +268,19 @@ def _backward_points(
         for name, size in written.items():
             gradients[name] = max(size, gradients.get(name, Size()))
     return tuple(points), waiting or Size()
+
+
+def _slice_points(operation: Operation) -> list[Size]:
+    """What lives at each instant of the backward of a slice: it runs again, and back; and of the
+    largest weight the gradient of this slice beside the sum of the others'."""
+    inside = operation.inside
+    if not inside:
+        return []
+    again = _forward_points(inside, saved(inside), len(recomputed(inside)))
+    back, _ = _backward_points(inside)
+    summed = Size(fixed=operation.summed if operation.share < 1 else 0.0)
+    points = (total(point[:2]).of_tokens(operation.share) for point in (*again, *back))
+    return [total((point, summed)) for point in points]
 
 
 def _gradients_written(operation: Operation, own: Size) -> dict[str, Size]:

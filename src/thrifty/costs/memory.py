@@ -23,26 +23,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from thrifty.costs.blocks import Block, worst_turns
 from thrifty.costs.held import (
     checkpoint_bytes,
     kv_cache_bytes,
     largest_tensor,
     num_trained,
-    state_bytes,
+    state_bytes_of,
     step_bytes,
-    update_bytes,
+    update_bytes_of,
     weight_bytes,
 )
 from thrifty.costs.liveness import pieces
 from thrifty.costs.operations import Adapter
 from thrifty.costs.passes import shared_bytes
 from thrifty.costs.phases import BATCH_BYTES, TERMS, Step
-from thrifty.costs.setting import ADAMW, MemorySetting, States, Storage, setup_of
+from thrifty.costs.setting import (
+    ADAMW,
+    MemorySetting,
+    States,
+    Storage,
+    at_turn,
+    setup_of,
+    takes_turns,
+)
 from thrifty.costs.shape import ModelShape
+from thrifty.costs.trained import trained, trained_at
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -67,6 +78,7 @@ __all__ = [
     "saved_bytes",
     "setup_of",
     "weight_bytes",
+    "worst_turn",
 ]
 
 RUNTIME_BYTES = {"cpu": 640 * 2**20, "cuda": 520 * 2**20}
@@ -99,9 +111,20 @@ class MemoryAccount:
 
 
 def account(shape: ModelShape, setting: MemorySetting) -> MemoryAccount:
-    """Bytes of one training step in steady state: optimizer states exist from its start."""
+    """Bytes of one training step in steady state: optimizer states exist from its start. Of blocks
+    that take turns, of the turn that holds most."""
+    setting = worst_turn(shape, setting)
     step = Step(shape, setting, (setting.micro_batch,))
     return MemoryAccount(phases=step.terms())
+
+
+def worst_turn(shape: ModelShape, setting: MemorySetting) -> MemorySetting:
+    """The turn that holds most, where blocks take turns; else ``setting`` itself."""
+    blocks = takes_turns(setting)
+    if blocks is None:
+        return setting
+    turns = [at_turn(setting, block) for block in worst_turns(shape, blocks)]
+    return max(turns, key=lambda turn: account(shape, turn).peak_memory_bytes)
 
 
 def peaks(
@@ -120,32 +143,62 @@ def peaks(
         )
         where = np.flatnonzero(rows == 1)
         return np.insert(more[0], where, one[0], axis=1), np.insert(more[1], where, one[1], axis=1)
-    batches = tuple(micro_batches)
+    blocks = takes_turns(settings[0])
+    turns = worst_turns(shape, blocks) if blocks else (None,)
+    each = [_peaks_at(shape, settings, turn, tuple(micro_batches)) for turn in turns]
+    single, accumulated = (np.maximum.reduce(found) for found in zip(*each, strict=True))
+    return single, accumulated
+
+
+def _peaks_at(
+    shape: ModelShape,
+    settings: Sequence[MemorySetting],
+    turn: Block | None,
+    batches: tuple[int, ...],
+) -> tuple[Bytes, Bytes]:
+    """``peaks`` at one turn of blocks, or where none are taken."""
+    found = trained_at(shape, turn) if turn else trained(shape, settings[0])
     passes: dict[float, tuple[Bytes, Bytes]] = {}
     alone, several = [], []
     for setting in settings:
         key = step_bytes(setting) if setting.in_backward else -1.0
         if key not in passes:
-            single = setting.gradient_accumulation_steps == 1
-            alone_in_step = setting if single else replace(setting, gradient_accumulation_steps=1)
-            step = Step(shape, alone_in_step, batches)
+            now = at_turn(setting, turn) if turn else setting
+            step = Step(shape, now, batches)
             accumulating = np.full(len(batches), np.inf)
             if not setting.in_backward:
-                again = replace(setting, gradient_accumulation_steps=2)
-                accumulating = _of_passes(Step(shape, again, batches))
-            passes[key] = _of_passes(step), accumulating
+                accumulating = _of_passes(shape, now, batches, 2)
+            passes[key] = _of_passes(shape, now, batches, 1), accumulating
             held = step.held - step.states["optimizer_states"]
-        states = 0.0 if setting.states_offloaded else state_bytes(shape, setting)
-        update = step.last().bytes if setting.zeroth_order else sum(update_bytes(shape, setting))
+        states = 0.0 if setting.states_offloaded else state_bytes_of(shape, found, setting)
+        update = step.last().bytes if setting.zeroth_order else sum(update_bytes_of(found, setting))
         own = held + states / setting.num_devices
         alone.append(own + np.maximum(passes[key][0], update))
         several.append(own + np.maximum(passes[key][1], update))
     return np.stack(alone), np.stack(several)
 
 
-def _of_passes(step: Step) -> Bytes:
-    """The most of all phases but the update, beside what holds always."""
-    *most, _ = [instant.bytes for instant in step.instants().values()]
+def _of_passes(
+    shape: ModelShape, setting: MemorySetting, batches: tuple[int, ...], accumulation_steps: int
+) -> Bytes:
+    """The most of all phases but the update, beside what holds always. The same in however few bits
+    the weights lie, and whatever the optimizer unless it updates within."""
+    alike = replace(
+        setting,
+        gradient_accumulation_steps=accumulation_steps,
+        storage=setting.storage and _FEW_BITS,
+        states=setting.states if setting.in_backward else ADAMW,
+        states_offloaded=False,
+    )
+    return _of_equal_passes(shape, alike, batches)
+
+
+_FEW_BITS = Storage(name="few bits", bits=4.0)
+
+
+@lru_cache(maxsize=512)
+def _of_equal_passes(shape: ModelShape, setting: MemorySetting, batches: tuple[int, ...]) -> Bytes:
+    *most, _ = [instant.bytes for instant in Step(shape, setting, batches).instants().values()]
     return np.maximum.reduce(most)
 
 
@@ -177,6 +230,8 @@ def forward_account(
     for phase, instants in points.items():
         _, at = instants.highest(tokens, float(sequence))
         most = instants.points[at[0]].beside.at(setting.tokens, sequence)
+        if phase == "layers":  # the layer's input, and what the embedding put out: a variable
+            most += 2.0 * last.input.at(setting.tokens, sequence)
         masks = shared_bytes(shape, setup, held=phase == "layers").at(setting.tokens, sequence)
         phases[phase] = dict.fromkeys(TERMS, 0.0) | {
             "weights": weights,

@@ -19,8 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
 from typing import Any, NamedTuple
 
+from thrifty.costs.adapted import FORMS, adapted, scaled_input
 from thrifty.costs.shape import LinearShape, ModelShape
 
 
@@ -37,6 +40,10 @@ class Size(NamedTuple):
 
     def times(self, factor: float) -> Size:
         return Size(self.token * factor, self.map * factor, self.fixed * factor)
+
+    def of_tokens(self, share: float) -> Size:
+        """Where a share of the tokens is there."""
+        return Size(self.token * share, self.map * share, self.fixed)
 
 
 def total(sizes: Iterable[Size]) -> Size:
@@ -61,12 +68,14 @@ class Product(NamedTuple):
     """Matrix products of ``2 inner columns`` FLOPs a token; the rows are the tokens.
 
     With ``heads``, one of attention's two products in every head, where ``columns`` is per key:
-    ``2 heads inner`` FLOPs a token and key.
+    ``2 heads inner`` FLOPs a token and key. With ``rows`` one of weights alone, whatever the
+    batch.
     """
 
     inner: int
     columns: int
     heads: int = 0
+    rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,26 +95,56 @@ class Operation:
     """Bytes of the weight, made whole out of few bits for the forward and for the backward."""
     passes: tuple[float, float] = (1.0, 1.0)
     """Elementwise kernels of the forward and of the backward, each over about its output."""
+    inside: tuple[Operation, ...] = ()
+    """What runs for a ``share`` of the tokens at a time, and again in the backward."""
+    share: float = 1.0
+    summed: float = 0.0
+    """Bytes of a weight's gradient inside, the largest: a slice's beside the sum of the others'."""
+
+
+class Operations(tuple[Operation, ...]):
+    """Those of a piece of the model. Equal only to itself: equal pieces are the same object, and
+    dear to compare."""
+
+    __slots__ = ()
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+    __ne__ = object.__ne__
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """LoRA as PEFT runs it: ``y = W x + B(A(x)) alpha / rank`` on the linears named by ``targets``.
+    """What is trained beside the linears named by ``targets``, as PEFT runs it.
 
-    ``targets`` None means ``lora_targets``, ``layers`` None every layer. The dropout inside
-    the adapter is taken to be 0.
+    Of LoRA: ``y = W x + B(A(x)) alpha / rank``. The other ``FORMS`` are in ``adapted.py``.
+    ``targets`` None means the usual ones, ``layers`` None every layer. The dropout inside the
+    adapter is taken to be 0.
     """
 
     rank: int = 16
     targets: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
+    form: str = "lora"
+    start: str = ""
+    """``pissa``: the weights give up what it begins with; ``loftq``: it begins with what few bits
+    lost."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"LoRA rank must be at least 1, not {self.rank}\nhint: try rank 16")
+        if self.form not in FORMS:
+            raise ValueError(
+                f"there is no adapter {self.form!r}\nhint: there are {', '.join(FORMS)}"
+            )
+
+    def names(self, shape: ModelShape) -> tuple[str, ...]:
+        """Of the linears that it is put on."""
+        if self.targets is not None:
+            return self.targets
+        return shape.ia3_targets if self.form == "ia3" else shape.lora_targets
 
     def adapts(self, shape: ModelShape, linear: LinearShape) -> bool:
-        return linear.name in (shape.lora_targets if self.targets is None else self.targets)
+        return linear.name in self.names(shape)
 
     def check(self, shape: ModelShape) -> None:
         """Its targets and layers must exist in the model."""
@@ -121,15 +160,26 @@ class Adapter:
                 f"hint: layers count from 0 to {shape.num_layers - 1}"
             )
 
-    def num_parameters(self, shape: ModelShape) -> int:
+    def linears(self, shape: ModelShape) -> list[LinearShape]:
+        """Those that it is put on, in the order of the layers."""
         self.check(shape)
-        layers = range(shape.num_layers) if self.layers is None else set(self.layers)
-        return sum(
-            self.rank * (linear.in_features + linear.out_features)
+        layers = range(shape.num_layers) if self.layers is None else sorted(set(self.layers))
+        return [
+            linear
             for index in layers
             for linear in shape.linears_of(index)
             if self.adapts(shape, linear)
-        )
+        ]
+
+    def num_parameters(self, shape: ModelShape) -> int:
+        """Frozen ones included."""
+        return _num_parameters(shape, self)
+
+
+@lru_cache(maxsize=512)
+def _num_parameters(shape: ModelShape, adapter: Adapter) -> int:
+    of_linear = FORMS[adapter.form].num_parameters
+    return sum(of_linear(shape, linear, adapter.rank) for linear in adapter.linears(shape))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +199,7 @@ class Program:
     """This layer has a rotary embedding."""
     training: bool = True
     quantised: bool = False
+    mlp_share: float = 0.0
     one_row: bool = False
     """The batch is a single row."""
     operations: list[Operation]
@@ -248,6 +299,31 @@ class Program:
             passes=(0.0, 0.0),
         )
 
+    def sliced(self, inside: list[Operation], x: Tensor, out: Tensor, share: float) -> Tensor:
+        """``out``, which ``inside`` makes of ``x``, for a share of its tokens at a time. Of each
+        slice ``x`` alone is kept; the slices are put together at the end."""
+        grad, trained = out.grad, [each for each in inside if each.trained]
+        again = recomputed(inside) if grad else ()
+        itemsize = self.itemsize if self.trained else self.adapter_itemsize
+        return self.emit(
+            "slices",
+            (x,),
+            out.size,
+            grad=grad,
+            saves=(x,) if grad else (),
+            packs="before" if grad else "",
+            forward=tuple(product for each in inside for product in each.forward),
+            backward=tuple(product for each in again for product in each.forward)
+            + tuple(product for each in inside for product in each.backward),
+            weight_elements=sum(each.weight_elements for each in trained),
+            trained=bool(trained),
+            # All but the first slice, which the operations themselves count.
+            unpacks=(ceil(1 / share) - 1) * sum(each.unpacks for each in inside),
+            inside=tuple(inside),
+            share=share,
+            summed=float(max((each.weight_elements for each in trained), default=0) * itemsize),
+        )
+
     def experts_product(self, kind: str, x: Tensor, inputs: int, outputs: int, rows: int) -> Tensor:
         """``rows`` copies of each token, each through the matrix of one expert."""
         assert self.shape.experts is not None
@@ -270,22 +346,24 @@ class Program:
     def linear(self, linear: LinearShape, x: Tensor) -> Tensor:
         inputs, outputs = linear.in_features, linear.out_features
         unpacks = float(inputs * outputs * self.itemsize) if self.quantised else 0.0
+        x = scaled_input(self, self.adapter, linear, x)
         out = self.product(x, inputs, outputs, trained=self.trained, unpacks=unpacks)
         if linear.bias and self.shape.bias_apart:
             out = self.apply("bias", out)
         if self.adapter is None or not self.adapter.adapts(self.shape, linear):
             return out
-        itemsize = self.adapter_itemsize
-        # PEFT casts the input of each adapted linear on its own, and autograd keeps every copy.
-        wide = self.cast(x, self.itemsize, itemsize)
-        low = self.product(wide, inputs, self.adapter.rank, trained=True, itemsize=itemsize)
-        high = self.product(low, self.adapter.rank, outputs, trained=True, itemsize=itemsize)
-        high, same = self.apply("scale", high), out
-        if self.on_cpu:  # a CPU kernel of mixed dtypes makes a wide copy first, CUDA does not
-            same = self.cast(out, self.itemsize, max(itemsize, self.itemsize))
-        both = self.add(same, high)
-        self.hold(x, wide, out)
-        return self.cast(both, max(itemsize, self.itemsize), self.itemsize)
+        return adapted(self, self.adapter, linear, x, out)
+
+    def of_weights(self, kind: str, elements: int, itemsize: int, *reads: Tensor) -> Tensor:
+        """What is made of weights alone, to which no gradient flows: of the same size whatever the
+        batch."""
+        return self.emit(kind, reads, Size(fixed=float(elements * itemsize)), grad=False)
+
+    def weights_product(self, x: Tensor, inputs: int, outputs: int, *, rows: int) -> Tensor:
+        """The same of a product, in the adapter's dtype."""
+        size = Size(fixed=float(rows * outputs * self.adapter_itemsize))
+        product = (Product(inputs, outputs, rows=rows),)
+        return self.emit("linear", (x,), size, grad=False, forward=product, passes=(0.0, 0.0))
 
     def norm(self, x: Tensor, width: int, *, weighed: bool = True) -> Tensor:
         """A norm over groups of ``width`` elements: one for the hidden size, one a head for the

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from thrifty.costs.layer import Setup, head
-from thrifty.costs.liveness import pieces
+from thrifty.costs.liveness import NO_GRADIENTS, Instants, Piece, pieces
 from thrifty.costs.operations import Size, saved, total
 from thrifty.costs.shape import ModelShape
 
@@ -36,6 +36,9 @@ class Passes:
         self.kind_of = np.array([place[id(piece)] for piece in body])  # [num_layers]
         self.before = self.bytes(total((self.first.saved, shared_bytes(shape, setup))))
         self.lone = self.bytes(lone_bytes(shape, setup))
+        # The masks that the model holds while its layers run.
+        held = shared_bytes(shape, setup, held=True)
+        self.held = self.bytes(held) - self.bytes(shared_bytes(shape, setup))
         self.input = self.bytes(self.last.input)
         # Kept of what comes before the head's product: of all tokens, however few logits there are.
         normed = takewhile(lambda each: not each.forward, head(shape, setup))
@@ -47,7 +50,6 @@ class Passes:
         self.elements = per_layer.sum() + self.last.weight_elements
         # Of weights whose gradients exist when the backward comes to a layer.
         self.done = self.last.weight_elements + (per_layer.sum() - np.cumsum(per_layer))
-        self._highest: dict[tuple[str, tuple[float, float, float]], tuple[Bytes, Any]] = {}
 
     def bytes(self, size: Size, tokens: Bytes | None = None) -> Bytes:
         tokens = self.tokens if tokens is None else tokens
@@ -55,14 +57,35 @@ class Passes:
 
     def highest(self, mode: str, gradients: tuple[float, float, float]) -> tuple[Bytes, Any]:
         """The most that each kind of layer holds in ``mode``, and when, [num_kinds, batches]."""
-        key = mode, gradients
-        if key not in self._highest:
-            found = [
-                getattr(kind, mode).highest(self.tokens, self.keys, gradients)
-                for kind in self.kinds
-            ]
-            self._highest[key] = tuple(np.stack(each) for each in zip(*found, strict=True))  # type: ignore[assignment]
-        return self._highest[key]
+        tokens = tuple(self.tokens.tolist())
+        found = [highest_of(kind, mode, tokens, self.keys, gradients) for kind in self.kinds]
+        most, at = (np.stack(each) for each in zip(*found, strict=True))
+        return most, at
+
+
+def highest_of(
+    piece: Piece,
+    mode: str,
+    tokens: tuple[float, ...],
+    keys: float,
+    gradients: tuple[float, float, float],
+) -> tuple[Bytes, Any]:
+    """``Instants.highest`` of a pass over a piece, which is the same in many programs."""
+    return _highest_of(
+        piece, mode, tokens, keys, gradients if piece.weight_elements else NO_GRADIENTS
+    )
+
+
+@lru_cache(maxsize=4096)
+def _highest_of(
+    piece: Piece,
+    mode: str,
+    tokens: tuple[float, ...],
+    keys: float,
+    gradients: tuple[float, float, float],
+) -> tuple[Bytes, Any]:
+    instants: Instants = getattr(piece, mode)
+    return instants.highest(np.array(tokens), keys, gradients)
 
 
 @lru_cache(maxsize=256)

@@ -14,7 +14,7 @@ import numpy as np
 
 from thrifty.costs.held import largest_tensor, state_bytes, step_bytes, update_bytes, weight_bytes
 from thrifty.costs.liveness import NO_GRADIENTS, Instants, Point
-from thrifty.costs.passes import passes_of
+from thrifty.costs.passes import highest_of, passes_of, shared_bytes
 from thrifty.costs.setting import MemorySetting, setup_of
 from thrifty.costs.shape import ModelShape
 from thrifty.costs.stored import stored_of
@@ -63,7 +63,8 @@ class Step:
         self.trained = trained(shape, setting)
         self.gradients = self.trained.num_elements * self.itemsize / self.shards
         # While gradients accumulate all exist, and a new one lives until it is added to the old.
-        self.accumulating = setting.gradient_accumulation_steps > 1
+        # Replicas have theirs in the buckets that are added up, which stay.
+        self.accumulating = setting.gradient_accumulation_steps > 1 or setting.replicas > 1
         # A tied head's new gradient waits for the embedding's before it is added or used up.
         tied = shape.tie_word_embeddings and self.setup.trains_embedding(shape)
         self.tied = shape.head_parameters * self.itemsize if tied else 0.0
@@ -85,7 +86,7 @@ class Step:
         setting, shape = self.setting, self.shape
         adapter = 0.0
         if setting.adapter is not None:
-            adapter = float(self.trained.num_elements * setting.trained_itemsize)
+            adapter = float(setting.adapter.num_parameters(shape) * setting.trained_itemsize)
         optimizer = 0.0 if setting.states_offloaded else state_bytes(shape, setting)
         held = {
             "weights": weight_bytes(shape, setting),
@@ -162,17 +163,17 @@ class Step:
         summed up over the chunks."""
         chunk, last = self.setting.loss_chunk, self.passes.last
         tokens = np.minimum(self.tokens, float(chunk)) if chunk else self.tokens
-        both = last.forward.points + last.backward.points
-        columns = np.concatenate([last.forward.columns, last.backward.columns])
         # A tied head is updated with the embedding.
         per_element = (self.left, self.fresh, 0.0 if self.tied else self.update)
-        most, at = Instants(both, columns).highest(tokens, self.keys, per_element)
+        each = tuple(tokens.tolist())
+        most, at = highest_of(last, "through", each, self.keys, per_element)
+        points = last.through.points
         several = (self.tokens > chunk) if chunk else np.zeros_like(self.tokens)
         waiting = self._waiting(tokens) if chunk else np.zeros_like(self.tokens)
         summed = last.weight_elements * self.itemsize * several
 
         def terms(batch: int) -> dict[str, float]:
-            kept, beside, made = self._parts(both[at[batch]], batch, tokens, per_element)
+            kept, beside, made = self._parts(points[at[batch]], batch, tokens, per_element)
             return {
                 "activations": float(self.kept[batch] + waiting[batch]),
                 "logits": kept + beside,
@@ -265,27 +266,38 @@ class Step:
         return Instant(np.zeros_like(self.tokens) + gradients + allocated, terms)
 
     def _forwards(self) -> dict[str, Instant]:
-        """Zeroth order: two forwards, between which every weight in turn gets its noise."""
+        """Zeroth order: two forwards, in which each weight is moved for its use."""
 
-        def forward(points: Instants, term: str) -> Instant:
+        def forward(points: Instants, term: str, held: Bytes) -> Instant:
             most, at = points.highest(self.tokens, self.keys)
 
             def terms(batch: int) -> dict[str, float]:
                 kept, beside, _ = self._parts(points.points[at[batch]], batch, self.tokens)
-                return {term: kept + beside, "temporaries": self.gathered}
+                return {term: kept + beside, "temporaries": self.gathered + float(held[batch])}
 
-            return Instant(most + self.gathered, terms)
+            return Instant(most + self.gathered + held, terms)
 
         top = self.passes.kinds[self.passes.kind_of[-1]]
+        moved = float(largest_tensor(self.shape) * self.setting.itemsize)
+        masks = self.passes.bytes(shared_bytes(self.shape, self.setup, held=True))
+        # The model itself holds the embedding's output, and a layer's input while the layer runs.
+        around = masks + (2.0 if self.shape.num_layers > 1 else 1.0) * self.passes.input
         return {
-            "layers": forward(top.forward, "activations"),
-            "loss": forward(self.passes.last.forward, "logits"),
+            "layers": forward(top.forward, "activations", around + moved),
+            # The model's own forward holds what the logits are made of.
+            "loss": forward(self.passes.last.forward, "logits", self.passes.input),
         }
 
     def _perturbation(self) -> Instant:
-        largest = max(self.shape.head_parameters, largest_tensor(self.shape))
-        noise = float(largest * self.setting.itemsize)
-        return Instant(np.zeros_like(self.tokens) + noise, lambda batch: {"temporaries": noise})
+        """Of the largest weight, which is the head's: beside what it is given and the logits."""
+        noise = float(self.shape.head_parameters * self.setting.itemsize)
+        logits = self.tokens * float(self.shape.vocab_size * self.setting.itemsize)
+        held = self.passes.input + logits
+
+        def terms(batch: int) -> dict[str, float]:
+            return {"logits": float(held[batch]), "temporaries": noise + self.gathered}
+
+        return Instant(held + noise + self.gathered, terms)
 
 
 def _highest_of(one: Instant, other: Instant | None) -> Instant:

@@ -6,8 +6,9 @@ what they save does not add up.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from thrifty.costs.blocks import Block, Blocks
 from thrifty.costs.layer import Setup
 from thrifty.costs.operations import Adapter
 from thrifty.costs.shape import ITEMSIZE, LinearShape, ModelShape
@@ -38,8 +39,8 @@ class States:
 
         m n (relative itemsize + absolute) + edge (m + n)
 
-    or, with a rank r < m, (2 r n + m r) itemsize; for a vector ``vector`` bytes an element, where
-    given.
+    or, with a rank r < m, (2 r n + m r) itemsize, the embedding and the head apart, which are not
+    projected; for a vector ``vector`` bytes an element, where given.
     """
 
     name: str
@@ -50,15 +51,22 @@ class States:
     """Moments of the gradient projected to this rank, and the projector."""
     projector: bool = True
     """False: the projector is made anew from a seed."""
+    low: tuple[float, float] | None = None
+    """Bytes an element of such a moment and of the projector, where it is not the weight's."""
     vector: float | None = None
     wide_embedding: float = 0.0
-    """Bytes an element of the embedding keeps instead, where it is treated apart."""
+    """Bytes an element of the embedding keeps instead, where it is treated apart; a head that is
+    not tied to it is not."""
     step_all: float = 0.0
     """Copies of all that is trained, which the step makes; 1 for AdamW's ``foreach`` on CUDA."""
     step_largest: float = 0.0
     """Bytes an element of the largest trained tensor."""
     step_casts: float = 0.0
     """Float32 copies of it, where it is narrower itself."""
+    step_cpu: float = 0.0
+    """Bytes an element of it on a CPU, where the library has no fused kernel there."""
+    step_cpu_casts: float = 0.0
+    """Float32 copies beside these, where it is narrower."""
     moved: float = 7.0
     """Times that the trained weights' bytes go through memory in a step."""
     cpu_factor: float = 1.0
@@ -67,7 +75,13 @@ class States:
     def matrix_bytes(self, rows: int, columns: int, itemsize: int) -> float:
         small, large = sorted((rows, columns))
         if self.rank and self.rank < small:
-            return (2.0 * self.rank * large + self.projector * small * self.rank) * itemsize
+            moment, projector = self.low or (itemsize, itemsize)
+            projected = 2.0 * self.rank * large * moment
+            return projected + self.projector * small * self.rank * projector
+        return self.table_bytes(rows, columns, itemsize)
+
+    def table_bytes(self, rows: int, columns: int, itemsize: int) -> float:
+        """Of the head, and of the embedding where it is not wide."""
         elements = rows * columns * (self.relative * itemsize + self.absolute)
         return elements + self.edge * (rows + columns)
 
@@ -96,13 +110,21 @@ class MemorySetting:
     device_kind: str = "cpu"
     num_devices: int = 1
     """Over which weights, gradients and states are sharded (FSDP), a layer gathered at a time."""
+    replicas: int = 1
+    """Devices that each hold all of it and add up their gradients (DDP)."""
 
     # what is trained: all weights, unless one of these says otherwise
     adapter: Adapter | None = None
     adapter_dtype: str = "float32"
     """PEFT keeps adapters in float32 unless told otherwise."""
+    blocks: Blocks | None = None
+    """These take turns; at one turn the next three say which it is."""
     only_layers: frozenset[int] | None = None
-    """Blockwise: the weights of these layers alone."""
+    """The weights of these layers alone."""
+    with_embedding: bool = False
+    """Of the embedding beside them."""
+    with_head: bool = False
+    """Of the final norm and the head beside them."""
     only_head: bool = False
     zeroth_order: bool = False
     """Two forwards and no backward (MeZO)."""
@@ -113,6 +135,8 @@ class MemorySetting:
     # how it is held
     storage: Storage | None = None
     """Of the frozen linears; None: as they are."""
+    layers_on_host: bool = False
+    """The frozen layers wait on the host; one at a time is on the device."""
     states: States = ADAMW
     states_offloaded: bool = False
     """They live on the host."""
@@ -128,6 +152,8 @@ class MemorySetting:
     """Of those, the outputs of products and attention are kept."""
     offload: bool = False
     """What is kept from the forward to the backward waits on the host."""
+    mlp_chunk: int = 0
+    """Tokens of a row whose MLP runs at a time, and again in the backward; 0: all, once."""
     loss_chunk: int = 0
     """Tokens whose logits exist at a time; 0: all."""
     holds_logits: bool = False
@@ -169,6 +195,21 @@ class MemorySetting:
         return self.itemsize if self.adapter is None else ITEMSIZE[self.adapter_dtype]
 
 
+def at_turn(setting: MemorySetting, block: Block) -> MemorySetting:
+    """The steps of one turn of ``setting.blocks``."""
+    return replace(
+        setting,
+        only_layers=block.layers,
+        with_embedding=block.embedding,
+        with_head=block.head,
+    )
+
+
+def takes_turns(setting: MemorySetting) -> Blocks | None:
+    """What takes turns over the steps of a setting; None at one turn, and where nothing does."""
+    return setting.blocks if setting.only_layers is None else None
+
+
 def setup_of(
     shape: ModelShape,
     setting: MemorySetting,
@@ -186,9 +227,12 @@ def setup_of(
         on_cpu=setting.device_kind == "cpu",
         adapter=setting.adapter,
         only_layers=setting.only_layers,
+        with_embedding=setting.with_embedding,
+        with_head=setting.with_head,
         only_head=setting.only_head,
         recompute=bool(setting.recompute),
         quantised=setting.storage is not None,
+        mlp_share=min(1.0, setting.mlp_chunk / setting.sequence) if backward else 0.0,
         backward=backward,
         training=backward,
         # A mask that the caller has to give is given also where it hides nothing but the future.
@@ -199,7 +243,9 @@ def setup_of(
 
 
 def only_frozen(setting: MemorySetting, what: str) -> str | None:
-    """Why weights in few bits cannot be combined with a setting that trains them."""
+    """Why weights in few bits cannot be combined with a setting that trains or changes them."""
+    if setting.adapter is not None and setting.adapter.start == "pissa":
+        return f"it changes the weights to begin with, which {what} cannot follow"
     if setting.adapter is not None:
         return None
     if setting.zeroth_order:
@@ -207,6 +253,22 @@ def only_frozen(setting: MemorySetting, what: str) -> str | None:
             f"a zeroth-order step moves the weights themselves, by less than {what} can tell apart"
         )
     return f"weights in {what} cannot be trained themselves, only adapters on them"
+
+
+def widened_by_vectors(setting: MemorySetting) -> str | None:
+    """Why bitsandbytes' linears, which put out bf16, cannot be scaled by vectors in float32."""
+    if setting.adapter is None or setting.adapter.form != "ia3":
+        return None
+    if setting.adapter_dtype == "bfloat16":
+        return None
+    return "its vectors in float32 widen keys and values alone; give ia3 adapter_dtype bfloat16"
+
+
+def only_in_full(setting: MemorySetting) -> str | None:
+    """Why an adapter cannot begin on weights that are held in full."""
+    if setting.adapter is not None and setting.adapter.start == "loftq":
+        return "it begins with what 4 bits lose of the weights, and these lose nothing"
+    return None
 
 
 def needs_a_gradient(setting: MemorySetting) -> str | None:

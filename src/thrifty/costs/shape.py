@@ -274,6 +274,20 @@ class ModelShape:
         return tuple(dict.fromkeys(linear.name for linear in found if linear.out_features > 1))
 
     @cached_property
+    def last_of_the_mlp(self) -> tuple[str, ...]:
+        """The name of the linear that leads out of it; none where all layers have experts."""
+        return tuple(linear.name for linear in self.linears if linear.part == "mlp")[-1:]
+
+    @cached_property
+    def ia3_targets(self) -> tuple[str, ...]:
+        """What (IA)3 scales: keys, values and what the mlp's last linear reads. Where one linear
+        makes more than keys or values, all that it makes."""
+        attention = [linear.name for linear in self.linears if linear.part == "attention"]
+        apart = tuple(name for name in ("k_proj", "v_proj") if name in attention)
+        found = (*(apart or attention[-2:-1]), *self.last_of_the_mlp)
+        return tuple(name for name in found if name in self.lora_targets)
+
+    @cached_property
     def parameters_by_part(self) -> dict[str, int]:
         """Parameters of each of ``PARTS``: a router counts to the experts, a shared expert to the
         mlp, a tied head to neither."""

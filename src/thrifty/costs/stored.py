@@ -72,8 +72,11 @@ class Stored:
     def last_forward(self) -> LayerForward:
         """May hold more than the head."""
         passes = self.passes
-        top = passes.kinds[passes.kind_of[-1]]
-        points, below = top.forward, self.kept - self.layers[-1]
+        bottom, top = (passes.kinds[passes.kind_of[end]] for end in (0, -1))
+        points, below = top.forward_within, self.kept - self.layers[-1] + passes.held
+        stays = not self.offload and (bottom.keeps_input or self.again[0])
+        if len(passes.kind_of) > 1 and not stays:  # the model holds what its embedding put out
+            below = below + passes.input
         if self.again[-1] or self.offload:
             bare = not self.selective or self.offload
             points = top.forward_bare if bare else top.forward_selective

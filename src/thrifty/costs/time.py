@@ -20,14 +20,16 @@ traffic and transfers do not overlap; no data loading.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from thrifty.costs.blocks import mean_turns
 from thrifty.costs.hardware import Device
+from thrifty.costs.held import fetched_bytes, state_bytes_of
 from thrifty.costs.layer import Setup, embedding, head, layers
 from thrifty.costs.memory import (
     MemorySetting,
@@ -36,13 +38,13 @@ from thrifty.costs.memory import (
     setup_of,
     weight_bytes,
 )
-from thrifty.costs.operations import Operation, Product, Size, recomputed
+from thrifty.costs.operations import Operation, Operations, Product, Size, recomputed, total
+from thrifty.costs.setting import at_turn, takes_turns
 from thrifty.costs.shape import ModelShape
+from thrifty.costs.trained import Trained, trained
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    Program = tuple[Operation, ...]
 
 LARGE_EFFICIENCY = 0.55
 """Share of the peak that large matrix products of real training reach (MFU of well-run jobs)."""
@@ -110,18 +112,40 @@ def seconds_by_optimizer(
     device: Device,
     micro_batches: Sequence[int],
 ) -> NDArray[np.float64]:
-    """``step_seconds`` of settings that differ in their optimizer alone, [settings, batches]."""
+    """``step_seconds`` of settings that differ in their optimizer alone, [settings, batches]. Of
+    blocks that take turns, the mean over a cycle."""
     batches, first = tuple(micro_batches), settings[0]
+    if blocks := takes_turns(first):
+        seconds = np.zeros((len(settings), len(batches)))
+        for block, weight in mean_turns(shape, blocks):
+            turn = at_turn(first, block)
+            seconds += weight * _seconds_of(shape, turn, settings, device, batches)
+        return seconds
+    return _seconds_of(shape, first, settings, device, batches)
+
+
+def _seconds_of(
+    shape: ModelShape,
+    first: MemorySetting,
+    settings: Sequence[MemorySetting],
+    device: Device,
+    batches: tuple[int, ...],
+) -> NDArray[np.float64]:
+    """The passes of ``first``, with the updates of all: what it trains is what each does."""
+    found = trained(shape, first)
     *factors, of_update = _factors(device, first)
     *passes, _ = _terms(shape, first, device, batches, "train")
     if first.reference:
         *more, _ = _terms(shape, first, device, batches, "forward")
         passes = [one + other for one, other in zip(passes, more, strict=True)]
     fitted: Any = sum(factor * term for factor, term in zip(factors, passes, strict=True))
+    if device.kind == "cpu":  # whose cores the replicas share
+        fitted = fitted * first.replicas
     fitted = fitted + _transfers(shape, first, device, batches)
     updates = [
-        of_update * _optimizer_seconds(shape, setting, device)
-        + _offloaded_seconds(shape, setting, device)
+        of_update * _optimizer_seconds(shape, setting, device, found)
+        + _offloaded_seconds(setting, device, found)
+        + _parked_seconds(shape, setting, device, found)
         for setting in settings
     ]
     return fitted + np.array(updates)[:, None]
@@ -182,7 +206,10 @@ def _terms(
         twice * products,
         twice * memory,
         twice * kernels,
-        np.full_like(tokens, _optimizer_seconds(shape, setting, device) if train else 0.0),
+        np.full_like(
+            tokens,
+            _optimizer_seconds(shape, setting, device, trained(shape, setting)) if train else 0.0,
+        ),
     )
 
 
@@ -206,9 +233,11 @@ def _fresh_bytes(
     return fresh
 
 
-def _optimizer_seconds(shape: ModelShape, setting: MemorySetting, device: Device) -> float:
+def _optimizer_seconds(
+    shape: ModelShape, setting: MemorySetting, device: Device, found: Trained
+) -> float:
     """The weights, gradients and states go through memory some times."""
-    size = num_trained(shape, setting) * setting.trained_itemsize
+    size = found.num_elements * setting.trained_itemsize
     times = setting.states.moved
     if setting.zeroth_order:  # the noise is added, taken twice, added again; then the update
         size, times = int(weight_bytes(shape, setting)), 8.0
@@ -224,7 +253,8 @@ def _transfers(
     shape: ModelShape, setting: MemorySetting, device: Device, micro_batches: tuple[int, ...]
 ) -> NDArray[np.float64]:
     """Seconds on the links, nothing of which is taken to overlap: offloaded activations down and up
-    again, shards gathered twice and gradients scattered once."""
+    again, layers from the host, shards gathered twice and gradients scattered once, those of
+    replicas added up in a ring."""
     tokens = np.array(micro_batches, dtype=float)
     seconds = np.zeros_like(tokens)
     if setting.offload:
@@ -236,15 +266,28 @@ def _transfers(
         gathered = 2.0 * weight_bytes(shape, setting)
         gathered += num_trained(shape, setting) * setting.trained_itemsize
         seconds += share * gathered / device.peer_bytes_per_second
-    return seconds
+    if setting.replicas > 1:
+        share = (setting.replicas - 1) / setting.replicas
+        gradients = num_trained(shape, setting) * setting.trained_itemsize
+        seconds += 2.0 * share * gradients / device.peer_bytes_per_second
+    return seconds + fetched_bytes(shape, setting) / device.host_bytes_per_second
 
 
-def _offloaded_seconds(shape: ModelShape, setting: MemorySetting, device: Device) -> float:
-    """Gradients down to the moments on the host, and weights up again."""
+def _offloaded_seconds(setting: MemorySetting, device: Device, found: Trained) -> float:
+    """Gradients and weights down to the moments on the host, and weights up again."""
     if not setting.states_offloaded:
         return 0.0
-    size = num_trained(shape, setting) * setting.trained_itemsize / setting.num_devices
-    return 2.0 * size / device.host_bytes_per_second
+    size = found.num_elements * setting.trained_itemsize / setting.num_devices
+    return 3.0 * size / device.host_bytes_per_second
+
+
+def _parked_seconds(
+    shape: ModelShape, setting: MemorySetting, device: Device, found: Trained
+) -> float:
+    """A block's states up from the host for its turn of one step, and down again after it."""
+    if not (setting.blocks and setting.blocks.parked) or device.kind == "cpu":
+        return 0.0
+    return 2.0 * state_bytes_of(shape, found, setting) / device.host_bytes_per_second
 
 
 class Work(NamedTuple):
@@ -263,67 +306,92 @@ class Work(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _work(shape: ModelShape, setup: Setup, recompute: int = 0, selective: bool = False) -> Work:
+    body = tuple(layers(shape, setup))
+    pieces = Counter((embedding(shape, setup), head(shape, setup), *body))
+    done = [(_once(each, setup.itemsize, setup.on_cpu), n) for each, n in pieces.items()]
+    for each, times in Counter(body[::recompute] if recompute else ()).items():
+        done.append((_again(each, setup.itemsize, setup.on_cpu, selective), times))
     products: Counter[Product] = Counter()
     written: Counter[Size] = Counter()
     gradients: Counter[float] = Counter()
-    token = keyed = fixed = kernels = weights = 0.0
+    moved: list[Size] = []
+    weights = kernels = 0.0
+    for work, times in done:
+        for product, number in work.products.items():
+            products[product] += times * number
+        for size, number in work.written.items():
+            written[size] += times * number
+        for gradient, number in work.gradients.items():
+            gradients[gradient] += times * number
+        moved.append(work.moved.times(times))
+        weights += times * work.moved_weights
+        kernels += times * work.kernels
+    return Work(products, total(moved), weights, written, gradients, kernels)
 
-    def add(operation: Operation, layers: int, *, backward: bool, again: bool = False) -> None:
-        nonlocal token, keyed, fixed, kernels, weights
+
+@lru_cache(maxsize=2048)
+def _once(operations: Operations, itemsize: int, on_cpu: bool) -> Work:
+    """A piece's forward and its backward."""
+    sliced = [each for each in operations if each.inside]
+    run = [each for each in operations if each.kind != "hold"]
+    run += [inner for each in sliced for inner in each.inside if inner.kind != "hold"]
+    both = [(each, False) for each in run] + [(each, True) for each in run if each.writes.grad]
+    for each in sliced:
+        again = recomputed(each.inside) if each.writes.grad else ()
+        both += [(inner, False) for inner in again if inner.kind != "hold"]
+    return _of_kernels(both, itemsize, on_cpu)
+
+
+@lru_cache(maxsize=2048)
+def _again(operations: Operations, itemsize: int, on_cpu: bool, selective: bool) -> Work:
+    """Its second forward; ``selective``: what its products put out was kept."""
+    run = [each for each in recomputed(operations) if each.kind != "hold"]
+    left = [(each, False) for each in run if not (selective and each.forward)]
+    return _of_kernels(left, itemsize, on_cpu)
+
+
+def _of_kernels(kernels: Iterable[tuple[Operation, bool]], itemsize: int, on_cpu: bool) -> Work:
+    """Of operations, each with whether it is its backward."""
+    products: Counter[Product] = Counter()
+    written: Counter[Size] = Counter()
+    gradients: Counter[float] = Counter()
+    token = keyed = fixed = count = weights = 0.0
+    for operation, backward in kernels:
         done = operation.backward if backward else operation.forward
-        if again and selective and done:
-            return  # what it put out was kept
-        for product in done:
-            products[product] += layers
+        if operation.inside:  # whose operations are there themselves
+            done = ()
+        products.update(done)
         passes = operation.passes[backward]
-        kernels += layers * (passes + len(done))
-        if setup.on_cpu:
+        count += passes + len(done)
+        if on_cpu:
             passes *= CPU_PASSES.get(operation.kind, (1.0, 1.0))[backward]
         for tensor in (*operation.reads, operation.writes):
-            token += layers * passes * tensor.size.token
-            keyed += layers * passes * tensor.size.map
-            fixed += layers * passes * tensor.size.fixed
+            token += passes * tensor.size.token
+            keyed += passes * tensor.size.map
+            fixed += passes * tensor.size.fixed
         # A weight in few bits is read and written whole.
-        weights += layers * UNPACKING * operation.unpacks
+        weights += UNPACKING * operation.unpacks
         if not backward:
-            written[operation.writes.size] += layers
-            return
+            written[operation.writes.size] += 1
+            continue
         for tensor in operation.reads:
             if tensor.grad:
-                written[tensor.size] += layers
-        if operation.trained:
-            size = operation.weight_elements * setup.itemsize
-            gradients[size] += layers
+                written[tensor.size] += 1
+        if operation.trained and not operation.inside:
+            size = float(operation.weight_elements * itemsize)
+            gradients[size] += 1
             # filled with zeros first
-            weights += layers * size if operation.kind == "embedding" else 0.0
-
-    body = tuple(layers(shape, setup))
-    for operations, times in _distinct((embedding(shape, setup), head(shape, setup), *body)):
-        for operation in operations:
-            if operation.kind == "hold":
-                continue
-            add(operation, times, backward=False)
-            if operation.writes.grad:
-                add(operation, times, backward=True)
-    if recompute:
-        for operations, times in _distinct(body[::recompute]):
-            for operation in recomputed(operations):
-                if operation.kind != "hold":
-                    add(operation, times, backward=False, again=True)
-    return Work(products, Size(token, keyed, fixed), weights, written, gradients, kernels)
-
-
-def _distinct(programs: Sequence[Program]) -> Iterator[tuple[Program, int]]:
-    """Each with how often it is there. Equal layers are the same object, and dear to compare."""
-    times = Counter(map(id, programs))
-    for key, program in {id(program): program for program in programs}.items():
-        yield program, times[key]
+            weights += size if operation.kind == "embedding" else 0.0
+    return Work(products, Size(token, keyed, fixed), weights, written, gradients, count)
 
 
 def _product(product: Product, tokens: Any, keys: float) -> tuple[Any, Any]:
     """FLOPs and smallest dimension."""
     if product.heads:
         return 2.0 * product.heads * product.inner * tokens * keys, product.inner
+    if product.rows:
+        flops = 2.0 * product.rows * product.inner * product.columns
+        return flops, min(product.rows, product.inner, product.columns)
     flops = 2.0 * tokens * product.inner * product.columns
     return flops, np.minimum(tokens, min(product.inner, product.columns))
 

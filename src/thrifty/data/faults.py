@@ -20,6 +20,7 @@ REASONS: Mapping[str, str] = {
     "missing_fields": "no known set of fields",
     "empty": "an empty answer or text",
     "no_assistant": "no assistant turn",
+    "same_answers": "chosen and rejected are the same",
     "over_long": "longer than the limit",
     "invalid_utf8": "bytes that are not UTF-8",
     "nul": "a NUL character",

@@ -36,6 +36,7 @@ SCHEMA = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         ("loss_mask", pa.list_(pa.bool_())),
         ("truncated", pa.bool_()),
+        ("border", pa.int32()),
         ("num_tokens", pa.int32()),
         ("num_loss_tokens", pa.int32()),
         ("fingerprint", pa.binary(16)),
@@ -68,6 +69,7 @@ def write_shard(folder: Path, index: int, rows: Sequence[tuple[Row, Tokens]]) ->
         "input_ids": _lists([t.input_ids for t in tokens], pa.int32()),
         "loss_mask": _lists([t.loss_mask for t in tokens], pa.bool_()),
         "truncated": [t.truncated for t in tokens],
+        "border": [t.border for t in tokens],
         "num_tokens": [t.num_tokens for t in tokens],
         "num_loss_tokens": [t.num_loss_tokens for t in tokens],
         "fingerprint": [row.fingerprint for row in kept],
@@ -177,8 +179,8 @@ class Shard:
 
     def _read_tokens(self) -> list[Tokens]:
         ids, mask = self._split("input_ids"), self._split("loss_mask")
-        truncated = self._column("truncated").to_pylist()
-        return [Tokens(*columns) for columns in zip(ids, mask, truncated, strict=True)]
+        more = [self._column(name).to_pylist() for name in ("truncated", "border")]
+        return [Tokens(*columns) for columns in zip(ids, mask, *more, strict=True)]
 
     def _split(self, name: str) -> list[NDArray[Any]]:
         lists = self._column(name).combine_chunks()

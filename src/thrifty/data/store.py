@@ -34,11 +34,19 @@ from thrifty.data.pool import BadRow, Row
 from thrifty.data.shard import SCHEMA, Shard, ShardFile, read_shard, sha256_of, write_shard
 from thrifty.data.tokens import Tokens, tokenize_rows
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
 BATCH_ROWS = 256
 MAX_REASONS = 5
+ROWS = {
+    "sft": "rows need text, prompt and completion, messages, or a pair such as instruction and "
+    "output",
+    "continued": "rows need text, or prompt and completion",
+    "preference": "rows need prompt, chosen and rejected, each a text or a list of messages; with "
+    "one answer a row, --task sft trains on them",
+}
+"""task -> what its rows are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +65,10 @@ class StoreManifest:
     num_loss_tokens: int
     num_squared_tokens: int
     num_truncated: int
+    num_padded_tokens: int
+    """The same with the shorter side of each pair as long as its other one."""
     max_tokens: int
-    """Tokens of the longest example."""
+    """Tokens of the longest sequence: of an example, or of a side of a pair."""
     lengths: dict[str, int] = field(default_factory=dict)
     """Histogram: "128" -> examples of 65 to 128 tokens."""
     shards: tuple[ShardFile, ...] = ()
@@ -72,6 +82,7 @@ class StoreManifest:
             max_tokens=self.max_tokens,
             num_loss_tokens=self.num_loss_tokens,
             num_squared_tokens=self.num_squared_tokens,
+            num_padded_tokens=self.num_padded_tokens,
         )
 
     @classmethod
@@ -94,11 +105,12 @@ def build_store(
     *,
     shard_rows: int = 4096,
     tokenizer_fingerprint: str,
+    task: str = "sft",
 ) -> StoreManifest:
     """Tokenise ``rows`` and write them to ``directory``, replacing a store that is there.
 
     Rows whose answer is cut off, or that the chat template refuses, join the bad ones. No valid row
-    at all is a ``ValueError`` that names the first reasons.
+    at all is a ``ValueError`` that names the first reasons, and what the rows of ``task`` are.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +137,7 @@ def build_store(
         quarantine.flush()
         os.fsync(quarantine.fileno())
     if not shards:
-        raise ValueError(totals.nothing_valid())
+        raise ValueError(totals.nothing_valid(task))
     manifest = totals.manifest(tuple(shards), tokenizer_fingerprint, max_length)
     write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1))
     return manifest
@@ -177,17 +189,19 @@ class _Totals:
         self._counts["num_examples"] += 1
         self._counts["num_tokens"] += tokens.num_tokens
         self._counts["num_loss_tokens"] += tokens.num_loss_tokens
-        self._counts["num_squared_tokens"] += tokens.num_tokens**2
+        sizes = [len(side.input_ids) for side in tokens.sides]
+        self._counts["num_squared_tokens"] += sum(size**2 for size in sizes)
+        self._counts["num_padded_tokens"] += len(sizes) * max(sizes)
         self._counts["num_truncated"] += tokens.truncated
         self._lengths[1 << (tokens.num_tokens - 1).bit_length()] += 1
-        self._max_tokens = max(self._max_tokens, tokens.num_tokens)
+        self._max_tokens = max(self._max_tokens, *sizes)
 
     def add_bad(self, row: BadRow) -> None:
         self._bad[row.code] += 1
         if len(self._first_bad) < MAX_REASONS:
             self._first_bad.append(row)
 
-    def nothing_valid(self) -> str:
+    def nothing_valid(self, task: str) -> str:
         if not self._first_bad:
             return "the data holds no rows at all\nhint: check that the files are not empty"
         reasons = "; ".join(f"{row.file}:{row.number}: {row.reason}" for row in self._first_bad)
@@ -199,8 +213,7 @@ class _Totals:
             )
         return (
             f"none of the {sum(self._bad.values()):,} rows can be used: {reasons}\n"
-            "hint: rows need text, prompt and completion, messages, or a pair such as "
-            "instruction and output"
+            f"hint: {ROWS[task]}"
         )
 
     def manifest(
@@ -216,6 +229,7 @@ class _Totals:
             num_loss_tokens=self._counts["num_loss_tokens"],
             num_squared_tokens=self._counts["num_squared_tokens"],
             num_truncated=self._counts["num_truncated"],
+            num_padded_tokens=self._counts["num_padded_tokens"],
             max_tokens=self._max_tokens,
             lengths={str(size): count for size, count in sorted(self._lengths.items())},
             shards=shards,

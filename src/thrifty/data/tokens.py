@@ -5,7 +5,7 @@
 | text | all of the text and the end-of-sequence token |
 | prompt_completion | the completion and the end-of-sequence token |
 | messages (also as prompt and completion) | content and end of each assistant turn (``chat.py``) |
-| preference | both answers; ids are prompt + chosen, then prompt + rejected: to be counted only |
+| preference | both answers; ids are prompt + chosen, then from ``border`` on prompt + rejected |
 
 Strings are not put through a chat template, as in TRL. The tokenizer adds what it adds
 (beginning-of-sequence, say); the end-of-sequence id is appended where it is not there already.
@@ -53,6 +53,16 @@ class Tokens:
     input_ids: NDArray[np.int32]  # [num_tokens]
     loss_mask: NDArray[np.bool_]  # [num_tokens], true where loss falls
     truncated: bool = False
+    border: int = 0
+    """Of a pair, where its second sequence begins; 0: it is no pair."""
+
+    @property
+    def sides(self) -> tuple[Tokens, ...]:
+        """The sequences that a model reads: of a pair the chosen one, then the rejected one."""
+        if not self.border:
+            return (self,)
+        parts = (slice(None, self.border), slice(self.border, None))
+        return tuple(Tokens(self.input_ids[part], self.loss_mask[part]) for part in parts)
 
     @property
     def num_tokens(self) -> int:
@@ -60,8 +70,8 @@ class Tokens:
 
     @property
     def num_loss_tokens(self) -> int:
-        """Tokens that are predicted: those of the mask, without the first of the row."""
-        return int(np.count_nonzero(self.loss_mask[1:]))
+        """Tokens that are predicted: those of the mask, without the first of a sequence."""
+        return sum(int(np.count_nonzero(side.loss_mask[1:])) for side in self.sides)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +170,15 @@ def _checked(
         return BadRow.of(row.id, row.file, row.number, fault)
     if len(sides) == 1:
         return sides[0]
+    if np.array_equal(sides[0].input_ids, sides[1].input_ids):
+        cut = f" as far as max_length {max_length} keeps them" * sides[0].truncated
+        fault = Fault("same_answers", f"chosen and rejected are the same{cut}", row.text)
+        return BadRow.of(row.id, row.file, row.number, fault)
     return Tokens(
         np.concatenate([side.input_ids for side in sides]),
         np.concatenate([side.loss_mask for side in sides]),
         any(side.truncated for side in sides),
+        len(sides[0].input_ids),
     )
 
 

@@ -97,12 +97,12 @@ class Greats(OnlineMethod):
         if setting.recompute:
             return (
                 "it needs what every layer was given, which activation checkpointing drops\n"
-                "hint: training.activation_checkpointing: false, or smaller batches"
+                "hint: training.memory.activations: keep, or smaller batches"
             )
         if shape.experts and setting.adapter is None:
             return (
                 "the gradients of fused experts cannot be told apart by row\n"
-                "hint: training.method: lora"
+                "hint: training.memory.trained: lora"
             )
         return None
 

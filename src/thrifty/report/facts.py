@@ -18,6 +18,7 @@ from thrifty.core.budget import RESOURCES, Budget, Cost
 from thrifty.core.ledger import Ledger, Rates
 from thrifty.core.plan import Plan
 from thrifty.core.resolve import parse_spec
+from thrifty.memory_plan import trained_name
 
 _ENDING = "train on or stop"
 """The name of the governor's decisions."""
@@ -123,7 +124,7 @@ class Facts:
     def _planned_method(self, name: str) -> str:
         if name == "select":
             return parse_spec("scorer", self.plan.selection.scorer)[0]
-        return self.plan.training.method if name == "train" else name
+        return trained_name(self.plan.training.memory) if name == "train" else name
 
     def _stage_predicted(self, row: Mapping[str, Any]) -> dict[str, float | None]:
         """A stage that was opened without a prediction has none; that is not a prediction of 0."""

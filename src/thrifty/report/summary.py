@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from thrifty.core.budget import HELD, RESOURCES, Budget, Cost
+from thrifty.core.contracts import MEMORY_KINDS
 from thrifty.core.plan import Plan
 from thrifty.core.resolve import parse_spec
 from thrifty.costs.shape import read_shape
+from thrifty.memory_plan import dtype_of, trained_name
 from thrifty.report.facts import Facts, amounts, difference, gain_per
 from thrifty.report.files import Files
 from thrifty.report.inert import redact
@@ -101,12 +103,13 @@ def _binding(budget: Budget, spent: Cost) -> dict[str, Any] | None:
 def _method(plan: Plan) -> dict[str, Any]:
     """What training was set to."""
     training = plan.training
-    sequences = training.per_device_train_batch_size * training.gradient_accumulation_steps
     return {
-        "method": training.method,
-        "dtype": training.dtype,
-        "activation_checkpointing": training.activation_checkpointing,
-        "sequences_per_step": sequences,
+        "method": trained_name(training.memory),
+        "dtype": dtype_of(training.memory),
+        "memory": {
+            kind: parse_spec(kind, getattr(training.memory, kind))[0] for kind in MEMORY_KINDS
+        },
+        "sequences_per_step": training.step_sequences,
         "max_length": training.max_length,
         "max_steps": training.max_steps,
         "epochs": training.epochs,

@@ -106,14 +106,19 @@ def asked(summary: Mapping[str, Any]) -> str:
 def decided(summary: Mapping[str, Any]) -> str:
     method, chosen = summary["method"], summary["selection"]
     training = (
-        f"train {'all weights' if method['method'] == 'full' else 'LoRA adapters'} in "
-        f"{method['dtype']} for at most {method['max_steps']:,} steps of "
+        f"train {_trained(method['method'])} in {method['memory']['weights']} "
+        f"for at most {method['max_steps']:,} steps of "
         f"{method['sequences_per_step']:,} x {method['max_length']:,} tokens"
     )
     scorer = visible(method["scorer"], 40)
     if chosen is None:
         return f"Choose rows by {scorer}, then {training}."
     return f"Keep {_kept(chosen)} by {visible(chosen['scorer'], 40)}, then {training}."
+
+
+def _trained(technique: str) -> str:
+    named = {"full": "all weights", "lora": "LoRA adapters"}
+    return named.get(technique, f"by {visible(technique, 40)}")
 
 
 def _kept(chosen: Mapping[str, Any]) -> str:

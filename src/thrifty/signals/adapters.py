@@ -1,31 +1,72 @@
-"""LoRA adapters on a model, as PEFT puts them there."""
+"""Adapters on a model, as PEFT puts them there."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from thrifty.costs.operations import Adapter
 
 
 def with_adapter(model: Any, targets: Sequence[str], rank: int, alpha: float, seed: int) -> Any:
-    """``model`` itself, its weights frozen and adapters on the linears named ``targets``.
+    """``model`` itself, its weights frozen and LoRA adapters on the linears named ``targets``.
 
     Raises ValueError where there are none of these names.
     """
-    import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=list(targets), task_type="CAUSAL_LM"
     )
+    return adapted(model, config, seed)
+
+
+def adapted(model: Any, config: Any, seed: int) -> Any:
+    """``model`` itself with the adapters of a PEFT configuration, of which those alone are trained.
+
+    Raises ValueError where the configuration's targets match nothing.
+    """
+    import torch
+    from peft import get_peft_model
+
     torch.manual_seed(seed)  # adapters begin at random
     try:
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # of the Conv1D of GPT-2
+            warnings.filterwarnings("ignore", message="PiSSA changes the base")  # saved as LoRA
+            return get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(
-            f"no adapter can be put on {', '.join(targets)}: {error}\n"
-            "hint: training.lora.targets must name linear layers of the model"
+            f"no adapter can be put on {', '.join(sorted(config.target_modules))}: {error}\n"
+            "hint: the adapter's targets must name linear layers of the model"
         ) from None
+
+
+def peft_config(
+    adapter: Adapter, targets: Sequence[str], scaled_inputs: Sequence[str] = (), **options: Any
+) -> Any:
+    """PEFT's configuration of what ``costs/`` prices on the linears named ``targets``, of which
+    (IA)3 scales the input of ``scaled_inputs``; ``options``: what it does not price."""
+    from peft import AdaLoraConfig, IA3Config, LoraConfig
+
+    places: dict[str, Any] = {"target_modules": list(targets), "task_type": "CAUSAL_LM"}
+    if adapter.form == "ia3":
+        return IA3Config(**places, feedforward_modules=list(scaled_inputs), **options)
+    if adapter.layers is not None:
+        places["layers_to_transform"] = list(adapter.layers)
+    if adapter.form == "adalora":
+        return AdaLoraConfig(**places, init_r=adapter.rank, **options)
+    return LoraConfig(**places, r=adapter.rank, use_dora=adapter.form == "dora", **options)
+
+
+def freeze_inputs(model: Any) -> None:
+    """LoRA-FA: of each adapter the matrix that reads the input stays as it began."""
+    for name, weight in model.named_parameters():
+        if ".lora_A." in name:
+            weight.requires_grad_(False)
 
 
 def sharing_copy(model: Any) -> Any:
@@ -41,4 +82,5 @@ def sharing_copy(model: Any) -> Any:
 
 def adapter_weights(model: Any) -> list[Any]:
     """Of the adapters on ``model``, in its order."""
-    return [weight for name, weight in model.named_parameters() if "lora_" in name]
+    found = model.named_parameters()
+    return [weight for name, weight in found if ".lora_" in name or ".ia3_" in name]

@@ -77,16 +77,24 @@ def example_losses(
     examples: Sequence[Tokens],
     meter: Meter,
     max_tokens: int | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Losses:
     """Each example's loss under ``model``, in evaluation mode, whatever mode it was in.
 
     Ticks ``meter`` with the FLOPs of every batch as padded; a batch has at most ``max_tokens``
-    (one example at least), by default as many as keep its logits small.
+    (one example at least), by default as many as keep its logits small. ``share`` (1, 4): every
+    fourth batch from the second on; zeros stand for the others' examples.
     """
-    found = token_statistics(
-        model, shape, examples, meter, lambda nll, *_: nll, max_tokens=max_tokens
-    )
-    return Losses(found.sums, found.num_tokens)
+    nll = np.zeros(len(examples))
+    count = np.zeros(len(examples), dtype=np.int64)
+
+    def visit(batch: list[int], ids: Any, keep: Any) -> None:
+        losses = _losses(model, shape, ids, meter)
+        nll[batch] = (losses.double() * keep).sum(1).cpu().numpy()
+        count[batch] = keep.sum(1).cpu().numpy()
+
+    each_batch(model, shape, examples, visit, max_tokens, share)
+    return Losses(nll, count)
 
 
 @dataclass(frozen=True)
@@ -139,14 +147,23 @@ def token_losses(
     found = [np.zeros(len(example.input_ids), dtype=np.float32) for example in examples]
 
     def visit(batch: list[int], ids: Any, keep: Any) -> None:
-        meter.tick(Cost(flops=forward_flops(shape, *ids.shape)))
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        nll = next_token_losses(logits, ids).cpu().numpy()
-        for i, row in zip(batch, nll, strict=True):
+        losses = _losses(model, shape, ids, meter).cpu().numpy()
+        for i, row in zip(batch, losses, strict=True):
             found[i][1:] = row[: len(found[i]) - 1]
 
     each_batch(model, shape, examples, visit)
     return found
+
+
+def _losses(model: Any, shape: ModelShape, ids: Any, meter: Meter) -> Any:
+    """[batch, sequence - 1] of ids ``[batch, sequence]``; of few logits at a time where the model
+    is held so (``holding/chunked_loss.py``)."""
+    meter.tick(Cost(flops=forward_flops(shape, *ids.shape)))
+    of_few_logits = getattr(model, "token_losses", None)
+    if of_few_logits is not None:
+        return of_few_logits(ids.roll(-1, 1), input_ids=ids)[:, :-1]
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return next_token_losses(logits, ids)
 
 
 def next_token_losses(logits: Any, ids: Any) -> Any:
@@ -167,10 +184,11 @@ def each_batch(
     examples: Sequence[Tokens],
     visit: Callable[[list[int], Any, Any], None],
     max_tokens: int | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> None:
     """``visit(places, ids, keep)`` a padded batch of examples of like lengths at a time, without
     gradients and in evaluation mode: ids ``[batch, sequence]``, and which of the tokens after the
-    first carry loss ``[batch, sequence - 1]``."""
+    first carry loss ``[batch, sequence - 1]``. ``share``: of so many the number whose batches."""
     import torch
 
     device = next(model.parameters()).device
@@ -179,17 +197,24 @@ def each_batch(
     try:
         with torch.inference_mode():
             lengths = [len(e.input_ids) for e in examples]
-            for batch in _batches(shape, lengths, max_tokens):
+            number, of = share
+            for batch in _batches(shape, lengths, max_tokens)[number::of]:
                 visit(batch, *padded([examples[i] for i in batch], device))
     finally:
         model.train(training)
 
 
-def losses_flops(shape: ModelShape, lengths: Sequence[int], max_tokens: int | None = None) -> float:
+def losses_flops(
+    shape: ModelShape,
+    lengths: Sequence[int],
+    max_tokens: int | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> float:
     """Exactly what ``example_losses`` takes over examples of these lengths."""
+    number, of = share
     return sum(
         forward_flops(shape, len(batch), lengths[batch[0]])
-        for batch in _batches(shape, lengths, max_tokens)
+        for batch in _batches(shape, lengths, max_tokens)[number::of]
     )
 
 

@@ -7,18 +7,24 @@ accumulation and padding included, and costs microseconds.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from thrifty.core.budget import Cost
-from thrifty.costs.flops import Adapter, forward_flops, train_flops
+from thrifty.costs.flops import Adapter, forward_flops, step_flops, train_flops
+from thrifty.costs.setting import MemorySetting
 from thrifty.costs.shape import ModelShape
 
 
 class PassMeter:
-    """Counts the passes of ``model`` until ``take``. Use ``attach`` and ``detach``."""
+    """Counts the passes of ``model`` until ``take``. Use ``attach`` and ``detach``.
 
-    def __init__(self, model: Any) -> None:
+    ``setting``: how it is trained; without it that is read off the model.
+    """
+
+    def __init__(self, model: Any, setting: MemorySetting | None = None) -> None:
         self._model = model
+        self.setting = setting
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._shape: ModelShape | None
         try:
@@ -27,7 +33,7 @@ class PassMeter:
             # An architecture without a closed form: 6 N D, the usual rule, and said so.
             self._shape = None
         self.exact = self._shape is not None
-        self._adapter = adapter_of(model)
+        self._adapter = None if setting else adapter_of(model)
         self._recompute = _recomputes(inner)
         self._num_parameters = sum(p.numel() for p in model.parameters())
         self._used = Cost()
@@ -42,6 +48,8 @@ class PassMeter:
             self._handle = None
 
     def _count(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        from torch import is_grad_enabled
+
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None or ids.dim() != 2:
             return
@@ -51,7 +59,7 @@ class PassMeter:
         if mask is not None and mask.dim() == 2 and mask.device.type == "cpu":
             tokens = int(mask.sum())
         batch, sequence = ids.shape
-        if module.training:
+        if module.training and is_grad_enabled():
             self._used += Cost(flops=self.step_flops(batch, sequence), tokens=tokens)
         else:
             self._used += Cost(flops=self._forward_flops(batch, sequence))
@@ -60,6 +68,9 @@ class PassMeter:
         """FLOPs of one forward and backward over ``[batch, sequence]``."""
         if self._shape is None:
             return 6.0 * self._num_parameters * batch * sequence
+        if self.setting is not None:
+            held = replace(self.setting, micro_batch=batch, sequence=sequence)
+            return step_flops(self._shape, held)
         return train_flops(
             self._shape, batch, sequence, adapter=self._adapter, recompute=self._recompute
         )
@@ -89,7 +100,7 @@ def _recomputes(model: Any) -> bool:
 
 
 def adapter_of(model: Any) -> Adapter | None:
-    """The LoRA adapter of a PEFT model in the cost model's terms, or None for full training."""
+    """The adapter of a PEFT model in the cost model's terms, or None for full training."""
     configs = getattr(model, "peft_config", None)
     if not configs:
         return None
@@ -100,8 +111,10 @@ def adapter_of(model: Any) -> Adapter | None:
     # A layer's number is the first in the path; an expert's comes after it.
     layers = {next((int(part) for part in place if part.isdecimal()), None) for place in places}
     numbers = tuple(sorted(layer for layer in layers if layer is not None))
+    vectors = str(getattr(config.peft_type, "value", config.peft_type)) == "IA3"
     return Adapter(
-        rank=config.r,
+        form="ia3" if vectors else "dora" if getattr(config, "use_dora", False) else "lora",
+        rank=1 if vectors else config.r,
         targets=tuple(sorted(names)),
         layers=numbers if None not in layers else None,
     )

@@ -222,8 +222,9 @@ class ModelInTraining:
         return rows.tokens  # type: ignore[no-any-return]
 
 
-def load_model(folder: Path, dtype: str, device: str) -> Any:
-    """A ``transformers`` causal LM from safetensors, on ``device``."""
+def load_model(folder: Path, dtype: str, device: str, quantization: Any = None) -> Any:
+    """A ``transformers`` causal LM from safetensors, on ``device``; ``quantization``: the library's
+    configuration of how its linears are stored in few bits as they are read."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -240,13 +241,15 @@ def load_model(folder: Path, dtype: str, device: str) -> Any:
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            quantization_config=quantization,
+            device_map=None if quantization is None else {"": device},
         )
     except (OSError, KeyError, RuntimeError) as error:
         raise ValueError(
             f"the weights in {folder} cannot be loaded: {error}\n"
             "hint: are the files complete, and of the architecture that config.json names?"
         ) from None
-    return model.to(device)
+    return model.to(device) if quantization is None else model
 
 
 def layers_of(model: Any) -> Any:

@@ -182,6 +182,6 @@ def _mean(features: NDArray[np.float32]) -> NDArray[np.float32]:
     if not len(finite):
         raise ValueError(
             "no row of the target has a gradient that is finite\n"
-            "hint: a lower learning_rate of the warm-up, or training.dtype: float32"
+            "hint: a lower learning_rate of the warm-up, or training.memory.weights: float32"
         )
     return np.asarray(finite.mean(axis=0, dtype=np.float32))

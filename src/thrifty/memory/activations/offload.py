@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.core.contracts import ActivationMemory, Worth
 from thrifty.costs.setting import MemorySetting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Offload(MemoryTechnique):
+class Offload(ActivationMemory):
     """What is kept waits on the host and comes back for the backward."""
 
     makes = "fit"
-    runs = False
+    runs = True
     source = "torch.autograd.graph.save_on_cpu"
     worth = Worth(1.0, 0.0, "the same arithmetic")
 
@@ -24,3 +25,8 @@ class Offload(MemoryTechnique):
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(setting, offload=True)
+
+    def hold(self, model: Any) -> None:
+        from thrifty.holding.host_activations import offload
+
+        offload(model)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.core.contracts import ActivationMemory, Worth
 from thrifty.costs.setting import MemorySetting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recompute(MemoryTechnique):
+class Recompute(ActivationMemory):
     """A layer keeps its input alone and runs again in the backward."""
 
     makes = "fit"
@@ -22,3 +23,8 @@ class Recompute(MemoryTechnique):
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(setting, recompute=1)
+
+    def hold(self, model: Any) -> None:
+        from thrifty.holding.recompute import recompute
+
+        recompute(model)

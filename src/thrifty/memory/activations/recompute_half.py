@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.core.contracts import ActivationMemory, Worth
 from thrifty.costs.setting import MemorySetting
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecomputeHalf(MemoryTechnique):
+class RecomputeHalf(ActivationMemory):
     """Every second layer runs again in the backward, the others keep all."""
 
     makes = "fit"
-    runs = False
+    runs = True
     source = "arXiv:1604.06174"
     worth = Worth(1.0, 0.0, "the same arithmetic")
 
@@ -22,3 +23,8 @@ class RecomputeHalf(MemoryTechnique):
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(setting, recompute=2)
+
+    def hold(self, model: Any) -> None:
+        from thrifty.holding.recompute import recompute
+
+        recompute(model, every=2)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.core.contracts import ActivationMemory, Worth
 from thrifty.costs.setting import MemorySetting
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecomputeOffload(MemoryTechnique):
+class RecomputeOffload(ActivationMemory):
     """A layer keeps its input alone, on the host, and runs again in the backward."""
 
     makes = "fit"
-    runs = False
+    runs = True
     source = "arXiv:1604.06174; Unsloth's offloaded checkpoints"
     worth = Worth(1.0, 0.0, "the same arithmetic")
 
@@ -24,3 +25,10 @@ class RecomputeOffload(MemoryTechnique):
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(setting, recompute=1, offload=True)
+
+    def hold(self, model: Any) -> None:
+        from thrifty.holding.host_activations import offload
+        from thrifty.holding.recompute import recompute
+
+        recompute(model)
+        offload(model)

@@ -6,17 +6,18 @@ No product runs twice.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.core.contracts import ActivationMemory, Worth
 from thrifty.costs.setting import MemorySetting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selective(MemoryTechnique):
+class Selective(ActivationMemory):
     """What matrix products and attention put out is kept, the rest is made again."""
 
     makes = "fit"
-    runs = False
+    runs = True
     source = "arXiv:2205.05198"
     worth = Worth(1.0, 0.0, "the same arithmetic")
 
@@ -25,3 +26,8 @@ class Selective(MemoryTechnique):
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(setting, recompute=1, selective=True)
+
+    def hold(self, model: Any) -> None:
+        from thrifty.holding.recompute import recompute
+
+        recompute(model, selective=True)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import inf
+from typing import Any
 
-from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.core.contracts import LossMemory, Worth
 from thrifty.core.ranges import check_ranges
 from thrifty.costs.setting import MemorySetting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunked(MemoryTechnique):
+class Chunked(LossMemory):
     """The logits of a few tokens at a time, made again for their backward."""
 
     makes = "fit"
-    runs = False
+    runs = True
     source = "arXiv:2411.09009"
     worth = Worth(1.0, 0.0, "the same arithmetic")
 
@@ -29,3 +30,8 @@ class Chunked(MemoryTechnique):
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(setting, loss_chunk=self.tokens)
+
+    def hold(self, model: Any) -> None:
+        from thrifty.holding.chunked_loss import hold_few_logits
+
+        hold_few_logits(model, self.tokens)

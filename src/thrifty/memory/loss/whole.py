@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.core.contracts import LossMemory, Worth
 from thrifty.costs.setting import MemorySetting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Whole(MemoryTechnique):
+class Whole(LossMemory):
     """The logits of all tokens at once."""
 
     makes = "faster"

@@ -6,17 +6,19 @@ A float32 mean square a row and a column of each matrix; its step works in float
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.core.contracts import OptimizerStates, Worth
 from thrifty.costs.setting import MemorySetting, States, needs_a_gradient
+from thrifty.costs.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adafactor(MemoryTechnique):
+class Adafactor(OptimizerStates):
     """A second moment factored into rows and columns, no first."""
 
     makes = "fit"
-    runs = False
+    runs = True
     source = "arXiv:1804.04235"
     worth = Worth(0.9, 0.1, "no momentum; arXiv:1804.04235 section 9")
 
@@ -36,3 +38,12 @@ class Adafactor(MemoryTechnique):
                 cpu_factor=13.0,
             ),
         )
+
+    def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape) -> Any:
+        from transformers.optimization import Adafactor as Factored
+
+        from thrifty.holding.tensor_by_tensor import keep_dtypes
+
+        optimizer = Factored(groups, scale_parameter=False, relative_step=False)
+        keep_dtypes(optimizer)
+        return optimizer

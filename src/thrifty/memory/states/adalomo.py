@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.core.contracts import OptimizerStates, Worth
 from thrifty.costs.setting import MemorySetting, States, needs_a_gradient
+from thrifty.costs.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaLomo(MemoryTechnique):
+class AdaLomo(OptimizerStates):
     """Adafactor's factored moments inside the backward: no gradient outlives its layer."""
 
     makes = "fit"
-    runs = False
+    runs = True
     source = "arXiv:2310.10195"
     worth = Worth(0.9, 0.1, "arXiv:2310.10195: on par with AdamW in instruction tuning")
 
@@ -22,6 +24,8 @@ class AdaLomo(MemoryTechnique):
             return reason
         if setting.gradient_accumulation_steps > 1:
             return "a gradient that is used up at once cannot be accumulated"
+        if setting.replicas > 1:
+            return "a gradient that is used up at once cannot be added to those of other devices"
         return None if setting.adapter is None else "an adapter's gradients are small as they are"
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
@@ -32,9 +36,14 @@ class AdaLomo(MemoryTechnique):
                 edge=4.0,
                 vector=4.0,
                 step_largest=8.0,
-                step_casts=2.0,
+                step_casts=1.0,
                 moved=9.0,
                 cpu_factor=13.0,
             ),
             in_backward=True,
         )
+
+    def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape) -> Any:
+        from thrifty.holding import in_backward
+
+        return in_backward.AdaLomo(groups)

@@ -6,17 +6,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.core.contracts import OptimizerStates, Worth
 from thrifty.costs.setting import MemorySetting, States, needs_a_gradient
+from thrifty.costs.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamMini(MemoryTechnique):
+class AdamMini(OptimizerStates):
     """AdamW with one second moment a neuron or head instead of a weight."""
 
     makes = "fit"
-    runs = False
+    runs = True
     source = "arXiv:2406.16793"
     worth = Worth(0.99, 0.03, "arXiv:2406.16793: on par")
 
@@ -24,4 +26,20 @@ class AdamMini(MemoryTechnique):
         return needs_a_gradient(setting)
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(setting, states=States(name="adam_mini", relative=1.0, edge=4.0, moved=6.0))
+        return replace(
+            setting,
+            states=States(
+                name="adam_mini",
+                relative=1.0,
+                edge=4.0,
+                step_largest=4.0,
+                step_casts=3.0,
+                moved=15.0,
+                cpu_factor=4.0,
+            ),
+        )
+
+    def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape) -> Any:
+        from thrifty.holding import adam_mini
+
+        return adam_mini.AdamMini(groups, shape)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.core.contracts import OptimizerStates, Worth
 from thrifty.costs.setting import ADAMW, MemorySetting, needs_a_gradient
+from thrifty.costs.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW(MemoryTechnique):
+class AdamW(OptimizerStates):
     """Two moments a weight, in its dtype."""
 
     makes = "faster"
@@ -22,3 +24,10 @@ class AdamW(MemoryTechnique):
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(setting, states=ADAMW)
+
+    def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape) -> Any:
+        import torch
+
+        from thrifty.holding.tensor_by_tensor import BETAS, EPS
+
+        return torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)

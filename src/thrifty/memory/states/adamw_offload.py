@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.core.contracts import OptimizerStates, Worth
 from thrifty.costs.setting import ADAMW, MemorySetting, needs_a_gradient
+from thrifty.costs.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamWOffload(MemoryTechnique):
+class AdamWOffload(OptimizerStates):
     """AdamW whose moments live on the host, and whose step runs there."""
 
     makes = "fit"
-    runs = False
+    runs = True
     source = "arXiv:2101.06840"
     worth = Worth(1.0, 0.0, "the same arithmetic")
 
@@ -24,3 +26,8 @@ class AdamWOffload(MemoryTechnique):
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(setting, states=ADAMW, states_offloaded=True)
+
+    def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape) -> Any:
+        from thrifty.holding.host_states import HostAdamW
+
+        return HostAdamW(groups)

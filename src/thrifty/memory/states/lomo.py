@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.core.contracts import OptimizerStates, Worth
 from thrifty.costs.setting import MemorySetting, States, needs_a_gradient
+from thrifty.costs.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
-class LOMO(MemoryTechnique):
+class LOMO(OptimizerStates):
     """Plain gradient descent inside the backward: no gradient outlives its layer."""
 
     makes = "fit"
-    runs = False
+    runs = True
     source = "arXiv:2306.09782"
     worth = Worth(0.3, 0.2, "as sgd")
 
@@ -22,7 +24,14 @@ class LOMO(MemoryTechnique):
             return reason
         if setting.gradient_accumulation_steps > 1:
             return "a gradient that is used up at once cannot be accumulated"
+        if setting.replicas > 1:
+            return "a gradient that is used up at once cannot be added to those of other devices"
         return None if setting.adapter is None else "an adapter's gradients are small as they are"
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(setting, states=States(name="lomo", moved=3.0), in_backward=True)
+
+    def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape) -> Any:
+        from thrifty.holding import in_backward
+
+        return in_backward.LOMO(groups)

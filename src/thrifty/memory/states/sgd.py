@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.core.contracts import OptimizerStates, Worth
 from thrifty.costs.setting import MemorySetting, States
+from thrifty.costs.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
-class SGD(MemoryTechnique):
+class SGD(OptimizerStates):
     """Stochastic gradient descent, no state at all."""
 
     makes = "fit"
-    runs = False
+    runs = True
     source = "Robbins and Monro, 1951"
+    learning_rate = 300.0
     worth = Worth(0.3, 0.2, "transformers need adaptive steps, arXiv:1912.03194")
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(setting, states=States(name="sgd", moved=3.0))
+        return replace(setting, states=States(name="sgd", step_casts=2.0, moved=5.0))
+
+    def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape) -> Any:
+        from thrifty.holding import sgd
+
+        return sgd.SGD(groups)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.core.contracts import Trainable, Worth
 from thrifty.costs.setting import MemorySetting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Full(MemoryTechnique):
+class Full(Trainable):
     """All weights are trained."""
 
     makes = "faster"

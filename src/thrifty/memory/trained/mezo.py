@@ -1,25 +1,47 @@
 """No gradient: the loss on both sides of a random direction (MeZO).
 
 g = (L(w + eps z) - L(w - eps z)) / (2 eps) z, with z, standard normal, made anew from its seed.
-The weights themselves are moved by eps z, eps 1e-3: what is stored in few bits cannot follow.
+What is stored in few bits cannot be moved by eps z. Addax (arXiv:2410.06441) mixes it with the
+gradient of the short sequences of a batch, so that the long ones need no backward: packed
+sequences are all of one length, and a smaller micro-batch saves the same.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
+from typing import Any
 
-from thrifty.core.contracts import MemoryTechnique, Worth
+from thrifty.core.contracts import Trainable, Worth
+from thrifty.core.ranges import check_ranges
 from thrifty.costs.setting import MemorySetting
+from thrifty.costs.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeZO(MemoryTechnique):
+class MeZO(Trainable):
     """No gradient: the loss on both sides of a random direction (MeZO)."""
 
     makes = "fit"
-    runs = False
+    runs = True
     source = "arXiv:2305.17333"
     worth = Worth(0.01, 0.01, "20 to 100 times the steps, arXiv:2305.17333 section 3")
+    learning_rate = 0.1
+
+    eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_ranges(self, eps=(1e-12, inf))
+
+    def refuses(self, setting: MemorySetting) -> str | None:
+        if setting.replicas > 1:
+            return "devices add up gradients, and it has none"
+        return None
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(setting, zeroth_order=True)
+
+    def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape, seed: int) -> Any:
+        from thrifty.holding.zeroth_order import ZerothOrder
+
+        return ZerothOrder(groups, eps=self.eps, seed=seed)

@@ -7,13 +7,15 @@ only read.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from thrifty.core.contracts import MemoryTechnique, Worth
-from thrifty.costs.setting import MemorySetting
+from thrifty.core.contracts import WeightStorage, Worth
+from thrifty.costs.setting import MemorySetting, only_in_full
 
 
 @dataclass(frozen=True, kw_only=True)
-class BFloat16(MemoryTechnique):
+class BFloat16(WeightStorage):
     """Weights in bfloat16, half the bytes."""
 
     makes = "faster"
@@ -22,5 +24,13 @@ class BFloat16(MemoryTechnique):
     worth = Worth(1.0, 0.0, "read only, bf16 is what most models come in")
     worth_trained = Worth(0.9, 0.1, "plain bf16 lost 0.04 of 1.01 nats in a small run, docs/log.md")
 
+    def refuses(self, setting: MemorySetting) -> str | None:
+        return only_in_full(setting)
+
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(setting, dtype="bfloat16")
+
+    def load(self, folder: Path, device: str) -> Any:
+        from thrifty.signals.models import load_model
+
+        return load_model(folder, "bfloat16", device)

@@ -6,13 +6,15 @@ The reference: every update counts.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from thrifty.core.contracts import MemoryTechnique, Worth
-from thrifty.costs.setting import MemorySetting
+from thrifty.core.contracts import WeightStorage, Worth
+from thrifty.costs.setting import MemorySetting, only_in_full
 
 
 @dataclass(frozen=True, kw_only=True)
-class Float32(MemoryTechnique):
+class Float32(WeightStorage):
     """Weights in float32."""
 
     makes = "faster"
@@ -20,5 +22,13 @@ class Float32(MemoryTechnique):
     source = "the reference"
     worth = Worth(1.0, 0.0, "reference")
 
+    def refuses(self, setting: MemorySetting) -> str | None:
+        return only_in_full(setting)
+
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return replace(setting, dtype="float32")
+
+    def load(self, folder: Path, device: str) -> Any:
+        from thrifty.signals.models import load_model
+
+        return load_model(folder, "float32", device)

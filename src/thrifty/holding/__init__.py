@@ -1,0 +1,1 @@
+"""How memory techniques act on a real model."""

@@ -41,8 +41,14 @@ ON_ADAPTERS = {"int8", "nf4", "fp8"}
 """Weights that cannot be trained themselves."""
 NARROW = {"adamw_bf16"}
 """Optimizers for weights in bfloat16."""
-RANKS: dict[str, dict[str, Any]] = {"galore": {"rank": 16}, "apollo": {"rank": 16}}
-"""The model is 64 wide, where the usual ranks would save nothing."""
+SMALLER: dict[str, dict[str, Any]] = {
+    "galore": {"rank": 16},
+    "apollo": {"rank": 16},
+    "q_galore": {"rank": 16},
+    "badam": {"switch_steps": 20},
+    "adalora": {"last_cut": 150},
+}
+"""The model is 64 wide, where the usual ranks would save nothing, and the run is short."""
 
 
 def ways() -> dict[str, dict[str, Any]]:
@@ -53,7 +59,7 @@ def ways() -> dict[str, dict[str, Any]]:
             cls: Any = method_class(kind, name)
             if not cls.runs:
                 continue
-            memory: dict[str, Any] = {kind: {name: RANKS[name]} if name in RANKS else name}
+            memory: dict[str, Any] = {kind: {name: SMALLER[name]} if name in SMALLER else name}
             if name in ON_ADAPTERS:
                 memory["trained"] = "lora"
             if name in NARROW:

@@ -6,7 +6,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from thrifty.combinations import MICRO_BATCHES, Combinations, price_all, variants
+from thrifty.combinations import (
+    MICRO_BATCHES,
+    Combinations,
+    missing_packages,
+    price_all,
+    variants,
+)
 from thrifty.core.contracts import MEMORY_KINDS, MemoryTechnique, Scorer
 from thrifty.core.plan import put
 from thrifty.core.quantities import show
@@ -28,6 +34,11 @@ def combinations_of(request: Request, sequence: int) -> Combinations:
             raise ValueError(
                 f"{names} ({kind}) is priced, but a run cannot train with it yet\n"
                 "hint: plan without --pool to see its price, or leave it out"
+            )
+        if runs_only and (missing := missing_packages(techniques)):
+            raise ValueError(
+                f"{name_of(techniques[0])} takes {missing}, which is not installed\n"
+                f"hint: pip install 'thrifty[{missing}]', or leave it out"
             )
     sides = 1 if request.preference is None else SIDES
     if request.preference is not None:

@@ -13,7 +13,8 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -172,6 +173,17 @@ def variants(kind: str, names: Sequence[str] | None = None) -> list[MemoryTechni
     return [form for cls in classes if names or cls.searched for form in cls.variants()]
 
 
+def missing_packages(techniques: Sequence[MemoryTechnique]) -> str:
+    """A package that all of them take and that is not installed; empty where one can do."""
+    missing = [_missing(technique.needs) for technique in techniques]
+    return missing[0] if missing and all(missing) else ""
+
+
+@lru_cache
+def _missing(packages: tuple[str, ...]) -> str:
+    return next((name for name in packages if find_spec(name) is None), "")
+
+
 def price_all(
     shape: ModelShape,
     device: Device,
@@ -194,7 +206,7 @@ def price_all(
         [
             technique
             for technique in (wanted or {}).get(kind) or variants(kind)
-            if technique.runs or not runs_only
+            if not runs_only or (technique.runs and not missing_packages([technique]))
         ]
         for kind in MEMORY_KINDS
     ]

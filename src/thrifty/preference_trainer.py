@@ -34,7 +34,8 @@ from thrifty.core.plan import Preference
 from thrifty.data.pairs import collate
 from thrifty.evaluation import Measured
 from thrifty.pair_evaluation import PairLosses, answer_log_probs, log_probs_of
-from thrifty.trainer import BudgetedTrainer, TrainingJob
+from thrifty.trainer import BudgetedTrainer
+from thrifty.training_job import TrainingJob
 from thrifty.training_rows import BEFORE_TRAINING
 
 _MOST_OF_MARK = 12

@@ -1,10 +1,10 @@
-"""The one ``Trainer`` subclass of this project, and the job that it is given."""
+"""The one ``Trainer`` subclass of this project."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,9 @@ from thrifty import checkpoints, ranks
 from thrifty.agreement import AgreeingCallback
 from thrifty.budget_callback import BudgetCallback
 from thrifty.core.budget import Cost
-from thrifty.core.contracts import Meter, Rows, StoppingRule
+from thrifty.core.contracts import Meter
 from thrifty.core.ledger import Stage
-from thrifty.core.plan import Objective, Training
 from thrifty.costs.flops import forward_flops
-from thrifty.costs.setting import MemorySetting
 from thrifty.costs.shape import read_shape
 from thrifty.data.packed_attention import attention_of, check_isolation
 from thrifty.divergence import NonFiniteGradient
@@ -36,10 +34,10 @@ from thrifty.interruption import PauseCallback
 from thrifty.larger_batch import LargerBatch
 from thrifty.memory_plan import Techniques
 from thrifty.reporters import Fenced, is_reporter
-from thrifty.rounds import Rounds
 from thrifty.schedule import WarmupStableDecay
 from thrifty.signals.models import ModelInTraining
 from thrifty.step_choice import StepChoice
+from thrifty.training_job import TrainingJob
 from thrifty.training_progress import TrainingProgress
 from thrifty.turns import TurnCallback
 from thrifty.weighed_loss import weighed_loss
@@ -47,49 +45,6 @@ from thrifty.weighed_loss import weighed_loss
 ACTIVITY_MARGIN = 1.5
 """Reserved for an evaluation or a checkpoint over what the last one took."""
 _KEPT_CHECKPOINTS = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingJob:
-    """Everything that one training run needs, resolved."""
-
-    training: Training
-    base: Path
-    base_sha256: str
-    tokenizer: Any
-    data: Any
-    """Map-style dataset of packed sequences, in the order they are trained on."""
-    dev: Mapping[str, Rows]
-    weights: Mapping[str, float]
-    rounds: Rounds
-    """What is trained on next, and how much it counts; ``data`` asks it."""
-    rule: StoppingRule
-    objective: Objective
-    setting: MemorySetting
-    """How a step is held in memory, in the cost model's terms."""
-    predicted_step: Cost
-    choosing_flops: float
-    """Of a micro-batch, those that choosing rows in it takes."""
-    predicted_evaluation: Cost
-    predicted_checkpoint: Cost
-    predicted_load: Cost
-    predicted_reference: Cost
-    """Of asking the reference for the pairs that are trained on; none where they are no pairs, or
-    where it is asked at every step."""
-    predicted_renewal: Cost
-    """Of the online method's look at the model on the way."""
-    signals: Mapping[str, Rows]
-    """The targets' rows that it may look at."""
-    mark: str
-    """A hash of all that decides the weights: the settings, the rows, the base model."""
-    reserved: Cost
-    """What must be left when training ends, for the test."""
-    checkpoints: Path
-    model: Path
-    """Where the best evaluated model is left."""
-    device: str
-    say: Any
-    """Takes a line for the user."""
 
 
 class BudgetedTrainer(Trainer):

@@ -20,7 +20,8 @@ from thrifty.interruption import Interrupted, signals_asking
 from thrifty.memory_plan import trained_name
 from thrifty.publication import is_done, publish
 from thrifty.signals.peak_memory import memory_bytes, release_free_memory
-from thrifty.trainer import BudgetedTrainer, TrainingJob
+from thrifty.trainer import BudgetedTrainer
+from thrifty.training_job import TrainingJob
 
 __all__ = ["Interrupted", "TrainingJob", "is_done", "train"]
 

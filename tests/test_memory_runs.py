@@ -35,7 +35,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "selective, chunked": {"activations": "selective", "loss": {"chunked": {"tokens": 32}}},
     "fp8": {"trained": {"lora": {"rank": 4}}, "weights": "fp8"},
 }
-QUICK = {"badam", "lomo", "selective, chunked"}
+QUICK = {"lomo"}
 STEPS, CUT = 12, 7
 
 

@@ -26,7 +26,7 @@ from thrifty.core.plan import Training
 from thrifty.costs.allocator import allocatable
 from thrifty.costs.hardware import DEVICES, dollars_per_hour
 from thrifty.explanations import least_that_would_do, reasons
-from thrifty.held import Held
+from thrifty.held import REFERENCE, Held
 from thrifty.memory_plan import memory_plan_of
 from thrifty.pricing import MEMORY_MARGIN, Candidate, Pricing, Refused, Request
 
@@ -215,8 +215,20 @@ def _finalists(ranked: Sequence[Candidate]) -> list[Candidate]:
         near = [c for c in near if c.runs] or near  # what a run can train with first
         fastest = min(_seconds_a_token(c) for c in near)
         alike = [c for c in near if _seconds_a_token(c) <= ABOUT_AS_FAST * fastest]
-        best.append(min(alike, key=lambda c: (-round(_surely(c), 3), c.peak_memory_bytes)))
+        found = min(alike, key=lambda c: (-round(_surely(c), 3), c.peak_memory_bytes))
+        best.append(_plainest(found, alike))
     return sorted(best, key=lambda c: (c.scorer != "uniform", -c.gain.mean))
+
+
+def _plainest(found: Candidate, alike: Sequence[Candidate]) -> Candidate:
+    """Of those that train the same way, the one that does least to what is kept and to the loss."""
+    same, how = ("trained", "weights", "states"), ("activations", "loss")
+
+    def departs(candidate: Candidate) -> int:
+        return sum(candidate.techniques[kind] != REFERENCE[kind] for kind in how)
+
+    others = [c for c in alike if all(c.techniques[k] == found.techniques[k] for k in same)]
+    return min(others, key=lambda c: (departs(c), c.peak_memory_bytes))
 
 
 def _seconds_a_token(candidate: Candidate) -> float:

@@ -231,11 +231,10 @@ def _holding(
     device_kind: str,
     refused: Counter[str],
 ) -> list[MemoryTechnique]:
-    """Those that can hold a model of this shape there."""
+    """Those that go with a model of this shape there."""
     found = []
     for technique in techniques:
-        refuses = getattr(technique, "refuses_model", None)  # of what concerns the weights
-        if refuses is None or (reason := refuses(shape, device_kind)) is None:
+        if (reason := technique.refuses_model(shape, device_kind)) is None:
             found.append(technique)
         else:
             refused[f"{name_of(technique)}: {reason}"] += 1

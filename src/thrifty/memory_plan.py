@@ -53,8 +53,8 @@ class Techniques:
         return setting
 
     def refuses_model(self, shape: ModelShape, device_kind: str) -> str | None:
-        """Why one of them cannot hold a model of this shape there; None where all can."""
-        for kind, technique in (("trained", self.trained), ("weights", self.weights)):
+        """Why one of them does not go with a model of this shape there; None where all do."""
+        for kind, technique in zip(MEMORY_KINDS, self.in_order, strict=True):
             if reason := technique.refuses_model(shape, device_kind):
                 return f"{kind}: {name_of(technique)} does not go with this model: {reason}"
         return None

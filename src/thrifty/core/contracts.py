@@ -358,6 +358,10 @@ class MemoryTechnique(ABC):
         """Why it cannot be combined with what ``setting`` has so far; None where it can."""
         return None
 
+    def refuses_model(self, shape: ModelShape, device_kind: str) -> str | None:
+        """Why it does not go with a model of this shape there; None where it does."""
+        return None
+
     @abstractmethod
     def rewrite(self, setting: MemorySetting) -> MemorySetting: ...
 
@@ -382,10 +386,6 @@ class Trainable(MemoryTechnique):
         """Leave in ``folder`` what stock libraries load on the base model, where that is not what
         ``save_pretrained`` leaves; whether there was need to."""
         return False
-
-    def refuses_model(self, shape: ModelShape, device_kind: str) -> str | None:
-        """Why it cannot train a model of this shape there; None where it can."""
-        return None
 
     def at_step(self, model: Any, optimizer: Any, step: int, seed: int) -> None:
         """Called before each step, the first 0: where what is trained changes on the way, have
@@ -415,13 +415,9 @@ class Trainable(MemoryTechnique):
 class WeightStorage(MemoryTechnique):
     """How the weights lie in memory."""
 
+    @abstractmethod
     def load(self, folder: Path, device: str) -> Any:
         """The base model in ``folder``, as it is to be held."""
-        raise NotImplementedError
-
-    def refuses_model(self, shape: ModelShape, device_kind: str) -> str | None:
-        """Why it cannot hold a model of this shape there; None where it can."""
-        return None
 
 
 class ActivationMemory(MemoryTechnique):

@@ -13,6 +13,7 @@ from typing import Any
 from thrifty.core.contracts import ActivationMemory, Worth
 from thrifty.core.ranges import check_ranges
 from thrifty.costs.setting import MemorySetting
+from thrifty.costs.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,13 @@ class ChunkedMLP(ActivationMemory):
             return "without a backward nothing is kept"
         if setting.adapter is not None and setting.adapter.form == "dora":
             return "it would make the norms of whole matrices anew for each slice"
+        return None
+
+    def refuses_model(self, shape: ModelShape, device_kind: str) -> str | None:
+        if shape.experts is not None:
+            return f"{shape.model_type} has experts, each of which would run again for every slice"
+        if shape.model_type == "opt":
+            return "the MLP of opt is no module of its own, which could be given slices"
         return None
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:

@@ -6,64 +6,22 @@ y = W x + B A x alpha / sqrt(rank): what an adapter adds keeps its size as the r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from math import inf
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from thrifty.core.contracts import MemoryTechnique, Trainable, Worth
-from thrifty.core.ranges import check_ranges
-from thrifty.costs.operations import Adapter
-from thrifty.costs.setting import MemorySetting
-from thrifty.costs.shape import ModelShape
+from thrifty.core.contracts import Worth
+from thrifty.holding.low_rank import LowRank
 
 
 @dataclass(frozen=True, kw_only=True)
-class RsLoRA(Trainable):
+class RsLoRA(LowRank):
     """LoRA whose scale falls with the root of its rank."""
 
-    makes = "fit"
-    runs = True
     searched = False  # it holds a step as LoRA does
     source = "arXiv:2312.03732"
     worth = Worth(0.6, 0.15, "as LoRA at rank 16; arXiv:2312.03732 gains at ranks above 64")
     learning_rate = 10.0  # as LoRA: at rank 16 it is LoRA
+    of_peft: ClassVar[Mapping[str, Any]] = {"use_rslora": True}
 
-    rank: int = 16
     alpha: float = 8.0
-    targets: tuple[str, ...] = ()
-    adapter_dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        check_ranges(self, rank=(1, inf), alpha=(1e-3, inf))
-
-    @classmethod
-    def variants(cls) -> tuple[MemoryTechnique, ...]:
-        return tuple(cls(adapter_dtype=dtype) for dtype in ("float32", "bfloat16"))
-
-    def refuses(self, setting: MemorySetting) -> str | None:
-        return "a zeroth-order step needs no adapter" if setting.zeroth_order else None
-
-    @property
-    def _adapter(self) -> Adapter:
-        return Adapter(rank=self.rank, targets=self.targets or None)
-
-    def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(setting, adapter=self._adapter, adapter_dtype=self.adapter_dtype)
-
-    def prepare(self, model: Any, shape: ModelShape, seed: int) -> Any:
-        from thrifty.holding.adapters import with_adapter
-
-        return with_adapter(
-            model,
-            shape,
-            self._adapter,
-            dtype=self.adapter_dtype,
-            seed=seed,
-            lora_alpha=self.alpha,
-            use_rslora=True,
-        )
-
-    def refuses_model(self, shape: ModelShape, device_kind: str) -> str | None:
-        from thrifty.holding.adapters import refusal
-
-        return refusal(self._adapter, shape)

@@ -188,6 +188,7 @@ def _terms(
         setup_of(shape, setting, backward=train),
         int(setting.recompute) if train else 0,
         setting.selective,
+        train and setting.loss_chunk > 0,
     )
     sequence = setting.sequence
     tokens = np.array(micro_batches, dtype=float) * sequence
@@ -305,12 +306,20 @@ class Work(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _work(shape: ModelShape, setup: Setup, recompute: int = 0, selective: bool = False) -> Work:
-    body = tuple(layers(shape, setup))
-    pieces = Counter((embedding(shape, setup), head(shape, setup), *body))
+def _work(
+    shape: ModelShape,
+    setup: Setup,
+    recompute: int = 0,
+    selective: bool = False,
+    chunked: bool = False,
+) -> Work:
+    body, top = tuple(layers(shape, setup)), head(shape, setup)
+    pieces = Counter((embedding(shape, setup), top, *body))
     done = [(_once(each, setup.itemsize, setup.on_cpu), n) for each, n in pieces.items()]
     for each, times in Counter(body[::recompute] if recompute else ()).items():
         done.append((_again(each, setup.itemsize, setup.on_cpu, selective), times))
+    if chunked:  # a chunk's logits are made again for its backward
+        done.append((_again(top, setup.itemsize, setup.on_cpu, False), 1))
     products: Counter[Product] = Counter()
     written: Counter[Size] = Counter()
     gradients: Counter[float] = Counter()

@@ -19,7 +19,7 @@ import thrifty
 from thrifty.core.resolve import KINDS, method_names
 
 ROOT = Path(thrifty.__file__).parent
-METHODS = ("scorers", "filters", "pickers", "stopping", "online", "memory", "decoding")
+METHODS = ("scorers", "filters", "pickers", "metrics", "stopping", "online", "memory", "decoding")
 FLOORS = [("core",), ("costs", "scaling"), ("data", "signals", "holding"), METHODS]
 FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
 TOP = len(FLOORS)

@@ -133,6 +133,32 @@ def test_the_ledger_has_what_all_ranks_spent(one, two):
     assert ledger(two).reserved().flops == 0
 
 
+def by_its_letters(prompt: str, answer: str, gold: str) -> float:
+    """A score that differs from row to row."""
+    return sum(map(ord, prompt + answer)) % 97 / 97
+
+
+def test_answers_dealt_to_ranks_score_and_cost_the_same(plan_of, tmp_path):
+    scored = {
+        "objective.metric": {"callable": {"function": f"{__name__}:by_its_letters"}},
+        "objective.max_new_tokens": 6,
+        "training.max_steps": 10,
+    }
+    alone = plan_of(tmp_path / "alone", {**ONE, **scored})
+    dealt = plan_of(tmp_path / "dealt", {**TWO, **scored})
+    run(alone)
+    assert as_ranks(lambda: run(dealt)) == [0, 0]
+    first, same = (ledger(each).evaluations()[0] for each in (alone, dealt))
+    assert 0 < first["objective"] < 1
+    for key in ("objective", "stderr", "by_target", "beside"):
+        assert same[key] == first[key]
+    costs = [
+        next(c["flops"] for c in ledger(each).charges() if c["activity"] == "evaluate")
+        for each in (alone, dealt)
+    ]
+    assert costs[1] == pytest.approx(costs[0], rel=1e-12)
+
+
 def test_shards_dealt_to_ranks_have_the_same_scores(one, two):
     files = [sorted(RunFolder(each).scores("budget").rglob("*.parquet")) for each in (one, two)]
     assert len(files[0]) == 6

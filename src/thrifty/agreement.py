@@ -18,6 +18,17 @@ class AgreeingCallback(TrainerCallback):
     def __init__(self, schedule: WarmupStableDecay) -> None:
         self._schedule = schedule
 
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        lr_scheduler: Any = None,
+        **_: Any,
+    ) -> None:
+        """A cool-down may have begun before an interruption."""
+        self.agree(control, lr_scheduler, state.global_step)
+
     def on_step_end(
         self,
         args: TrainingArguments,

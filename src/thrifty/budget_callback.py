@@ -266,6 +266,11 @@ class BudgetCallback(TrainerCallback):
         assert self._meter is not None
         self._meter.setting = setting
 
+    def spare(self, flops: float) -> None:
+        """From now on a position of a training pass takes so much less."""
+        assert self._meter is not None
+        self._meter.spared = flops
+
     def count(self, used: Cost) -> None:
         """In the step under way, beside what went through the model in training mode."""
         assert self._meter is not None

@@ -39,6 +39,11 @@ class Checkpoint:
     def dev_loss(self) -> float | None:
         return self.manifest.get("dev_loss")
 
+    @property
+    def may_be_kept(self) -> bool:
+        """Whether it was evaluated, and broke no floor."""
+        return self.dev_loss is not None and not self.manifest.get("broken")
+
 
 def commit(folder: Path, details: Mapping[str, Any]) -> None:
     """Make ``folder`` a checkpoint: sync its files, then write the manifest. ``details`` go in."""
@@ -117,10 +122,10 @@ def _set_aside(path: Path) -> None:
 
 
 def retain(folder: Path, *, newest: int) -> None:
-    """Delete committed checkpoints but the ``newest`` few and the one with the best dev loss."""
+    """Delete committed checkpoints but the ``newest`` few and the one that ``best`` would name."""
     found = committed(folder)
     keep = {c.path for c in found[-newest:]}
-    scored = [c for c in found if c.dev_loss is not None]
+    scored = [c for c in found if c.may_be_kept]
     if scored:
         keep.add(min(scored, key=lambda c: (c.dev_loss, -c.step)).path)
     for checkpoint in found:
@@ -131,9 +136,9 @@ def retain(folder: Path, *, newest: int) -> None:
 
 
 def best(folder: Path) -> Checkpoint | None:
-    """Of the committed checkpoints that verify the one with the lowest dev loss; damaged ones are
-    set aside."""
-    scored = [c for c in committed(folder) if c.dev_loss is not None]
+    """Of the committed checkpoints that verify and break no floor the one with the lowest dev loss;
+    damaged ones are set aside."""
+    scored = [c for c in committed(folder) if c.may_be_kept]
     for checkpoint in sorted(scored, key=lambda c: (c.dev_loss, -c.step)):
         if damage(checkpoint) is None:
             return checkpoint

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import thrifty
-from thrifty import plan_options
+from thrifty import law_command, plan_options
 
 DONE, USAGE, NO_PLAN, BAD_INPUT, RESUMABLE = 0, 2, 3, 4, 5
 
@@ -256,6 +256,14 @@ def _export(options: argparse.Namespace) -> None:
     )
 
 
+def _law(options: argparse.Namespace) -> None:
+    facts, text = law_command.answer(options)
+    if options.json:
+        _print_json(facts)
+    else:
+        print(text)
+
+
 def _methods(options: argparse.Namespace) -> None:
     from thrifty import display
     from thrifty.core.contracts import KINDS
@@ -407,6 +415,10 @@ def _parser() -> argparse.ArgumentParser:
         "--nearest", action="store_true", help="also where it takes another amount of memory"
     )
     export.set_defaults(do=_export)
+
+    law = commands.add_parser("law", help="scaling laws: fit, predict, allocate; when scoring pays")
+    law_command.add_to(law)
+    law.set_defaults(do=_law)
 
     methods = commands.add_parser("methods", help="every method, with its cost and source")
     methods.add_argument("--json", action="store_true", help="print JSON")

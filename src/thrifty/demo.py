@@ -28,9 +28,11 @@ SETTINGS = {
     "training.gradient_accumulation_steps": 1,
     "training.learning_rate": 3e-3,
     "training.eval_steps": 20,
+    "pilot.share": 0,
 }
 """What the planner is not asked: sequences and rate as the base model was made with, and small
-steps, for a model this small learns most from many of them."""
+steps, for a model this small learns most from many of them; and no pilot, which would take longer
+than what it could tell in so short a run is worth."""
 
 
 def run(folder: Path, say: Say) -> Path:

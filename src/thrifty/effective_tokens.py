@@ -49,10 +49,21 @@ def best_repetition(
 
 def _effective(worth: Worth, tokens: float, unique: float, pool_tokens: float) -> float:
     share = unique / pool_tokens if math.isfinite(pool_tokens) else 1.0
-    multiple = worth.mean ** min(1.0, math.log(1 / max(share, 1e-6)) / math.log(20))
-    repeats = max(tokens / unique - 1.0, 0.0)
-    fresh = unique + unique * REPEAT_HALF_LIFE * -math.expm1(-repeats / REPEAT_HALF_LIFE)
-    return multiple * fresh
+    return worth_of_share(worth, share) * fresh_tokens(max(tokens, unique), unique)
+
+
+def worth_of_share(worth: Worth, share: float) -> float:
+    """w(s): of a token, where that share of the pool is kept."""
+    return float(worth.mean ** min(1.0, math.log(1 / max(share, 1e-6)) / math.log(20)))
+
+
+def fresh_tokens(tokens: float, unique: float) -> float:
+    """D'(D, U): how many tokens seen once those are worth that go through ``unique`` ones again and
+    again; all of them until each was seen."""
+    if tokens <= unique:
+        return tokens
+    repeats = tokens / unique - 1.0
+    return unique + unique * REPEAT_HALF_LIFE * -math.expm1(-repeats / REPEAT_HALF_LIFE)
 
 
 def prior_gain(effective: float, quality: Worth, worth: Worth) -> Estimate:
@@ -61,3 +72,8 @@ def prior_gain(effective: float, quality: Worth, worth: Worth) -> Estimate:
     relative = math.hypot(worth.stderr / worth.mean, quality.stderr / quality.mean)
     mean = 0.1 * math.log1p(effective * quality.mean / 1e3)
     return Estimate(mean, 0.1 * relative, "nats/token", "prior")
+
+
+def tokens_behind(gain: float) -> float:
+    """Effective tokens, quality included, that ``prior_gain`` makes a gain of."""
+    return 1e3 * math.expm1(max(gain, 0.0) / 0.1)

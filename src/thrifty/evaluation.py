@@ -1,6 +1,7 @@
-"""The run's objective, measured: dev or test loss over the targets, with paired error bars.
+"""A run's objective as measured: dev or test loss over the targets, with paired error bars.
 
     L = sum_t w_t L_t / sum_t w_t,   L_t = nats a token over the target's rows
+                                     (of a score of answers: 1 - its mean)
 
 The standard error of the change between two evaluations pairs the same rows, which is many times
 smaller than that of the loss itself.
@@ -9,7 +10,7 @@ smaller than that of the loss itself.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from thrifty.core.budget import Cost
 from thrifty.core.contracts import Meter, Rows
 from thrifty.costs.shape import ModelShape
 from thrifty.signals.forward import Losses, example_losses, losses_flops
+
+_BESIDE = "beside "
 
 
 class Diverged(RuntimeError):
@@ -32,6 +35,8 @@ class Measured:
 
     by_target: Mapping[str, Losses]
     weights: Mapping[str, float]
+    beside: Mapping[str, Losses] = field(default_factory=dict)
+    """What else was measured at the same time, and is not in the objective (``yardstick.py``)."""
 
     @property
     def objective(self) -> float:
@@ -54,48 +59,64 @@ class Measured:
         arrays: dict[str, Any] = {}
         for i, (_, m) in enumerate(sorted(self.by_target.items())):
             arrays[f"nll_{i}"], arrays[f"tokens_{i}"] = m.nll, m.num_tokens
+            if m.least_change:
+                arrays[f"least_{i}"] = np.array(m.least_change)
+        for name, m in self.beside.items():
+            arrays[f"{_BESIDE}nll {name}"], arrays[f"{_BESIDE}tokens {name}"] = m.nll, m.num_tokens
         np.savez(path, **arrays)
 
     @classmethod
     def load(cls, path: Path, weights: Mapping[str, float]) -> Measured:
         with np.load(path, allow_pickle=False) as arrays:
-            return cls(
-                {
-                    name: Losses(arrays[f"nll_{i}"], arrays[f"tokens_{i}"])
-                    for i, name in enumerate(sorted(weights))
-                },
-                weights,
-            )
+            found = {
+                name: Losses(
+                    arrays[f"nll_{i}"],
+                    arrays[f"tokens_{i}"],
+                    float(arrays[f"least_{i}"]) if f"least_{i}" in arrays else 0.0,
+                )
+                for i, name in enumerate(sorted(weights))
+            }
+            nll = f"{_BESIDE}nll "
+            names = [key.removeprefix(nll) for key in arrays if key.startswith(nll)]
+            beside = {
+                name: Losses(arrays[nll + name], arrays[f"{_BESIDE}tokens {name}"])
+                for name in names
+            }
+        return cls(found, weights, beside)
 
 
-def measure(
+def losses_of(
     model: Any,
     shape: ModelShape,
     rows: Mapping[str, Rows],
-    weights: Mapping[str, float],
     meter: Meter,
     max_tokens: int | None = None,
     *,
     together: bool = False,
-) -> Measured:
-    """Evaluate ``model`` on every target's rows. Raises Diverged where a loss is not finite.
+) -> dict[str, Losses]:
+    """Of each set of rows under ``model``.
 
     ``together``: all ranks call this; each measures its share of the batches, ``meter`` is charged
     for those of all, and all have the whole.
     """
-    share = (ranks.rank(), ranks.world()) if together else (0, 1)
+    share = share_of(together)
     found = {
         name: example_losses(model, shape, r.tokens, meter, max_tokens, share)
         for name, r in rows.items()
     }
-    if share != (0, 1):
-        found = {
-            name: Losses(ranks.added(losses.nll), ranks.added(losses.num_tokens))
-            for name, losses in found.items()
-        }
-        others = [(number, share[1]) for number in range(share[1]) if number != share[0]]
-        meter.tick(Cost(flops=sum(measure_flops(shape, rows, max_tokens, s) for s in others)))
-    return checked(Measured(found, weights))
+    if share == (0, 1):
+        return found
+    others = [(number, share[1]) for number in range(share[1]) if number != share[0]]
+    meter.tick(Cost(flops=sum(measure_flops(shape, rows, max_tokens, s) for s in others)))
+    return {
+        name: Losses(ranks.added(losses.nll), ranks.added(losses.num_tokens))
+        for name, losses in found.items()
+    }
+
+
+def share_of(together: bool) -> tuple[int, int]:
+    """Which part of the batches is this rank's, of how many: all where it works alone."""
+    return (ranks.rank(), ranks.world()) if together else (0, 1)
 
 
 def checked(found: Measured) -> Measured:
@@ -116,7 +137,7 @@ def measure_flops(
     max_tokens: int | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> float:
-    """Exactly what ``measure`` takes, or a share of it."""
+    """Exactly what ``losses_of`` takes, or a share of it."""
     return sum(
         losses_flops(shape, [len(t.input_ids) for t in r.tokens], max_tokens, share)
         for r in rows.values()

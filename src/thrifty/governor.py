@@ -1,21 +1,31 @@
 """The closed loop over the one rule: after every dev evaluation, train on or cool down and stop.
 
-First version: one run, one choice of data. The stopping rule (``stopping/``) weighs the forecast
-gain of the next interval against the price of what remains; every verdict goes to the ledger with
-its numbers. Any end, the budget's included, goes through the cool-down that the plan reserved.
+First version: one run, one choice of data. The stopping rule (``stopping/``) compares two ends that
+a run could have, cooled down now or an interval later, at the price of what remains; every verdict
+goes to the ledger with its numbers, the forecast and the odds that a stop is wrong. Any end, the
+budget's included, goes through the cool-down that the plan reserved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from math import inf
 from typing import Any
 
-from thrifty.core.budget import Cost
+from thrifty.core.budget import CONSUMED, Cost
 from thrifty.core.contracts import Evaluation, Outlook, StoppingRule
 from thrifty.core.ledger import Stage
+from thrifty.core.marginal import Choice, Estimate
 from thrifty.core.plan import Objective
+from thrifty.own_units import in_unit
+from thrifty.prospect import Prospect
+from thrifty.scaling.curves import Forecast
+from thrifty.scaling.endings import endings
 from thrifty.schedule import WarmupStableDecay
+
+DECISION = "train on or stop"
+COOL_DOWN = "cool down and stop"
 
 
 class Governor:
@@ -45,8 +55,25 @@ class Governor:
         self._reserved = reserved
         self._eval_steps = eval_steps
         self._cut = False
+        self._resume()
         self.scheduler: Any = None
         """The trainer's, once it has one: an early cool-down takes effect at once."""
+        self.alternatives: tuple[Callable[[str, Cost], float], ...] = ()
+        """Other uses of what remains: (resource, the next interval) -> what a unit of it would
+        bring there. The frontier's ``abs(dL*/dC)``, where N and D are free, is one."""
+
+    def _resume(self) -> None:
+        """Go on with a cool-down that was begun before an interruption."""
+        reached = max((evaluation.step for evaluation in self.history()), default=-1)
+        decided = [
+            row
+            for row in self._stage.ledger.decisions()
+            if row["stage_id"] == self._stage.id
+            and row["name"] == DECISION
+            and row["step"] <= reached
+        ]
+        if decided and decided[-1]["chosen"] == COOL_DOWN:
+            self._schedule.cool_down_from(decided[-1]["step"])
 
     # -- how the run ends (asked by BudgetCallback) ----------------------------------------------
 
@@ -74,12 +101,26 @@ class Governor:
     def end_run(self, step: int, reason: str) -> None:
         if self.is_cooling(step):
             return
+        seen = endings(self.history(), self._outlook(step))
         self._schedule.cool_down_from(step, self.scheduler)
-        self._stage.decide("train on or stop", "cool down and stop", reason, step=step)
+        if seen is not None:
+            reason += f"; an interval more would gain {seen.gain:.4f} ± {seen.gain_stderr:.4f}"
+        self._decide(COOL_DOWN, reason, step, seen)
 
     def cut_short(self, step: int, reason: str) -> None:
         self._cut = True
-        self._stage.decide("train on or stop", "stop now", reason, step=step)
+        self._decide("stop now", reason, step)
+
+    def _decide(
+        self,
+        chosen: str,
+        reason: str,
+        step: int,
+        seen: Forecast | None = None,
+        choice: Choice | None = None,
+    ) -> None:
+        detail = None if seen is None else {"forecast": asdict(seen)}
+        self._stage.decide(DECISION, chosen, reason, choice=choice, detail=detail, step=step)
 
     # -- after an evaluation ---------------------------------------------------------------------
 
@@ -97,34 +138,54 @@ class Governor:
         """Ask the rule, write down its verdict, and begin the cool-down where it says stop."""
         if self.is_cooling(step):
             return
+        verdict = self._rule.decide(self.history(), self._outlook(step))
+        chosen = COOL_DOWN if verdict.stop else "train on"
+        self._decide(chosen, verdict.reason, step, verdict.forecast, verdict.choice)
+        if verdict.stop:
+            self._schedule.cool_down_from(step, self.scheduler)
+
+    def prospect(self, left: Cost) -> Prospect | None:
+        """What ``left``, that the budget still spends on steps, is forecast to bring; None where
+        there are too few evaluations to tell."""
+        spent = self._stage.spent()
+        resource, _ = self._stage.budget.binding(spent, left)
+        unit = self._objective.unit
+        return Prospect.of(self.history(), spent, left, resource or "flops", unit)
+
+    def _outlook(self, step: int) -> Outlook:
         interval = self._step_cost() * self._eval_steps + self._evaluation_cost()
-        left = self._stage.budget.left(self._stage.spent())
-        resource, _ = self._stage.budget.binding(self._stage.spent(), interval)
+        spent = self._stage.spent()
+        left = dict.fromkeys(CONSUMED, inf) | self._stage.budget.left(spent)
+        resource, _ = self._stage.budget.binding(spent, interval)
         resource = resource or "flops"
-        outlook = Outlook(
+        return Outlook(
             resource=resource,
             next_interval=interval,
             remaining=Cost(**{name: max(amount, 0.0) for name, amount in left.items()}),
             price=self._price(resource, interval),
             unit=self._objective.unit,
+            scored=self._objective.answers is not None,
+            spent=spent,
+            schedule=self._schedule.shape,
+            interval_steps=self._eval_steps,
+            intervals_left=(self._schedule.cooldown_start - step) / self._eval_steps,
         )
-        verdict = self._rule.decide(self.history(), outlook)
-        chosen = "cool down and stop" if verdict.stop else "train on"
-        self._stage.decide(
-            "train on or stop",
-            chosen,
-            verdict.reason,
-            choice=verdict.choice,
-            detail=None if verdict.forecast is None else {"forecast": asdict(verdict.forecast)},
-            step=step,
-        )
-        if verdict.stop:
-            self._schedule.cool_down_from(step, self.scheduler)
+
+    def in_own_unit(self, gain: Estimate) -> Estimate:
+        """A gain as one of the objective, where it is in nats by the run's own map. Raises
+        ValueError where its evaluations do not tell of one."""
+        rows = self._stage.ledger.evaluations(account=self._stage.account)
+        own = [row for row in rows if row["stage_id"] == self._stage.id]
+        return in_unit(gain, own, self._objective.unit)
 
     def _price(self, resource: str, interval: Cost) -> float:
-        """Objective units that a unit of ``resource`` would buy elsewhere: the user's value of a
-        gain in dollars, or zero, for with a fixed model and nothing else to do there is no
-        alternative use."""
+        """Objective units that a unit of ``resource`` would buy elsewhere, at best; zero where
+        there is no alternative use."""
+        prices = (price(resource, interval) for price in (self._value, *self.alternatives))
+        return max(prices)
+
+    def _value(self, resource: str, interval: Cost) -> float:
+        """By what the user says that a gain is worth in dollars; zero where that is not said."""
         value = self._objective.dollars_per_unit
         if value is None:
             return 0.0

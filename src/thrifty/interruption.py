@@ -17,15 +17,17 @@ class Interrupted(RuntimeError):
 
 
 class PauseCallback(TrainerCallback):
-    """Ends training after the present step, saved, when a signal asked for it."""
+    """Ends training after the present step, saved, when a signal asked for it, or where a pause
+    was planned."""
 
-    def __init__(self) -> None:
+    def __init__(self, at: int | None = None) -> None:
         self.asked = False
+        self._at = at
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self.asked and not control.should_training_stop:
+        if (self.asked or state.global_step == self._at) and not control.should_training_stop:
             control.should_save = True
             control.should_training_stop = True
 

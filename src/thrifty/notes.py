@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from thrifty.core import quantities
-from thrifty.core.budget import Budget
+from thrifty.core.budget import Budget, PoolStats
+from thrifty.core.objective import Objective
 from thrifty.core.plan import Target
 from thrifty.costs import families
 from thrifty.costs.hardware import Device
@@ -38,6 +39,18 @@ def of_device(device: Device, budget: Budget) -> Iterator[str]:
                 else "the plan is for a machine with more; --device NAME names one"
             )
         )
+
+
+def of_objective(objective: Objective, dev: PoolStats | None) -> Iterator[str]:
+    """``dev``: all dev rows together."""
+    if dev is None or not objective.answers:
+        return
+    rows = dev.num_examples
+    yield (
+        f"every evaluation generates an answer of up to {objective.max_new_tokens:,} tokens to "
+        f"each of {rows:,} dev rows, and is predicted as if each had all of them; {objective.name} "
+        f"over so many rows has a standard error of up to {0.5 / rows**0.5:.3f}"
+    )
 
 
 def of_rows(targets: Mapping[str, Target], num_dev: Mapping[str, int]) -> Iterator[str]:

@@ -27,7 +27,8 @@ from thrifty.core.plan import Plan
 from thrifty.costs.hardware import Device, load_device
 from thrifty.costs.shape import ModelShape, read_shape
 from thrifty.data.store import Store, open_store
-from thrifty.evaluation import measure_flops
+from thrifty.data.tokens import load_tokenizer
+from thrifty.frontier_price import frontier_price
 from thrifty.memory_plan import dtype_of
 from thrifty.pair_evaluation import log_probs_flops
 from thrifty.predictions import Predictions, predictions
@@ -36,6 +37,7 @@ from thrifty.run_folder import RunFolder
 from thrifty.signals.embeddings import embedding_cost
 from thrifty.signals.energy import energy_counter
 from thrifty.signals.models import LoadedModels, local_device, locate, weights_sha256
+from thrifty.yardstick import Yardstick
 
 LARGE_BYTES = 1e9
 """Of weights: to hash more takes seconds."""
@@ -49,7 +51,7 @@ def at_work(
     plan = run.plan(overrides)
     if ranks.world() > 1 or trains:
         _check_ranks(run, plan.training.devices)
-    work = Work(run, plan, say)
+    work = Work(run, plan, say, overrides)
     work.check()
     with run.working() as work.ledger:
         for note in notes.of_device(work.device, plan.budget):
@@ -70,6 +72,12 @@ class Branch:
     account: str
     plan: Plan
     limit: Budget | None = None
+    place: str = ""
+    """Its folder in the run's; empty: as the account says."""
+
+    @property
+    def folder(self) -> str:
+        return self.place or self.account
 
     def stage_name(self, name: str) -> str:
         return name if self.account == "budget" else f"{self.account}-{name}"
@@ -81,11 +89,19 @@ class Work:
     ledger: Ledger
     """While the run's lock is held."""
 
-    def __init__(self, run: RunFolder, plan: Plan, say: Say) -> None:
+    def __init__(
+        self, run: RunFolder, plan: Plan, say: Say, overrides: tuple[str, ...] = ()
+    ) -> None:
         self.run = run
         self.plan = plan
         self.say = say
+        self.overrides = overrides
         self.main = Branch("budget", plan)
+
+    def follow_pilot(self) -> None:
+        """Go on under the plan that a pilot has just chosen."""
+        self.plan = self.run.plan(self.overrides)
+        self.main = Branch("budget", self.plan)
 
     def check(self) -> None:
         """Raise ValueError for what no stage could get past. Writes nothing."""
@@ -100,6 +116,7 @@ class Work:
                 "the budget limits dollars but the device's price is unknown\n"
                 "hint: dollars_per_hour: 2.50 in plan.yaml, or --set dollars_per_hour=2.50"
             )
+        frontier_price(plan.objective, plan.budget)
         if plan.training.report_to:
             from thrifty.reporters import check_reporters
 
@@ -108,6 +125,10 @@ class Work:
         _check_size(plan, self.pool)
         for part in ("signal", "dev", "test"):
             self.stores(part)
+        if plan.guard is not None:
+            open_store(self.run.guard)
+        if (metric := plan.objective.answers) is not None:
+            metric.check()
         if plan.training.replay_share:
             open_store(self.run.replay)
         _ = self.device, self.shape
@@ -184,11 +205,31 @@ class Work:
         return {name: targets[name].weight if name in targets else 1.0 for name in names}
 
     @cached_property
+    def guard(self) -> Rows | None:
+        return None if self.plan.guard is None else _whole(open_store(self.run.guard))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(str(self.base))
+
+    def yardstick(self, plan: Plan) -> Yardstick:
+        """What models under ``plan`` are measured by."""
+        return Yardstick(
+            objective=plan.objective,
+            shape=self.shape,
+            tokenizer=self.tokenizer,
+            max_tokens=plan.training.micro_batch_tokens,
+            guard=self.guard,
+        )
+
+    @cached_property
     def held(self) -> Held:
         prints = {}
         for part in ("dev", "test"):
             for name, rows in self.rows(part).items():
                 prints[f"{part} rows of {name}"] = frozenset(map(bytes, rows.fingerprints))
+        if self.guard is not None:
+            prints["guard rows"] = frozenset(map(bytes, self.guard.fingerprints))
         return Held(prints)
 
     @cached_property
@@ -221,16 +262,33 @@ class Work:
         return self.ledger.rates.of(Cost.from_dict(amounts))
 
     def predicted(self, plan: Plan) -> Predictions:
-        """As planned, but the FLOPs of evaluations exactly, for no limit may be passed."""
+        """As planned, but the FLOPs of evaluations exactly, or where answers are generated the most
+        that they can be, for no limit may be passed."""
         dev, test = (
             stats_together([store.manifest for store in self.stores(part).values()])
             for part in ("dev", "test")
         )
         pool = self.pool.manifest.stats
-        costs = predictions(plan.training, self.shape, self.device, dev, test, pool)
-        most = plan.training.micro_batch_tokens
-        flops = measure_flops if plan.training.preference is None else log_probs_flops
-        once, twice = (flops(self.shape, self.rows(part), most) for part in ("dev", "test"))
+        guard = None if plan.guard is None else open_store(self.run.guard).manifest.stats
+        costs = predictions(
+            plan.training,
+            self.shape,
+            self.device,
+            dev,
+            test,
+            pool,
+            guard=guard,
+            max_new_tokens=plan.objective.generated_tokens,
+        )
+        if plan.training.preference is None:
+            yardstick = self.yardstick(plan)
+            once = yardstick.flops(self.dev, guarded=True)
+            twice = yardstick.flops(self.rows("test"))
+        else:
+            most = plan.training.micro_batch_tokens
+            once, twice = (
+                log_probs_flops(self.shape, self.rows(part), most) for part in ("dev", "test")
+            )
         return replace(
             costs,
             evaluation=replace(costs.evaluation, flops=once),
@@ -268,6 +326,7 @@ def _check_prepared(run: RunFolder, plan: Plan) -> None:
                 "hint: `thrifty plan` again for other rows, or undo the edit"
             )
     epochs, planned = plan.training.epochs, prepared.get("training.epochs")
+    planned = run.pilot_choice().get("training.epochs", planned)
     if planned is not None and epochs != planned:
         raise ValueError(
             f"training.epochs was edited from {planned:g} to {epochs:g}, which would change "

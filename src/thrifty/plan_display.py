@@ -19,6 +19,7 @@ from thrifty.core.contracts import MEMORY_KINDS
 from thrifty.costs.hardware import cache_folder
 from thrifty.display import table
 from thrifty.held import Held
+from thrifty.in_sequence import in_sequence
 from thrifty.pareto import Point, pareto_front, thinned
 from thrifty.planner import Planned
 from thrifty.pricing import Candidate, Request
@@ -55,8 +56,11 @@ def plan_text(planned: Planned, request: Request) -> str:
     clock = "measured rates" if request.device.calibrated else "data-sheet rates"
     parts.append(f"  FLOPs are counted (closed form), seconds a roofline on {clock} (calibrated)")
     parts.append(f"what ends it: {c.binding}")
+    if request.pool is not None:
+        parts.append(in_sequence(planned, request).text)
     parts += ["", "why"]
-    parts += [f"  {key:<42} {reason}" for key, reason in planned.why.items()]
+    # What was not planned in turn stands above.
+    parts += [f"  {key:<42} {reason}" for key, reason in planned.why.items() if key != "joint"]
     return "\n".join(parts)
 
 
@@ -218,6 +222,7 @@ def plan_json(planned: Planned, request: Request, model: Mapping[str, Any]) -> d
             "by_stage": {name: cost.to_dict() for name, cost in c.by_stage.items()},
         },
         "binding": c.binding,
+        "in_sequence": _in_sequence_json(planned, request),
         "binding_memory": {"phase": phase, "term": term},
         "relief": [vars(way) for way in scoring_relief(c.account, request)],
         "swaps": [vars(swap) for swap in swaps(c, request, planned.combinations)],
@@ -238,6 +243,21 @@ def plan_json(planned: Planned, request: Request, model: Mapping[str, Any]) -> d
         },
         "candidates": [_candidate_json(candidate, purposes) for candidate in planned.candidates],
         "why": dict(planned.why),
+    }
+
+
+def _in_sequence_json(planned: Planned, request: Request) -> dict[str, Any] | None:
+    """What one decision after the other would have planned; None without a pool to choose from."""
+    if request.pool is None:
+        return None
+    found = in_sequence(planned, request)
+    return {
+        "scorer": found.scorer,
+        "name": found.candidate and found.candidate.name,
+        "differs": {what: list(both) for what, both in found.differs.items()},
+        "effective_tokens_ratio": found.more_tokens,
+        "seconds_per_useful_token_ratio": found.more_seconds,
+        "text": found.text,
     }
 
 

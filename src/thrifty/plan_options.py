@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,7 +46,35 @@ def add_to(plan: argparse.ArgumentParser) -> None:
         "--using", action="append", metavar="TECHNIQUE", help="a memory technique that it must have"
     )
     plan.add_argument("--price", type=float, metavar="2.50", help="dollars an hour of the device")
+    plan.add_argument(
+        "--metric",
+        metavar="NAME",
+        help="steer by this score of generated answers instead of the dev loss: exact_match, "
+        "number, or a function of yours, package.module:name",
+    )
+    plan.add_argument("--max-new-tokens", type=int, metavar="128", help="of a generated answer")
+    plan.add_argument(
+        "--floor",
+        action="append",
+        metavar="[NAME=]0.05",
+        help="keep no model that is worse than the base on this target by more",
+    )
+    plan.add_argument(
+        "--guard", nargs="+", metavar="ROWS", help="rows on which the model must not get worse"
+    )
+    plan.add_argument(
+        "--value",
+        metavar="'$5 per point'",
+        help="what a gain is worth: a point of a score (a hundredth), or a nat of a loss",
+    )
     plan.add_argument("--scorer", help="score the pool by this method (default: the planner's)")
+    plan.add_argument(
+        "--pilot",
+        type=float,
+        metavar="0.1",
+        help="find the best choice of data by short trainings in that share of the budget (0: "
+        "none; default: 0.1 where the planner cannot tell and the budget carries it)",
+    )
     plan.add_argument("--control", action="store_true", help="also train on a uniform choice")
     plan.add_argument("-o", "--output", metavar="RUN", help="the run folder to make")
     plan.add_argument("--json", action="store_true", help="print JSON")
@@ -77,6 +106,9 @@ def asked(options: argparse.Namespace) -> Asked:
     fixed = dict(parse_override(pair) for pair in options.set or ())
     if options.scorer:
         fixed["selection.scorer"] = options.scorer
+    if options.pilot is not None:
+        fixed["pilot.share"] = options.pilot
+    fixed |= _objective(options)
     return Asked(
         model=options.model,
         revision=options.revision,
@@ -118,11 +150,64 @@ def _targets(options: argparse.Namespace) -> dict[str, Target]:
                 f"--dev or --test name {name!r}, but no --target does\n"
                 f"hint: --target {name}=ROWS gives the rows that show what is wanted"
             )
+    floors = _floors(options, parts)
     return {
         name: Target(
             signal=tuple(found["signal"]),
             dev=tuple(found.get("dev", ())),
             test=tuple(found.get("test", ())),
+            floor=floors.get(name),
         )
         for name, found in parts.items()
     }
+
+
+def _floors(options: argparse.Namespace, targets: Collection[str]) -> dict[str, float]:
+    """``--floor [NAME=]0.05``."""
+    from thrifty.core.typed import nearest
+
+    floors = {}
+    for text in options.floor or ():
+        name, sign, amount = text.rpartition("=")
+        name = name if sign else "target"
+        if name not in targets:
+            raise ValueError(
+                f"--floor names {name!r}, and there is no such target\n"
+                f"hint: {nearest(name, targets)}"
+            )
+        try:
+            floors[name] = float(amount)
+        except ValueError:
+            raise ValueError(
+                f"cannot read --floor {text!r}\nhint: --floor {name}=0.05, in the objective's unit"
+            ) from None
+    return floors
+
+
+def _objective(options: argparse.Namespace) -> dict[str, Any]:
+    """The keys of plan.yaml that say what the run is for."""
+    fixed: dict[str, Any] = {}
+    if metric := options.metric:
+        own = ":" in metric  # a function of the user's
+        fixed["objective.metric"] = {"callable": {"function": metric}} if own else metric
+    if options.max_new_tokens is not None:
+        fixed["objective.max_new_tokens"] = options.max_new_tokens
+    if options.guard:
+        fixed["guard.sources"] = list(options.guard)
+    if options.value:
+        fixed["objective.dollars_per_unit"] = _value(options.value, bool(options.metric))
+    return fixed
+
+
+def _value(text: str, scored: bool) -> float:
+    """``$5 per point`` of a score, ``$5 per nat`` of a loss -> dollars a unit of the objective."""
+    from thrifty.core.quantities import parse_dollars
+
+    amount, _, per = text.partition(" per ")
+    wanted, size = ("point", 0.01) if scored else ("nat", 1.0)
+    if per.strip() != wanted or not amount:
+        raise ValueError(
+            f"cannot read --value {text!r}: a gain here is counted in {wanted}s\n"
+            f"hint: --value '$5 per {wanted}'"
+        )
+    return parse_dollars(amount) / size

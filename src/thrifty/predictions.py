@@ -19,6 +19,7 @@ from thrifty.costs.time import step_seconds
 from thrifty.memory_plan import Techniques
 from thrifty.pair_costs import LOGITS_AT_A_TIME, SIDES, as_sequences, on_average, why_no_pairs
 from thrifty.signals.forward import forward_cost
+from thrifty.signals.generation import answers_cost
 
 BUILD_SECONDS = 0.5
 """Building a model and what drives it, besides reading its weights."""
@@ -80,12 +81,18 @@ def predictions(
     dev: PoolStats | None,
     test: PoolStats | None,
     pool: PoolStats | None = None,
+    *,
+    guard: PoolStats | None = None,
+    max_new_tokens: int = 0,
 ) -> Predictions:
     """What a step, an evaluation, a checkpoint and the test (of two models) take. The step's FLOPs
     and tokens are exact; tokens are positions, the padding of packs included. On pairs they are
-    those of pairs like ``pool``'s on average, without it of the longest."""
+    those of pairs like ``pool``'s on average, without it of the longest. Evaluations are as if
+    every answer had ``max_new_tokens``."""
     setting = setting_of(training, shape, device)
-    peak = device_memory(job_account(shape, setting).peak_memory_bytes, device.kind).device
+    context = generated_context(setting.sequence, max_new_tokens)
+    account = job_account(shape, setting, generated_context=context)
+    peak = device_memory(account.peak_memory_bytes, device.kind).device
     micro = Cost(
         flops=step_flops(shape, setting) * setting.replicas,
         seconds=step_seconds(shape, setting, device),
@@ -95,12 +102,26 @@ def predictions(
     if training.preference is not None:
         dev, test = (stats and as_sequences(stats) for stats in (dev, test))
         micro = on_average(micro, shape, setting, pool)
-    costs = Predictor(shape, device, dev, test).of(setting, micro)
+    predictor = Predictor(shape, device, dev, test, guard=guard, max_new_tokens=max_new_tokens)
+    costs = predictor.of(setting, micro)
     online: OnlineMethod = resolve("online", training.online)
     if why := why_unsuited(online, shape, setting):
         raise ValueError(f"training.online: {training.online} does not do here: {why}")
+    if training.grad_freeze is not None and (why := _no_gradients(setting)):
+        raise ValueError(f"training.grad_freeze: {why}\nhint: leave it out, or full with adamw")
     micro = online.step_cost(micro, shape, setting)
     return replace(costs, step=micro * training.gradient_accumulation_steps)
+
+
+def _no_gradients(setting: MemorySetting) -> str | None:
+    """Why there is no moment at which every matrix's gradient can be looked at; None where is."""
+    if setting.zeroth_order:
+        return "a zeroth-order step makes no gradients"
+    if setting.in_backward:
+        return "the optimizer lets go of each gradient as it is made"
+    if setting.blocks is not None:
+        return "blocks that take turns are never trained all at once"
+    return None
 
 
 def why_unsuited(online: OnlineMethod, shape: ModelShape, setting: MemorySetting) -> str | None:
@@ -113,23 +134,39 @@ def why_unsuited(online: OnlineMethod, shape: ModelShape, setting: MemorySetting
     return online.refuses(shape, setting)
 
 
+def generated_context(max_length: int, max_new_tokens: int) -> int:
+    """Tokens a row that an evaluation's cache may hold, in a batch of a training pass's rows: it
+    has no more tokens than the pass, but for one prompt that fills it."""
+    return max_length + max_new_tokens if max_new_tokens else 0
+
+
 class Predictor:
     """Predictions of one model on one device, for many settings."""
 
     def __init__(
-        self, shape: ModelShape, device: Device, dev: PoolStats | None, test: PoolStats | None
+        self,
+        shape: ModelShape,
+        device: Device,
+        dev: PoolStats | None,
+        test: PoolStats | None,
+        *,
+        guard: PoolStats | None = None,
+        max_new_tokens: int = 0,
     ) -> None:
+        """``guard``: rows that are measured beside the dev rows; ``max_new_tokens``: of an answer
+        that is generated to each of the others, 0 where none is."""
         self.shape, self.device, self.dev, self.test = shape, device, dev, test
+        self.guard, self.max_new_tokens = guard, max_new_tokens
         self._rows: dict[tuple[PoolStats, str, int, int], Cost] = {}
 
     def of(self, setting: MemorySetting, micro: Cost) -> Predictions:
         """With ``micro`` the cost of a micro-batch."""
         save = checkpoint_bytes(self.shape, setting) / DISK_BYTES_PER_SECOND + 0.1
         load = Cost(seconds=self.load_seconds(setting))
-        tested = (self._cost_of_rows(self.test, setting) + load) * 2 if self.test else Cost()
+        tested = (self._measuring(self.test, setting) + load) * 2 if self.test else Cost()
         return Predictions(
             step=micro,
-            evaluation=self._cost_of_rows(self.dev, setting),
+            evaluation=self._measuring(self.dev, setting) + self._cost_of_rows(self.guard, setting),
             checkpoint=Cost(seconds=save),
             load=load,
             test=tested,
@@ -138,6 +175,14 @@ class Predictor:
     def load_seconds(self, setting: MemorySetting) -> float:
         """Of the base model."""
         return weight_bytes(self.shape, setting) / DISK_BYTES_PER_SECOND + BUILD_SECONDS
+
+    def _measuring(self, stats: PoolStats | None, setting: MemorySetting) -> Cost:
+        """Of the objective on rows: their loss, and an answer to each where it is a score."""
+        if stats is None or not self.max_new_tokens:
+            return self._cost_of_rows(stats, setting)
+        return self._cost_of_rows(stats, setting) + answers_cost(
+            self.shape, stats, self.device, setting.dtype, self.max_new_tokens, setting.tokens
+        )
 
     def _cost_of_rows(self, stats: PoolStats | None, setting: MemorySetting) -> Cost:
         """Of evaluating rows in batches no larger than a training pass, inside whose peak it

@@ -11,12 +11,13 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from thrifty import notes, planner
+from thrifty.choices import sequence_of
 from thrifty.core import plan as plans
 from thrifty.core import quantities
 from thrifty.core.budget import Budget, PoolStats
@@ -24,7 +25,10 @@ from thrifty.core.ledger import Ledger, Rates
 from thrifty.core.plan import ModelSource, Objective, Plan, PoolSource, Target
 from thrifty.costs.hardware import Device, dollars_per_hour, load_device
 from thrifty.costs.shape import ModelShape, read_config, read_shape
+from thrifty.in_sequence import in_sequence
 from thrifty.pair_costs import as_sequences
+from thrifty.pilot_plan import with_pilot
+from thrifty.predictions import generated_context
 from thrifty.progress import counted
 from thrifty.run_folder import RunFolder
 from thrifty.signals.models import locate
@@ -102,7 +106,8 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
         raise ValueError(
             f"{folder} exists already\nhint: {goes_on}choose another -o, or delete it first"
         )
-    _check_fixed(asked)
+    objective = _check_fixed(asked).objective
+    asked = _with_own_questions(asked, objective)
     model_folder, revision = locate(asked.model, asked.revision, weights=False)
     shape = read_shape(model_folder)
     if not check_weights(model_folder, shape) and revision is None:
@@ -116,7 +121,7 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
     shutil.rmtree(draft.path, ignore_errors=True)
     draft.path.mkdir()
     try:
-        stores = _read(asked, shape, model_folder, draft, say)
+        stores = _read(asked, objective, shape, model_folder, draft, say)
         if asked.device in (None, "local"):
             from thrifty.calibration import measure_once
 
@@ -124,8 +129,12 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
         request = _request(asked, shape, stores)
         for note in notes.of_device(request.device, request.budget):
             say(note)
-        planned = planner.search(request)
-        plan = _plan(asked, revision, planned, request, stores)
+        for note in notes.of_objective(objective, request.dev):
+            say(note)
+        piloted = with_pilot(request, planner.search(request))
+        told = in_sequence(piloted.planned, request).text
+        planned = replace(piloted.planned, why={**piloted.planned.why, "joint": told})
+        plan = _plan(asked, revision, planned, request, stores, piloted.pilot)
         draft.plan_file.write_text(plans.dump(plan), encoding="utf-8")
         prepared = {**what_was_read(plan), "training.epochs": plan.training.epochs}
         draft.prepared.write_text(json.dumps(prepared), encoding="utf-8")
@@ -144,19 +153,39 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
     return planned, request, plan
 
 
+def _with_own_questions(asked: Asked, objective: Objective) -> Asked:
+    """Targets whose dev and test rows are the metric's, where it brings them."""
+    if objective.answers is None or not objective.answers.asks_own:
+        return asked
+    own = (objective.unit,)
+    targets = {name: replace(t, dev=own, test=own) for name, t in asked.targets.items()}
+    return replace(asked, targets=targets)
+
+
 def what_was_read(plan: Plan) -> dict[str, Any]:
     """The fields of a plan that say which rows lie prepared in its folder, and as what."""
     values = plans.to_dict(plan)
-    return {
+    read = {
         "task": plan.task,
         "pool.sources": values["pool"]["sources"],
-        "targets": {name: {**target, "weight": None} for name, target in values["targets"].items()},
+        "targets": {name: _rows_of(target) for name, target in values["targets"].items()},
         "training.replay": values["training"]["replay"],
     }
+    if plan.guard is not None:
+        read["guard.sources"] = values["guard"]["sources"]
+    if plan.objective.answers and plan.objective.answers.asks_own:
+        read["objective.metric"] = values["objective"]["metric"]
+    return read
 
 
-def _check_fixed(asked: Asked) -> None:
-    """Raise ValueError for keys that the user set to what no plan can have, before all else."""
+def _rows_of(target: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a target what says which rows are its own."""
+    return {**{key: value for key, value in target.items() if key != "floor"}, "weight": None}
+
+
+def _check_fixed(asked: Asked) -> Plan:
+    """The plan as far as the user set it. Raises ValueError for keys that are set to what no plan
+    can have, before all else."""
     fixed = dict(asked.fixed)
     fixed.setdefault("training.max_steps", 10**9)
     fixed.setdefault("training.save_steps", fixed.get("training.eval_steps", 1))
@@ -172,17 +201,22 @@ def _check_fixed(asked: Asked) -> None:
     values["training"]["memory"] = {}  # of whose techniques options alone may be set
     for key, value in fixed.items():
         plans.put(values, key, value)
-    report_to = plans.from_dict(values).training.report_to
+    plan = plans.from_dict(values)
+    report_to = plan.training.report_to
     if report_to:  # alone needs transformers to be loaded
         from thrifty.reporters import check_reporters
 
         check_reporters(report_to)
+    if plan.objective.answers is not None:
+        plan.objective.answers.check()
+    return plan
 
 
 @dataclass(frozen=True)
 class _Stores:
     pool: StoreManifest
     targets: Mapping[str, Mapping[str, StoreManifest]]
+    guard: StoreManifest | None = None
 
     def together(self, part: str, task: str) -> PoolStats | None:
         """All targets' rows of a part, as one; of pairs the sequences that a model reads."""
@@ -204,7 +238,14 @@ def stats_together(manifests: list[StoreManifest]) -> PoolStats | None:
     )
 
 
-def _read(asked: Asked, shape: ModelShape, model_folder: Path, run: RunFolder, say: Say) -> _Stores:
+def _read(
+    asked: Asked,
+    objective: Objective,
+    shape: ModelShape,
+    model_folder: Path,
+    run: RunFolder,
+    say: Say,
+) -> _Stores:
     from thrifty.data import store_cache
     from thrifty.data.pool import read_rows
     from thrifty.data.sources import shown
@@ -240,7 +281,7 @@ def _read(asked: Asked, shape: ModelShape, model_folder: Path, run: RunFolder, s
     targets: dict[str, dict[str, StoreManifest]] = {}
     for name, target in asked.targets.items():  # first: they are small, and may be amiss too
         targets[name] = {}
-        for part, rows in _target_rows(name, target, asked.task, say).items():
+        for part, rows in _target_rows(name, target, asked.task, objective, say).items():
             with _naming(f"the {part} rows of target {name}"):
                 targets[name][part] = store(rows, run.target(name, part))
     say(f"reading the pool: {', '.join(map(shown, asked.pool))}")
@@ -256,10 +297,18 @@ def _read(asked: Asked, shape: ModelShape, model_folder: Path, run: RunFolder, s
     if asked.fixed.get("training.replay"):
         with _naming("the replay rows"):
             large_store(tuple(asked.fixed["training.replay"]), run.replay)
+    guard = None
+    if sources := asked.fixed.get("guard.sources"):
+        with _naming("the guard's rows"):
+            guard = store(read_rows(tuple(sources), task=asked.task), run.guard)
+            say(
+                f"guard: {guard.num_examples:,} rows, {guard.num_tokens:,} tokens, measured at "
+                "every evaluation"
+            )
     num_dev = {name: parts["dev"].num_examples for name, parts in targets.items()}
     for note in notes.of_rows(asked.targets, num_dev):
         say(note)
-    return _Stores(pool, targets)
+    return _Stores(pool, targets, guard)
 
 
 @contextlib.contextmanager
@@ -275,10 +324,14 @@ def _counts(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items()))
 
 
-def _target_rows(name: str, target: Target, task: str, say: Say) -> dict[str, list[Row | BadRow]]:
-    """Rows by part. Where no dev rows are given, half of the signal's, by hash, become them."""
+def _target_rows(
+    name: str, target: Target, task: str, objective: Objective, say: Say
+) -> dict[str, list[Row | BadRow]]:
+    """Rows by part. Where no dev rows are given, half of the signal's, by hash, become them; a
+    metric may have dev and test rows of its own."""
     from thrifty.data.pool import Row, read_rows
     from thrifty.data.splits import part_of
+    from thrifty.questions import check_answerable, own_rows
 
     def read(part: str, sources: tuple[str, ...]) -> list[Row | BadRow]:
         with _naming(f"the {part} rows of target {name}"):
@@ -286,6 +339,9 @@ def _target_rows(name: str, target: Target, task: str, say: Say) -> dict[str, li
 
     signal = read("signal", target.signal)
     parts: dict[str, list[Row | BadRow]] = {"signal": signal}
+    metric = objective.answers
+    if metric is not None and metric.asks_own:
+        return {**parts, "dev": [*own_rows(metric, "dev")], "test": [*own_rows(metric, "test")]}
     if target.dev:
         parts["dev"] = read("dev", target.dev)
     else:
@@ -302,6 +358,10 @@ def _target_rows(name: str, target: Target, task: str, say: Say) -> dict[str, li
             parts["dev"] = signal
     if target.test:
         parts["test"] = read("test", target.test)
+    for part in ("dev", "test"):
+        if metric is not None:
+            with _naming(f"the {part} rows of target {name}"):
+                check_answerable(parts.get(part, ()), metric)
     return parts
 
 
@@ -332,13 +392,13 @@ def _held_out(pool: Store) -> Iterable[Row]:
 
 def _request(asked: Asked, shape: ModelShape, stores: _Stores | None = None) -> planner.Request:
     device = load_device(asked.device)
-    price = _price(asked, device)
+    price, new_tokens = _price(asked, device), _check_fixed(asked).objective.generated_tokens
     if asked.budget.dollars is not None and price is None:
         raise ValueError(
             f"the budget limits dollars but the price of {device.name} is unknown\n"
             "hint: --price DOLLARS_PER_HOUR, or put it into your prices.yaml"
         )
-    return planner.Request(
+    request = planner.Request(
         shape=shape,
         budget=asked.budget,
         device=device,
@@ -355,7 +415,12 @@ def _request(asked: Asked, shape: ModelShape, stores: _Stores | None = None) -> 
         fixed=asked.fixed,
         techniques=asked.techniques,
         num_devices=int(asked.fixed.get("training.devices", asked.num_devices)),
+        refreshes=asked.fixed.get("selection.refresh.when", "never") != "never",
+        guard=stats_together([stores.guard]) if stores and stores.guard else None,
+        max_new_tokens=new_tokens,
     )
+    context = generated_context(sequence_of(request), new_tokens)
+    return replace(request, generated_context=context)
 
 
 def _price(asked: Asked, device: Device) -> float | None:
@@ -370,6 +435,7 @@ def _plan(
     planned: planner.Planned,
     request: planner.Request,
     stores: _Stores,
+    pilot: plans.Pilot,
 ) -> Plan:
     """The chosen combination with the rest of the rules applied, then the user's own keys."""
     c = planned.chosen
@@ -387,10 +453,10 @@ def _plan(
         pool=PoolSource(sources=asked.pool, fingerprint=stores.pool.fingerprint),
         targets=dict(asked.targets),
         budget=asked.budget,
-        objective=Objective(unit="nats/pair") if asked.task == "preference" else Objective(),
         selection=plans.Selection(
             scorer=c.scorer_spec, picker=picker, max_tokens=None if whole else c.keep_tokens
         ),
+        pilot=pilot,
         training=training,
         control=asked.control,
         device=asked.device or "local",
@@ -400,7 +466,8 @@ def _plan(
     )
     values = plans.to_dict(plan)
     for key, value in asked.fixed.items():
-        if not key.startswith("training.memory."):  # of which the candidates were made
+        # Of which the candidates were made, and what a pilot tries.
+        if not key.startswith(("training.memory.", "pilot")):
             plans.put(values, key, value)
     return plans.from_dict(values)
 

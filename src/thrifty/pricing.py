@@ -59,11 +59,13 @@ class Request:
     num_devices: int = 1
     """At most; those of a run."""
     refreshes: bool = False
-    """The pool is scored again while training, beside its states. No plan.yaml key asks for it: a
-    run does not refresh yet."""
+    """The pool is scored again while training, beside its states."""
+    guard: PoolStats | None = None
+    """Rows that are measured beside the dev rows."""
+    max_new_tokens: int = 0
+    """Of an answer that evaluations generate; 0 where none is."""
     generated_context: int = 0
-    """Tokens that an evaluation's generation holds in its cache; a run evaluates a loss alone,
-    which takes none."""
+    """Tokens a row that an evaluation's generation holds in its cache; a loss takes none."""
 
     def on(self, num_devices: int) -> Request:
         """The same, paid for so many devices; processes on a CPU share one."""
@@ -243,7 +245,14 @@ class Pricing:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.priors = load_priors()
-        self.predictor = Predictor(request.shape, request.device, request.dev, request.test)
+        self.predictor = Predictor(
+            request.shape,
+            request.device,
+            request.dev,
+            request.test,
+            guard=request.guard,
+            max_new_tokens=request.max_new_tokens,
+        )
         self._scoring: dict[tuple[Any, str, int], Cost] = {}
         self.too_short = ""
         """Why a run of what was priced last would end too early, where one would."""
@@ -280,7 +289,7 @@ class Pricing:
             plain = on_average(plain, request.shape, setting, request.pool)
         micro = self.online.step_cost(plain, request.shape, setting)
         costs = self.predictor.of(setting, micro)
-        scoring = self._score(scorer, setting)
+        scoring = self.scoring(scorer, setting)
         once = scoring + costs.load * (2 if scorer.needs_model else 1) + costs.test
         # Steps without watching first, for how much watching a share of them pays; then with it.
         left = minus(request, once + costs.watching(2, 1))
@@ -399,7 +408,7 @@ class Pricing:
 
     def scoring_bytes(self, scorer: Scorer, setting: MemorySetting) -> float:
         """Of a scorer's pass with the model that it asks."""
-        return self._score(scorer, setting).peak_memory_bytes
+        return self.scoring(scorer, setting).peak_memory_bytes
 
     @cached_property
     def _needs_vectors(self) -> bool:
@@ -409,7 +418,8 @@ class Pricing:
         named += [("picker", spec) for key, spec in fixed.items() if key == "selection.picker"]
         return any(resolve(kind, spec).needs_vectors for kind, spec in named)
 
-    def _score(self, scorer: Scorer, setting: MemorySetting) -> Cost:
+    def scoring(self, scorer: Scorer, setting: MemorySetting) -> Cost:
+        """Of scoring the pool, and of picking."""
         request = self.request
         if request.pool is None:
             return Cost()

@@ -1,7 +1,7 @@
 """A run is a folder: where its parts lie, and who may work on it.
 
     plan.yaml  prepared.json  ledger.sqlite  pool/  targets/NAME/{signal,dev,test}/
-    scores/  selected/  online/  checkpoints/  model/  control/  report.html
+    guard/  pilot/  scores/  selected/  online/  checkpoints/  model/  control/  report.html
 
 One process at a time works on a run; another is refused with the holder's name. Reading (a report)
 needs no lock.
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from thrifty.core import plan as plans
 from thrifty.core.ledger import Ledger
@@ -44,8 +45,21 @@ class RunFolder:
         return self.path / "pool"
 
     @property
+    def pilot(self) -> Path:
+        return self.path / "pilot"
+
+    @property
+    def pilot_file(self) -> Path:
+        """What a pilot chose."""
+        return self.pilot / "choice.yaml"
+
+    @property
     def replay(self) -> Path:
         return self.path / "replay"
+
+    @property
+    def guard(self) -> Path:
+        return self.path / "guard"
 
     def target(self, name: str, part: str) -> Path:
         """``part`` is signal, dev or test."""
@@ -62,6 +76,9 @@ class RunFolder:
 
     def online(self, branch: str) -> Path:
         return self._branch(branch) / "online"
+
+    def refreshes(self, branch: str) -> Path:
+        return self._branch(branch) / "refreshes"
 
     def model(self, branch: str) -> Path:
         return self._branch(branch) / "model"
@@ -80,7 +97,13 @@ class RunFolder:
             raise ValueError(
                 f"there is no run folder {self.path}\nhint: `thrifty plan ... -o {self.path}`"
             )
-        return plans.load(self.plan_file, overrides)
+        return plans.load(self.plan_file, overrides, self.pilot_choice())
+
+    def pilot_choice(self) -> dict[str, Any]:
+        """The keys of plan.yaml that a finished pilot set otherwise."""
+        if not self.pilot_file.is_file():
+            return {}
+        return plans.read_values(self.pilot_file)["settings"]
 
     @contextmanager
     def working(self) -> Iterator[Ledger]:

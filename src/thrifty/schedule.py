@@ -1,17 +1,14 @@
 """Warm-up, stable, decay: a learning rate under which a run can end well at any moment.
 
-    eta_k / eta = min(1, (k + 1) / warmup)                        before the cool-down
-    eta_k / eta = 1 - sqrt((k - s + 1) / (cooldown + 1))          from its start s on
-
-The 1 - sqrt shape and a cool-down of a fifth of the run are those that arXiv:2405.18392 found to
-match a cosine of the right length. The start may be moved to the present at any step, which is how
-the governor ends a run early.
+The shape is ``scaling/learning_rate.py``'s. The cool-down's start may be moved to the present at
+any step, which is how the governor ends a run early.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
+
+from thrifty.scaling.learning_rate import WarmupStable
 
 
 class WarmupStableDecay:
@@ -26,11 +23,12 @@ class WarmupStableDecay:
         self.cooldown_start = max_steps - cooldown_steps
 
     def __call__(self, step: int) -> float:
-        rise = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        if step < self.cooldown_start:
-            return rise
-        fallen = (step - self.cooldown_start + 1) / (self.cooldown_steps + 1)
-        return rise * max(0.0, 1.0 - math.sqrt(min(1.0, fallen)))
+        return float(self.shape.share(step, self.cooldown_start))
+
+    @property
+    def shape(self) -> WarmupStable:
+        """As it would be whenever the cool-down began."""
+        return WarmupStable(self.warmup_steps, self.cooldown_steps)
 
     @property
     def end(self) -> int:

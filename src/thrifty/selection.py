@@ -24,7 +24,16 @@ from numpy.typing import NDArray
 
 from thrifty import score_cache, scorers, signals
 from thrifty.core.budget import Cost
-from thrifty.core.contracts import Candidates, Held, Models, Picked, Picker, Rows, Scorer
+from thrifty.core.contracts import (
+    Candidates,
+    Filter,
+    Held,
+    Models,
+    Picked,
+    Picker,
+    Rows,
+    Scorer,
+)
 from thrifty.core.durable import rename_durably
 from thrifty.core.ledger import Stage
 from thrifty.core.plan import Plan
@@ -59,6 +68,8 @@ class SelectionJob:
     selected: Path
     engine: Engine | None = None
     """Where shards are scored; None: here."""
+    among: NDArray[np.int64] | None = None
+    """Ids of the rows that may be picked; None: all."""
 
 
 def is_done(selected: Path, mark: str) -> bool:
@@ -101,36 +112,70 @@ def select(job: SelectionJob, stage: Stage) -> None:
     folder = job.scores / f"{name_of(scorer)}-{_score_mark(job, scorer)}"
     _score(job, scorer, folder, stage)
     look = _look(job, stage)
-    filters = [resolve("filter", spec) for spec in plan.selection.filters]
-    picker: Picker = resolve("picker", plan.selection.picker)
-    if any(method.needs_vectors for method in (*filters, picker)):
+    look_for_vectors = [each.needs_vectors for each in _filters(plan)]
+    if any([*look_for_vectors, _picker(plan).needs_vectors]):
         look.make_vectors()
     with stage.spending("pick", Cost()) as lease:
         candidates = _candidates(job, scorer, folder, replace(look, lease=lease))
-        left = candidates
-        dropped: dict[int, str] = {}
-        for each in filters:
-            found = each.drop(left, job.held)
-            dropped |= found
-            gone = np.fromiter(found, dtype=np.int64, count=len(found))
-            left = left.where(~np.isin(left.ids, gone))
+        if job.among is not None:
+            candidates = candidates.where(np.isin(candidates.ids, job.among))
         limit = plan.selection.max_tokens or math.inf
-        picked = _pick(job, picker, left, limit)
-        if not len(picked.ids):
-            raise ValueError(
-                f"nothing is left to train on: {len(dropped):,} rows filtered, "
-                f"{len(left):,} candidates, {limit:,.0f} tokens to keep\n"
-                "hint: raise selection.max_tokens, or look at why rows were dropped"
-            )
+        picked, left, dropped = pick(job, candidates, limit)
         assert left.num_tokens[np.isin(left.ids, picked.ids)].sum() <= limit
         made_under = {
             "settings": settings_mark(plan, job.pool),
-            "scorer": parse_spec("scorer", plan.selection.scorer)[0],
+            "scorer": scorer_name(plan),
             "picker": parse_spec("picker", plan.selection.picker)[0],
             "scores": folder.name,
             "in_targets": _in_targets(job, left.where(np.isin(left.ids, picked.ids))),
         }
         write_selected(job.selected, job.pool, candidates, picked, dropped, made_under)
+
+
+def scorer_name(plan: Plan) -> str:
+    return parse_spec("scorer", plan.selection.scorer)[0]
+
+
+def _filters(plan: Plan) -> list[Filter]:
+    return [resolve("filter", spec) for spec in plan.selection.filters]
+
+
+def _picker(plan: Plan) -> Picker:
+    return resolve("picker", plan.selection.picker)
+
+
+def pick(
+    job: SelectionJob, candidates: Candidates, limit: float
+) -> tuple[Picked, Candidates, dict[int, str]]:
+    """What to train on of ``candidates``, at most ``limit`` tokens; those that the filters left,
+    and why the others are out. Raises ValueError where nothing is left."""
+    left = candidates
+    dropped: dict[int, str] = {}
+    for each in _filters(job.plan):
+        found = each.drop(left, job.held)
+        dropped |= found
+        gone = np.fromiter(found, dtype=np.int64, count=len(found))
+        left = left.where(~np.isin(left.ids, gone))
+    picked = _pick(job, _picker(job.plan), left, limit)
+    if not len(picked.ids):
+        raise ValueError(
+            f"nothing is left to train on: {len(dropped):,} rows filtered, "
+            f"{len(left):,} candidates, {limit:,.0f} tokens to keep\n"
+            "hint: raise selection.max_tokens, or look at why rows were dropped"
+        )
+    return picked, left, dropped
+
+
+def scored(job: SelectionJob, stage: Stage) -> Candidates:
+    """All rows with the scores that a selection left. Raises ValueError where it left none."""
+    scorer: Scorer = resolve("scorer", job.plan.selection.scorer)
+    folder = job.scores / f"{name_of(scorer)}-{_score_mark(job, scorer)}"
+    if not folder.is_dir():
+        raise ValueError(
+            f"the scores of {name_of(scorer)} are no longer in {job.scores}\n"
+            "hint: delete RUN/selected to score again"
+        )
+    return _candidates(job, scorer, folder, _look(job, stage))
 
 
 def _in_targets(job: SelectionJob, chosen: Candidates) -> dict[str, int]:

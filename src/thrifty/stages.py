@@ -12,16 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from thrifty import checkpoints, ranks, selection, training, training_rows
+from thrifty import checkpoints, ranks, refreshes, selection, training, training_rows
 from thrifty.core.budget import Budget, Cost
 from thrifty.core.contracts import Rows
 from thrifty.core.ledger import BudgetExceeded, Ledger, Stage
 from thrifty.core.plan import Plan, Training
+from thrifty.core.plan_refresh import Refresh
 from thrifty.core.resolve import parse_spec, resolve
 from thrifty.costs.flops import dearest_step_flops, step_flops
-from thrifty.data.tokens import load_tokenizer
-from thrifty.evaluation import Measured, measure
+from thrifty.evaluation import Measured
+from thrifty.floors import Floors
 from thrifty.memory_plan import Techniques, dtype_of, trained_name
+from thrifty.memory_switch import Holding, MemorySwitch
 from thrifty.open_run import Branch, Work, at_work
 from thrifty.pair_evaluation import PairLosses, log_probs_of, share_likelier, share_right
 from thrifty.predictions import setting_of
@@ -38,7 +40,7 @@ __all__ = ["Branch", "Work", "at_work", "control", "select", "test", "train"]
 def select(work: Work, branch: Branch, engine: Engine | None = None) -> None:
     """Leave the chosen rows in the branch's ``selected`` folder."""
     plan = branch.plan
-    folder = work.run.selected(branch.account)
+    folder = work.run.selected(branch.folder)
     if selection.is_done(folder, selection.settings_mark(plan, work.pool)):
         return
     method = parse_spec("scorer", plan.selection.scorer)[0]
@@ -48,21 +50,8 @@ def select(work: Work, branch: Branch, engine: Engine | None = None) -> None:
     with work.ledger.stage(
         name, method, predicted=predicted, account=branch.account, limit=branch.limit
     ) as stage:
-        job = selection.SelectionJob(
-            plan=plan,
-            pool=work.pool,
-            signals=work.rows("signal"),
-            held=work.held,
-            models=work.models,
-            base_sha256=work.base_sha256,
-            predicted=predicted,
-            load=work.predicted(plan).load,
-            predicted_vectors=work.predicted_vectors(plan),
-            scores=work.run.scores(branch.account),
-            selected=folder,
-            engine=on_ranks if engine is None and ranks.world() > 1 else engine,
-        )
-        selection.select(job, stage)
+        engine = on_ranks if engine is None and ranks.world() > 1 else engine
+        selection.select(selection_job(work, branch, predicted, engine), stage)
         stage.detail = json.loads((folder / selection.MANIFEST).read_text(encoding="utf-8"))
     detail = stage.detail
     work.say(
@@ -73,6 +62,27 @@ def select(work: Work, branch: Branch, engine: Engine | None = None) -> None:
         work.say(f"{name}: {told}")
 
 
+def selection_job(
+    work: Work, branch: Branch, predicted: Cost | None = None, engine: Engine | None = None
+) -> selection.SelectionJob:
+    """What a choice of the branch's rows is given."""
+    plan = branch.plan
+    return selection.SelectionJob(
+        plan=plan,
+        pool=work.pool,
+        signals=work.rows("signal"),
+        held=work.held,
+        models=work.models,
+        base_sha256=work.base_sha256,
+        predicted=predicted or Cost(),
+        load=work.predicted(plan).load,
+        predicted_vectors=work.predicted_vectors(plan),
+        scores=work.run.scores(branch.folder),
+        selected=work.run.selected(branch.folder),
+        engine=engine,
+    )
+
+
 # -- train --------------------------------------------------------------------------------------
 
 
@@ -80,7 +90,7 @@ def train(work: Work, branch: Branch) -> None:
     """Leave the best evaluated model in the branch's ``model`` folder."""
     plan = branch.plan
     predicted = work.planned("train") if branch is work.main else Cost()
-    name, folder = branch.stage_name("train"), work.run.model(branch.account)
+    name, folder = branch.stage_name("train"), work.run.model(branch.folder)
     mark = _training_mark(work, branch)
     done = training.is_done(folder, mark)
     if done and _is_closed(work.ledger, name):
@@ -93,40 +103,76 @@ def train(work: Work, branch: Branch) -> None:
     ) as stage:
         if done:  # killed between leaving the model and saying so
             return
-        chosen = training_rows.chosen_rows(work, branch)
-        rounds = training_rows.rounds_of(work, branch, chosen, stage, mark, predicted)
+        job = training_job(work, branch, stage, predicted)
         work.models.release()  # training loads its own
-        job = training.TrainingJob(
-            training=plan.training,
-            base=work.base,
-            base_sha256=work.base_sha256,
-            tokenizer=load_tokenizer(str(work.base)),
-            data=training_rows.read_by_training(plan.training, rounds),
-            rounds=rounds,
-            dev=work.dev,
-            weights=work.weights(work.dev),
-            rule=resolve("stopping", plan.stopping),
-            objective=plan.objective,
-            setting=setting_of(plan.training, work.shape, work.device),
-            predicted_step=_dearest_step(work, plan, costs.step),
-            choosing_flops=_choosing_flops(work, plan),
-            predicted_evaluation=costs.evaluation,
-            predicted_checkpoint=costs.checkpoint,
-            predicted_load=costs.load,
-            predicted_reference=training_rows.predicted_reference(work, branch, chosen),
-            predicted_renewal=training_rows.predicted_renewal(work, branch, chosen, rounds.method),
-            signals=work.rows("signal") if rounds.method.renewals else {},
-            mark=mark,
-            reserved=costs.test,
-            checkpoints=work.run.checkpoints(branch.account),
-            model=folder,
-            device=local_device(),
-            say=work.say,
-        )
         training.train(job, stage)
         if plan.training.online != Training().online:
             each = job.choosing_flops * plan.training.gradient_accumulation_steps
-            training_rows.note_savings(stage, rounds, costs.step, each)
+            training_rows.note_savings(stage, job.rounds, costs.step, each)
+
+
+def training_job(work: Work, branch: Branch, stage: Stage, predicted: Cost) -> training.TrainingJob:
+    """What a training on the rows that the branch selected is given. Charges what its online method
+    prepares."""
+    plan, mark = branch.plan, _training_mark(work, branch)
+    costs = work.predicted(plan)
+    chosen = training_rows.chosen_rows(work, branch)
+    rounds = training_rows.rounds_of(work, branch, chosen, stage, mark, predicted)
+    refresher = refreshes.refresher_of(
+        work, branch, stage, rounds, predicted, selection_job(work, branch)
+    )
+    return training.TrainingJob(
+        training=plan.training,
+        base=work.base,
+        base_sha256=work.base_sha256,
+        tokenizer=work.tokenizer,
+        data=training_rows.read_by_training(plan.training, rounds),
+        rounds=rounds,
+        dev=work.dev,
+        weights=work.weights(work.dev),
+        rule=resolve("stopping", plan.stopping),
+        objective=plan.objective,
+        yardstick=work.yardstick(plan),
+        floors=Floors.of(plan),
+        setting=setting_of(plan.training, work.shape, work.device),
+        predicted_step=_dearest_step(work, plan, costs.step),
+        choosing_flops=_choosing_flops(work, plan),
+        predicted_evaluation=costs.evaluation,
+        predicted_checkpoint=costs.checkpoint,
+        predicted_load=costs.load,
+        predicted_reference=training_rows.predicted_reference(work, branch, chosen),
+        predicted_renewal=training_rows.predicted_renewal(work, branch, chosen, rounds.method),
+        signals=work.rows("signal") if rounds.method.renewals else {},
+        holding=_holding(work, plan, plan.training),
+        switch=_memory_switch(work, plan),
+        refresher=refresher,
+        mark=mark,
+        reserved=costs.test,
+        checkpoints=work.run.checkpoints(branch.folder),
+        model=work.run.model(branch.folder),
+        device=local_device(),
+        say=work.say,
+    )
+
+
+def _holding(work: Work, plan: Plan, settings: Training) -> Holding:
+    """A way to hold the plan's steps. Raises ValueError where techniques refuse one another."""
+    plan = replace(plan, training=settings)
+    costs = work.predicted(plan)
+    return Holding(
+        training=settings,
+        setting=setting_of(settings, work.shape, work.device),
+        step=costs.step,
+        dearest=_dearest_step(work, plan, costs.step),
+        evaluation=costs.evaluation,
+    )
+
+
+def _memory_switch(work: Work, plan: Plan) -> MemorySwitch | None:
+    if plan.training.switch == "never":
+        return None
+    limit = plan.budget.memory_bytes or work.device.memory_bytes
+    return MemorySwitch(partial(_holding, work, plan), limit)
 
 
 def _dearest_step(work: Work, plan: Plan, step: Cost) -> Cost:
@@ -168,12 +214,24 @@ def _training_mark(work: Work, branch: Branch) -> str:
     free = ("learning_rate", "report_to", "devices", "parallel", "gradient_accumulation_steps")
     settings = {**asdict(plan), **dict.fromkeys(free), "step_sequences": plan.step_sequences}
     chosen = json.loads(
-        (work.run.selected(branch.account) / selection.MANIFEST).read_text(encoding="utf-8")
+        (work.run.selected(branch.folder) / selection.MANIFEST).read_text(encoding="utf-8")
     )
     parts = [settings, chosen["settings"], work.base_sha256]
+    if branch.plan.selection.refresh.when != "never":
+        parts.append(asdict(branch.plan.selection.refresh))
+    if told := _told_of_objective(branch.plan):
+        parts.append(told)
     if other := resolve("online", branch.plan.training.online).model:
         parts.append(weights_sha256(locate(other, weights=True)[0]))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _told_of_objective(plan: Plan) -> dict[str, Any]:
+    """What decides which model is kept, where it is more than the lowest dev loss."""
+    values: dict[str, Any] = {"floors": plan.floors, "guard": plan.guard and asdict(plan.guard)}
+    if plan.objective.answers:
+        values["metric"] = [plan.objective.metric, plan.objective.max_new_tokens]
+    return {name: value for name, value in values.items() if value}
 
 
 # -- test ---------------------------------------------------------------------------------------
@@ -220,10 +278,13 @@ def _test(work: Work, branch: Branch, stage: Stage, part: str, upper: Cost) -> N
             more = {"right": share_right(after)}
             more |= {"likelier": share_likelier(now), "likelier_before": share_likelier(first)}
         else:
-            after = measure(model, work.shape, rows, weights, lease, most)
+            measure = partial(
+                work.yardstick(branch.plan).measure, rows=rows, weights=weights, meter=lease
+            )
+            after = measure(model)
             if branch is work.main:
                 with _base_of(work, model) as base:
-                    before = measure(base, work.shape, rows, weights, lease, most)
+                    before = measure(base)
     stage.detail = {"rows": part, "after": after.objective, "by_target": after.losses(), **more}
     if branch is work.main:
         after.save(kept)
@@ -231,6 +292,10 @@ def _test(work: Work, branch: Branch, stage: Stage, part: str, upper: Cost) -> N
             "before": before.objective,
             "change_stderr": after.stderr(before),
             "by_target_before": before.losses(),
+            "by_target_stderr": {
+                name: losses.stderr(before.by_target[name])
+                for name, losses in after.by_target.items()
+            },
         }
     else:
         own = _own_losses(work, kept, rows, weights)
@@ -252,7 +317,7 @@ def _own_losses(
 
 
 def _trained(work: Work, branch: Branch) -> Any:
-    folder, memory = work.run.model(branch.account), branch.plan.training.memory
+    folder, memory = work.run.model(branch.folder), branch.plan.training.memory
     if not (folder / "adapter_config.json").is_file():
         return load_model(folder, dtype_of(memory), local_device())
     from peft import PeftModel
@@ -275,12 +340,13 @@ def _base_of(work: Work, model: Any) -> Iterator[Any]:
 
 
 def control(work: Work) -> Branch:
-    """The same job on a uniform choice of fresh rows, at the FLOPs that selection and training
-    took together."""
-    spent = sum((work.ledger.spent(stage=name) for name in ("select", "train")), Cost()).flops
+    """The same job on a uniform choice of fresh rows, at the FLOPs that pilot, selection and
+    training took together."""
+    stages = ("pilot", "select", "train")
+    spent = sum((work.ledger.spent(stage=name) for name in stages), Cost()).flops
     plan, costs = work.plan, work.predicted(work.plan)
-    evaluations = len(work.ledger.evaluations())
-    watching = costs.evaluation.flops * evaluations
+    evaluations = sum(each["stage"] == "train" for each in work.ledger.evaluations())
+    watching = work.ledger.spent(stage="train", activity="evaluate", lost=False).flops
     steps = max(1, int((spent - watching) / costs.step.flops))
     settings = replace(
         plan.training,
@@ -293,7 +359,13 @@ def control(work: Work) -> Branch:
         online=Training().online,
     )
     tokens = float(steps * costs.step.tokens)
-    choice = replace(plan.selection, scorer="uniform", picker="top_k", max_tokens=max(tokens, 1.0))
+    choice = replace(
+        plan.selection,
+        scorer="uniform",
+        picker="top_k",
+        max_tokens=max(tokens, 1.0),
+        refresh=Refresh(),
+    )
     same = replace(plan, selection=choice, training=settings, control=False)
     return Branch("control", same, Budget(flops=spent + costs.test.flops))
 

@@ -28,19 +28,27 @@ from thrifty.costs.flops import forward_flops
 from thrifty.costs.shape import read_shape
 from thrifty.data.packed_attention import attention_of, check_isolation
 from thrifty.divergence import NonFiniteGradient
-from thrifty.evaluation import Measured, measure
+from thrifty.evaluation import Measured
+from thrifty.frontier_price import frontier_price
 from thrifty.governor import Governor
+from thrifty.grad_freeze import freezing
+from thrifty.guarding import Guarding
 from thrifty.interruption import PauseCallback
 from thrifty.larger_batch import LargerBatch
 from thrifty.memory_plan import Techniques
+from thrifty.memory_switch import Holding
+from thrifty.refreshing import Refreshing
 from thrifty.reporters import Fenced, is_reporter
 from thrifty.schedule import WarmupStableDecay
 from thrifty.signals.models import ModelInTraining
 from thrifty.step_choice import StepChoice
+from thrifty.switching import Switching
+from thrifty.training_arguments import arguments_of
 from thrifty.training_job import TrainingJob
 from thrifty.training_progress import TrainingProgress
 from thrifty.turns import TurnCallback
 from thrifty.weighed_loss import weighed_loss
+from thrifty.yardstick import in_nats
 
 ACTIVITY_MARGIN = 1.5
 """Reserved for an evaluation or a checkpoint over what the last one took."""
@@ -65,12 +73,18 @@ class BudgetedTrainer(Trainer):
             warmup_steps=job.training.warmup_steps,
             cooldown_steps=job.training.cooldown_steps,
         )
+        self.next_holding: Holding | None = None
+        """How the steps are to be held from the last checkpoint on, by a trainer of their own."""
         self._seconds = {"evaluate": 0.0, "checkpoint": 0.0}
         self._measured: Measured | None = None
         if newest is not None and (newest.path / "dev_losses.npz").is_file():
             self._measured = Measured.load(newest.path / "dev_losses.npz", job.weights)
+        self._guarding = Guarding(job, stage, resumed=newest is not None)
         if newest is not None and job.rounds.remembers:
             job.rounds.load(newest.path)
+            if job.refresher is not None:
+                job.data.restore(job.rounds.tokens, job.rounds.cuts)
+                job.refresher.restore(job.rounds.legs)
         self.governor = Governor(
             job.rule,
             self._schedule,
@@ -82,13 +96,24 @@ class BudgetedTrainer(Trainer):
             reserved=self._reserved,
             eval_steps=job.training.eval_steps,
         )
+        self.governor.alternatives = frontier_price(job.objective, stage.budget)
         self.budget = BudgetCallback(
             stage=stage,
             governor=self.governor,
             predicted_step=job.predicted_step,
             setting=job.setting,
         )
-        self.pause = PauseCallback()
+        self._freeze = freezing(job.training.grad_freeze, stage, self.budget, newest)
+        self._refreshing = Refreshing(job, stage, self.governor, self.budget, self._steps_left)
+        self._switching = Switching(
+            job,
+            stage,
+            self.governor,
+            self.budget,
+            self._steps_left,
+            lambda: self._cost_of("checkpoint", job.predicted_checkpoint),
+        )
+        self.pause = PauseCallback(job.pause_at)
         self._ranks = AgreeingCallback(self._schedule)
         self.progress = TrainingProgress(job.say, self._steps_left)
         self._shape = read_shape(job.base)
@@ -96,10 +121,10 @@ class BudgetedTrainer(Trainer):
         turns = TurnCallback(self._trained, self._shape, job.setting, self.budget, seed)
         super().__init__(
             model=self._techniques.build(job.base, self._shape, job.device, seed),
-            args=self._settings(_arguments(job, resumed=newest is not None)),
+            args=self._settings(arguments_of(job, resumed=newest is not None)),
             **self._batches(),
             processing_class=job.tokenizer,
-            callbacks=[self.budget, turns, self.pause, self._ranks],
+            callbacks=[self.budget, turns, *self._freeze, self.pause, self._ranks],
         )
         self.remove_callback(PrinterCallback)
         if ranks.rank() == 0:
@@ -194,6 +219,8 @@ class BudgetedTrainer(Trainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """As ever; a norm that overflowed would be clipped to a silent zero."""
+        for freeze in self._freeze:
+            freeze.watch(self.state.global_step + 1, self.state.max_steps, self.optimizer)
         if self.job.setting.in_backward:  # which clips by the norm of the step before
             return torch.tensor(self._inner_optimizer.norm)
         norm = super()._clip_grad_norm(model)
@@ -321,19 +348,25 @@ class BudgetedTrainer(Trainer):
         stderr = found.stderr(self._measured)
         self._measured = found
         spent = self._stage.spent()
-        self._stage.evaluate(step, spent.flops, found.objective, stderr, found.losses())
+        beside = self._guarding.compare(step, found)
+        self._stage.evaluate(step, spent.flops, found.objective, stderr, found.losses(), beside)
         self.job.say(self._line(step, found, stderr))
         if step > 0:
             # The best evaluated model is kept, so it must be saved: no later step brings it back.
-            earlier = [e.loss for e in self.governor.history() if 0 < e.step < step]
-            if not earlier or found.objective < min(earlier):
+            if self.job.pause_at is None and self._guarding.is_best(found.objective):
                 self.control.should_save = True
+            if reason := self._guarding.hopeless(self._steps_left(step) / self.args.eval_steps):
+                self.governor.end_run(step, reason)
             self.governor.weigh(step)
             if self.governor.is_over(step):
                 self.control.should_training_stop = True
                 self.control.should_save = True
-        metrics = {"eval_loss": found.objective, "eval_loss_stderr": stderr}
-        metrics |= {f"eval_{name}_loss": loss for name, loss in found.losses().items()}
+        self.model.eval()
+        self._refreshing.after_evaluation(step, ModelInTraining(self.model, self._shape))
+        self.next_holding = self._switching.after_evaluation(step)
+        if self.next_holding is not None:
+            self.control.should_training_stop = self.control.should_save = True
+        metrics = self._reported(found, stderr)
         metrics |= {"spent_flops": spent.flops, "spent_seconds": spent.seconds}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
@@ -342,9 +375,24 @@ class BudgetedTrainer(Trainer):
         self._ranks.agree(self.control, self.lr_scheduler, step)
         return metrics
 
+    def _reported(self, found: Measured, stderr: float) -> dict[str, float]:
+        """What reporters are given."""
+        objective, losses = self.job.objective, in_nats(found)
+        metrics = {"eval_loss": losses.objective, "eval_loss_stderr": losses.stderr()}
+        if losses is found:
+            metrics["eval_loss_stderr"] = stderr
+        else:
+            metrics[f"eval_{objective.name}"] = objective.shown(found.objective)
+            metrics[f"eval_{objective.name}_stderr"] = stderr
+            for name, loss in found.losses().items():
+                metrics[f"eval_{name}_{objective.name}"] = objective.shown(loss)
+        return metrics | {f"eval_{name}_loss": loss for name, loss in losses.losses().items()}
+
     def _measure(self, meter: Meter) -> Measured:
-        job, most = self.job, self.job.training.micro_batch_tokens
-        return measure(self.model, self._shape, job.dev, job.weights, meter, most, together=True)
+        job = self.job
+        return job.yardstick.measure(
+            self.model, job.dev, job.weights, meter, guarded=True, together=True
+        )
 
     def _num_dev(self) -> int:
         return sum(len(rows.ids) for rows in self.job.dev.values())
@@ -356,7 +404,15 @@ class BudgetedTrainer(Trainer):
             for name in self._stage.budget.limited
             if (limit := self._stage.budget.limit(name))
         ]
-        line = f"step {step:>5}  dev loss {found.objective:.4f} ± {stderr:.4f}"
+        objective = self.job.objective
+        line = (
+            f"step {step:>5}  dev {objective.name} {objective.shown(found.objective):.4f} "
+            f"± {stderr:.4f}"
+        )
+        if (losses := in_nats(found)) is not found:
+            line += f"  loss {losses.objective:.4f}"
+        if broken := self._guarding.broken:
+            line += f"  NOT TO BE KEPT: {'; '.join(broken)}"
         return f"{line}  spent {', '.join(shares)}" if shares else line
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -381,45 +437,18 @@ class BudgetedTrainer(Trainer):
                 "over": self.over,
                 "dev_loss": None,
             }
+            if self.job.switch is not None:
+                details["held"] = (self.next_holding or self.job.holding).facts
             if self._measured is not None:
                 self._measured.save(folder / "dev_losses.npz")
                 history = self.governor.history()
                 if history and history[-1].step == step:
                     details["dev_loss"] = self._measured.objective
+                    details["broken"] = self._guarding.broken
             if self.job.rounds.remembers:
                 self.job.rounds.save(folder)
+            for freeze in self._freeze:
+                freeze.save(folder)
             checkpoints.commit(folder, details)
             checkpoints.retain(self.job.checkpoints, newest=_KEPT_CHECKPOINTS)
             self._seconds["checkpoint"] = lease.used.seconds
-
-
-def _arguments(job: TrainingJob, *, resumed: bool) -> dict[str, Any]:
-    """Of ``TrainingArguments``."""
-    training = job.training
-    return dict(
-        output_dir=str(job.checkpoints),
-        max_steps=training.max_steps,
-        per_device_train_batch_size=training.per_device_train_batch_size * job.rounds.method.larger,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        eval_strategy="steps",
-        eval_steps=training.eval_steps,
-        eval_on_start=not resumed,
-        save_strategy="steps",
-        save_steps=training.save_steps,
-        save_total_limit=None,  # retention is ours, by step: theirs goes by file times
-        logging_steps=max(1, training.eval_steps // 4),
-        logging_nan_inf_filter=False,  # a loss that is not finite is not to be averaged away
-        remove_unused_columns=False,  # which row a token is of is no input of the model
-        train_sampling_strategy="sequential",  # the data's own order, the same after a resume
-        report_to=list(training.report_to) or "none",
-        restore_callback_states_from_checkpoint=False,  # the ledger has them
-        disable_tqdm=True,
-        dataloader_pin_memory=job.device != "cpu",
-        ddp_find_unused_parameters=False,
-        use_cpu=job.device == "cpu",
-        seed=training.seed,
-        data_seed=training.seed,
-    )

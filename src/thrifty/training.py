@@ -18,6 +18,7 @@ from thrifty.core.ledger import BudgetExceeded, Ledger, Stage
 from thrifty.divergence import NonFiniteGradient
 from thrifty.interruption import Interrupted, signals_asking
 from thrifty.memory_plan import trained_name
+from thrifty.memory_switch import held_as
 from thrifty.publication import is_done, publish
 from thrifty.signals.peak_memory import memory_bytes, release_free_memory
 from thrifty.trainer import BudgetedTrainer
@@ -28,7 +29,7 @@ __all__ = ["Interrupted", "TrainingJob", "is_done", "train"]
 
 def train(job: TrainingJob, stage: Stage) -> None:
     """Train, or go on from the newest whole checkpoint; leave the best evaluated model in
-    ``job.model``.
+    ``job.model``, unless it is to pause on the way.
 
     Raises Interrupted after a signal, BudgetExceeded where not one step fits, NonFiniteGradient.
     """
@@ -48,13 +49,23 @@ def train(job: TrainingJob, stage: Stage) -> None:
             "weights training.learning_rate alone may change on the way, and training.devices if "
             "gradient_accumulation_steps makes up for it"
         )
-    if newest is None or not newest.manifest.get("over"):
-        _go_on(job, stage, newest)
-    _keep_the_best(job, stage)
+    there = newest is not None and (newest.manifest.get("over") or newest.step == job.pause_at)
+    if newest is not None and job.switch is not None and "held" in newest.manifest:
+        facts = newest.manifest["held"]
+        job = job.held_as(job.switch.holding_of(held_as(job.training, facts)))
+    going = None if there else job
+    while going is not None:
+        going = _go_on(going, stage, newest)
+        newest = checkpoints.newest_whole(job.checkpoints)[0]
+    if job.pause_at is None:
+        _keep_the_best(job, stage)
 
 
-def _go_on(job: TrainingJob, stage: Stage, newest: checkpoints.Checkpoint | None) -> None:
-    """Train from ``newest`` to the end of the run."""
+def _go_on(
+    job: TrainingJob, stage: Stage, newest: checkpoints.Checkpoint | None
+) -> TrainingJob | None:
+    """Train from ``newest`` to the end of the run; or until its steps are to be held otherwise,
+    then what it is to be from the checkpoint on that was left."""
     # Without a checkpoint nothing is kept, what was measured at step 0 neither.
     step = newest.step if newest else -1
     goes_on = f"training goes on from step {step}" if newest else "training starts over"
@@ -74,7 +85,7 @@ def _go_on(job: TrainingJob, stage: Stage, newest: checkpoints.Checkpoint | None
     except FloatingPointError as error:  # of an optimizer that no gradient is shown to before
         raise NonFiniteGradient(str(error)) from error
     except BudgetExceeded as refusal:
-        if checkpoints.best(job.checkpoints) is None:
+        if all(c.dev_loss is None for c in checkpoints.committed(job.checkpoints)):
             raise
         # Lost work used up what the rest of the run needed: end here, with what there is.
         stage.decide("train on or stop", "stop now", str(refusal).partition("\n")[0], step=step)
@@ -86,6 +97,7 @@ def _go_on(job: TrainingJob, stage: Stage, newest: checkpoints.Checkpoint | None
             f"stopped after step {trainer.state.global_step}, which is saved\n"
             "hint: the same command goes on from there"
         )
+    return None if trainer.next_holding is None else job.held_as(trainer.next_holding)
 
 
 def _trainer_of(job: TrainingJob) -> type[BudgetedTrainer]:
@@ -127,19 +139,26 @@ def _unsaid(line: str) -> None:
 
 
 def _keep_the_best(job: TrainingJob, stage: Stage) -> None:
-    """Leave the model with the lowest dev loss in ``job.model``: a checkpoint's, or the base."""
+    """Leave the model with the lowest dev loss that breaks no floor in ``job.model``: a
+    checkpoint's, or the base."""
     best = checkpoints.best(job.checkpoints)
-    assert best is not None, "training ends with an evaluated checkpoint"
     last = checkpoints.committed(job.checkpoints)[-1]
-    assert best.dev_loss is not None
     before = [e for e in stage.ledger.evaluations(account=stage.account) if e["step"] == 0]
-    folder, step, loss = best.path, best.step, best.dev_loss
-    if before and before[-1]["objective"] < best.dev_loss:
-        folder, step, loss = job.base, 0, before[-1]["objective"]
+    folder, step, loss = job.base, 0, before[-1]["objective"] if before else None
+    chosen = "the base model, which no step improved"
+    if best is None:
+        assert last.manifest.get("broken"), "training ends with an evaluated checkpoint"
+        chosen = "the base model, for every checkpoint breaks a floor"
+        job.say(f"kept {chosen}: {'; '.join(last.manifest['broken'])}")
+    elif loss is None or not loss < best.dev_loss:
+        folder, step, loss, chosen = best.path, best.step, best.dev_loss, f"step {best.step}"
     if step != last.step:
-        ended = "not evaluated" if last.dev_loss is None else f"{last.dev_loss:.4f}"
-        reason = f"dev loss {loss:.4f} at step {step}, {ended} at step {last.step}"
-        chosen = f"step {step}" if step else "the base model, which no step improved"
+        name, shown = job.objective.name, job.objective.shown
+        ended = "not evaluated" if last.dev_loss is None else f"{shown(last.dev_loss):.4f}"
+        measured = "not measured" if loss is None else f"{shown(loss):.4f}"
+        reason = f"dev {name} {measured} at step {step}, {ended} at step {last.step}"
+        if broken := last.manifest.get("broken"):
+            reason += f", where {'; '.join(broken)}"
         stage.decide("which model to keep", chosen, reason, step=last.step)
     stage.detail.update(steps=last.step, best_step=step)
     publish(folder, job.model, mark=job.mark, step=step)

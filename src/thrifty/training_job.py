@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,11 @@ from thrifty.core.budget import Cost
 from thrifty.core.contracts import Rows, StoppingRule
 from thrifty.core.plan import Objective, Training
 from thrifty.costs.setting import MemorySetting
+from thrifty.floors import Floors
+from thrifty.memory_switch import Holding, MemorySwitch
+from thrifty.refresh import Refresher
 from thrifty.rounds import Rounds
+from thrifty.yardstick import Yardstick
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,10 @@ class TrainingJob:
     """What is trained on next, and how much it counts; ``data`` asks it."""
     rule: StoppingRule
     objective: Objective
+    yardstick: Yardstick
+    """What the model is measured by on the dev rows."""
+    floors: Floors
+    """What must not get worse than the base."""
     setting: MemorySetting
     """How a step is held in memory, in the cost model's terms."""
     predicted_step: Cost
@@ -45,6 +53,12 @@ class TrainingJob:
     """Of the online method's look at the model on the way."""
     signals: Mapping[str, Rows]
     """The targets' rows that it may look at."""
+    holding: Holding
+    """How its steps are held, as far as that may change on the way."""
+    switch: MemorySwitch | None
+    """Has them held otherwise; None: nobody does."""
+    refresher: Refresher | None
+    """Chooses the rows anew on the way; None: nobody does."""
     mark: str
     """A hash of all that decides the weights: the settings, the rows, the base model."""
     reserved: Cost
@@ -55,3 +69,17 @@ class TrainingJob:
     device: str
     say: Any
     """Takes a line for the user."""
+    pause_at: int | None = None
+    """The step after which it pauses, saved, to be gone on with: a pilot's. No model is left then,
+    and what is evaluated on the way is not saved."""
+
+    def held_as(self, holding: Holding) -> TrainingJob:
+        """The same, its steps held otherwise."""
+        return replace(
+            self,
+            training=holding.training,
+            setting=holding.setting,
+            predicted_step=holding.dearest,
+            predicted_evaluation=holding.evaluation,
+            holding=holding,
+        )

@@ -40,7 +40,7 @@ BEFORE_TRAINING = -1
 
 def chosen_rows(work: Work, branch: Branch) -> Chosen:
     """In the order in which they were picked, then those that are replayed."""
-    settings, folder = branch.plan.training, work.run.selected(branch.account)
+    settings, folder = branch.plan.training, work.run.selected(branch.folder)
     ids = np.load(folder / "ids.npy", allow_pickle=False)
     examples: list[Tokens] = list(work.pool.take(ids).tokens)
     if settings.replay_share > 0:
@@ -53,6 +53,16 @@ def chosen_rows(work: Work, branch: Branch) -> Chosen:
         num_tokens=lengths,
         scores=scores,
         groups=_groups(work, branch.plan.selection.groups, ids, len(examples)),
+    )
+
+
+def leg_of(work: Work, ids: NDArray[np.int64]) -> Chosen:
+    """Rows of the pool that are chosen on the way."""
+    examples = list(work.pool.take(ids).tokens)
+    return Chosen(
+        tokens=examples,
+        num_tokens=np.array([len(e.input_ids) for e in examples], dtype=np.int64),
+        scores=np.full(len(examples), np.nan, dtype=np.float32),
     )
 
 
@@ -110,7 +120,7 @@ def _prepared(
     predicted = predicted_preparation(work, branch, chosen, method)
     if not predicted.flops:
         return method.prepare(chosen, work.rows("signal"), work.models, _Free())
-    file = work.run.online(branch.account) / f"{name_of(method)}-{mark[:12]}.npz"
+    file = work.run.online(branch.folder) / f"{name_of(method)}-{mark[:12]}.npz"
     if not file.is_file():
         work.say(f"  {name_of(method)} looks at {len(chosen):,} rows before training ...")
         with (
@@ -135,7 +145,11 @@ def predicted_renewal(work: Work, branch: Branch, chosen: Chosen, method: Online
 
 
 def _asked(work: Work, branch: Branch, chosen: Chosen) -> contracts.Work:
-    pool = _stats_of(chosen)
+    return asked_of(work, branch, _stats_of(chosen))
+
+
+def asked_of(work: Work, branch: Branch, pool: PoolStats) -> contracts.Work:
+    """Rows like ``pool``, beside the targets, on the model as the branch trains it."""
     stores = work.stores("signal").items()
     setting = setting_of(branch.plan.training, work.shape, work.device)
     return contracts.Work(

@@ -161,3 +161,30 @@ def test_the_data_floor_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def _of_length(size):
+    return Tokens(np.arange(size, dtype=np.int32), np.ones(size, dtype=bool))
+
+
+def _items(dataset, places):
+    return [dataset.members(place) for place in places]
+
+
+def test_what_follows_is_drawn_anew_from_the_first_item_that_nobody_has_read():
+    """And a dataset that is told where that was gives the same items."""
+    first = [_of_length(n) for n in (4, 4, 4, 4, 4, 4)]
+    both = [*first, *(_of_length(n) for n in (3, 3, 3, 3))]
+
+    def order(epoch):
+        return [0, 1, 2, 3, 4, 5] if epoch == 0 else [6, 7, 8, 9]
+
+    dataset = PackedDataset(first, 4, num_items=12, order=order)
+    for place in range(3):
+        dataset[place]
+    assert dataset.begin_anew(both) == [3, 4, 5]
+    assert _items(dataset, range(8)) == [[0], [1], [2], [6], [7], [8], [9], [6]]
+    again = PackedDataset(first, 4, num_items=12, order=order)
+    again.restore(both, [3])
+    assert _items(again, (7, 0, 3)) == [[6], [0], [6]]
+    assert again.epoch_starts == [0, 3, 7]

@@ -36,11 +36,13 @@ BRIEF = {
     "rank": 2,
     "landmarks": 24,
     "num_subsets": 4,
+    "rounds": 2,
+    "draws": 2,
 }
 """Options with which scorers that train or invert something take seconds less in tests."""
 
 
-TRAINED = ("cartography", "aum", "cascade", "datainf", "datamodel", "ekfac")
+TRAINED = ("cads", "cartography", "aum", "cascade", "datainf", "datamodel", "ekfac")
 TRAINED += ("influence_distillation", "logra", "s2l", "tracin", "trak")
 
 

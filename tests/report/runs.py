@@ -105,7 +105,17 @@ def train(
             flops = stage.spent().flops
             stage.evaluate(step, flops, loss, 0.03 if i == 0 else 0.006, {"asyncio": loss})
             if 1 < i < min(4, len(losses) - 1):
-                seen = Forecast(flops + 1.54e12, losses[i + 1] + 0.01, 0.012, 0.04, 0.01)
+                seen = Forecast(
+                    flops + 1.54e12,
+                    losses[i + 1] + 0.01,
+                    0.012,
+                    0.04,
+                    0.01,
+                    final=losses[i + 1] - 0.03,
+                    final_stderr=0.02,
+                    final_flops=flops + 1.54e12,
+                    wrong=0.973,
+                )
                 option = Option(
                     "train on",
                     Estimate(seen.gain, seen.gain_stderr, UNIT, "history"),

@@ -114,6 +114,15 @@ def test_contents_in_order(text: str) -> None:
     assert sum(tag == "details" for tag, _ in page.elements) == 41
 
 
+def test_each_decision_shows_its_forecast_and_the_odds(text: str) -> None:
+    row = re.search(r"<tr>(?:(?!</tr>).)*interval gains 0\.04.*?</tr>", text, re.DOTALL)
+    assert row is not None
+    assert "97.3%" in row[0]
+    assert "+0.040" in row[0]
+    assert "its end as last forecast, 95%" in text
+    assert "Diamond: where the last of them saw the run end" in text
+
+
 def test_figures_take_their_colours_from_the_page(text: str) -> None:
     figures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     colours = {c for f in figures for c in re.findall(r"(?:fill|stroke): ([^;\"]+)", f)}

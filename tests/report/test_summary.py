@@ -35,7 +35,12 @@ def test_promised_keys(finished: RunFolder) -> None:
     assert s["state"] == "done"
     assert s["task"] == "sft"
     assert s["model"] == {"path": "models/small", "num_parameters": None}
-    assert s["objective"] == {"metric": "dev_loss", "unit": "nats/token"}
+    assert s["objective"] == {
+        "metric": "dev_loss",
+        "name": "loss",
+        "unit": "nats/token",
+        "more_is_better": False,
+    }
     for part in ("budget", "spent", "lost", "predicted", "left"):
         assert set(s[part]) == set(RESOURCES)
     assert s["budget"]["flops"] == 1e13
@@ -47,7 +52,15 @@ def test_promised_keys(finished: RunFolder) -> None:
     for decision in s["decisions"]:
         assert {"stage", "step", "name", "chosen", "reason", "choice", "detail"} <= set(decision)
     for evaluation in s["evaluations"]:
-        assert set(evaluation) == {"step", "flops", "loss", "stderr", "by_target"}
+        assert set(evaluation) == {
+            "step",
+            "flops",
+            "loss",
+            "score",
+            "stderr",
+            "by_target",
+            "beside",
+        }
     assert s["selection"] == {
         "scorer": "bm25",
         "picker": "top_k",

@@ -39,11 +39,13 @@ if TYPE_CHECKING:
 
     from thrifty.costs.setting import MemorySetting
     from thrifty.costs.shape import ModelShape
+    from thrifty.scaling.learning_rate import WarmupStable
 
 __all__ = [
     "KINDS",
     "MEMORY_KINDS",
     "ActivationMemory",
+    "AnswerMetric",
     "Candidates",
     "Choice",
     "Chosen",
@@ -56,6 +58,7 @@ __all__ = [
     "LossMemory",
     "MemoryTechnique",
     "Meter",
+    "Metric",
     "Models",
     "OnlineMethod",
     "OptimizerStates",
@@ -64,6 +67,7 @@ __all__ = [
     "Picker",
     "Pool",
     "Progress",
+    "Question",
     "Round",
     "Rows",
     "Scorer",
@@ -110,6 +114,9 @@ class Scorer(ABC):
     model: str = ""
     """Folder or hub name of the model that it looks at; empty: the one to be trained. An option of
     those that can use a smaller one."""
+    stand_in: ClassVar[str] = ""
+    """The scorer that looks at a model in training in its place, where a look of its own begins
+    with a training; empty: none."""
 
     @property
     def looks_at(self) -> tuple[str, ...]:
@@ -280,6 +287,52 @@ class OnlineMethod(ABC):
         return Choice(places=np.arange(len(batch.rows)))
 
 
+# -- the objective ------------------------------------------------------------------------------
+
+
+class Metric(ABC):
+    """What the objective measures of a model: a loss of the rows, less is better; or where it is an
+    ``AnswerMetric`` a score of generated answers."""
+
+    source: ClassVar[str]
+    cost_class: ClassVar[Literal["forward", "answers"]] = "forward"
+    """Of an evaluation."""
+
+    @property
+    @abstractmethod
+    def unit(self) -> str:
+        """Of the objective, its gains and what a gain is worth."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A prompt as text, and the answer that is wanted."""
+
+    prompt: str
+    gold: str
+
+
+class AnswerMetric(Metric):
+    """A score in [0, 1] of an answer that the model generated, more is better.
+
+    Pure: the same texts, the same score. What the run lowers, its loss, is 1 - score.
+    """
+
+    cost_class: ClassVar[Literal["forward", "answers"]] = "answers"
+    asks_own: ClassVar[bool] = False
+    """Whether it brings its own ``questions``, in place of a target's dev and test rows."""
+
+    def check(self) -> None:
+        """Raise ValueError where it cannot score here: a package or a function is missing."""
+
+    def questions(self, part: Literal["dev", "test"]) -> Sequence[Question]:
+        """Of those that ``asks_own``."""
+        return ()
+
+    @abstractmethod
+    def score(self, prompt: str, answer: str, gold: str) -> float: ...
+
+
 # -- stopping -----------------------------------------------------------------------------------
 
 
@@ -308,6 +361,16 @@ class Outlook:
     """Objective units per unit of ``resource`` that the best alternative would bring."""
     unit: str
     """Of the objective: of losses, gains and the price's numerator."""
+    scored: bool = False
+    """Whether losses are 1 - score; the user reads the score."""
+    spent: Cost = field(default_factory=Cost)
+    """Of the budget, until now."""
+    schedule: WarmupStable | None = None
+    """Of the learning rate, whose cool-down may begin at any step; None: it stays as it is."""
+    interval_steps: int = 0
+    """Of ``next_interval``; 0: as many as between the last two evaluations."""
+    intervals_left: float = float("inf")
+    """Until the plan has the cool-down begin."""
 
 
 class StoppingRule(ABC):
@@ -326,7 +389,8 @@ class Verdict:
     choice: Any = None
     """The ``Choice`` that decided, where the rule weighed options."""
     forecast: Any = None
-    """The ``Forecast`` of the loss that it rests on, where it made one."""
+    """The ``Forecast`` of the loss that it rests on, where it made one; its ``wrong`` are the odds
+    that a stop now would be wrong."""
 
 
 # -- memory -------------------------------------------------------------------------------------
@@ -455,6 +519,7 @@ KINDS: Mapping[str, tuple[str, type]] = {
     "filter": ("thrifty.filters", Filter),
     "picker": ("thrifty.pickers", Picker),
     "online": ("thrifty.online", OnlineMethod),
+    "metric": ("thrifty.metrics", Metric),
     "stopping": ("thrifty.stopping", StoppingRule),
     "trained": ("thrifty.memory.trained", Trainable),
     "weights": ("thrifty.memory.weights", WeightStorage),

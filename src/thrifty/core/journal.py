@@ -39,7 +39,7 @@ CREATE TABLE rollbacks(
 CREATE TABLE evaluations(
     id INTEGER PRIMARY KEY, stage_id INTEGER NOT NULL REFERENCES stages(id),
     step INTEGER NOT NULL, flops REAL NOT NULL, objective REAL NOT NULL, stderr REAL NOT NULL,
-    by_target TEXT NOT NULL, evaluated_at TEXT NOT NULL);
+    by_target TEXT NOT NULL, evaluated_at TEXT NOT NULL, beside TEXT);
 CREATE TABLE decisions(
     id INTEGER PRIMARY KEY, stage_id INTEGER REFERENCES stages(id), step INTEGER,
     name TEXT NOT NULL, chosen TEXT, reason TEXT NOT NULL, choice TEXT, detail TEXT,
@@ -66,9 +66,17 @@ class Journal:
             self.meta = self._read_meta()
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA foreign_keys = ON")
+            if not read_only:
+                self._add_columns()
         except BaseException:
             self._db.close()
             raise
+
+    def _add_columns(self) -> None:
+        """Those that a ledger made before there were any lacks."""
+        known = {row["name"] for row in self.rows("PRAGMA table_info(evaluations)")}
+        if "beside" not in known:
+            self.execute("ALTER TABLE evaluations ADD COLUMN beside TEXT")
 
     @staticmethod
     def create(path: Path, meta: Mapping[str, str]) -> None:

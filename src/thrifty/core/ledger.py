@@ -28,7 +28,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from thrifty.core.budget import CONSUMED, Budget, Cost, Rates
+from thrifty.core.budget import CONSUMED, HELD, RESOURCES, Budget, Cost, Rates
 from thrifty.core.counter import Counter, read_counter
 from thrifty.core.journal import Journal
 from thrifty.core.marginal import Choice
@@ -118,10 +118,12 @@ class Ledger:
         with a finished one too.
 
         Spending on any ``account`` other than "budget" (a control run, say) is journalled beside
-        it and limited by ``limit`` alone. An exception leaves the stage open with its reason: it
+        it and limited by ``limit`` alone. On the run's own, ``limit`` is what all stages of that
+        name may take of the budget together. An exception leaves the stage open with its reason: it
         can be resumed.
         """
-        assert limit is None or account != "budget", "the run's own limits are its budget's"
+        if limit is not None and account == "budget":
+            limit = self._share(name, limit)
         identity = {"name": name, "method": method, "account": account}
         with self._journal.transaction():
             unfinished = self._journal.rows(
@@ -154,6 +156,20 @@ class Ledger:
                 "UPDATE stages SET state = ?, detail = ?, ended_at = ? WHERE id = ?",
                 (state, json.dumps(stage.detail), _now(), stage_id),
             )
+
+    def _share(self, name: str, limit: Budget) -> Budget:
+        """The budget, where stages of that name may take no more of it than ``limit``."""
+        total, own = self.spent(), self.spent(stage=name)
+        found: dict[str, float | None] = {}
+        for resource in RESOURCES:
+            whole, part, key = self.budget.limit(resource), limit.limit(resource), resource
+            if resource in HELD:
+                key = "memory_bytes"
+            elif part is not None:  # what other stages have spent is not taken off it
+                others = (total.of(resource) or 0.0) - (own.of(resource) or 0.0)
+                part = max(part + others, 1e-30)
+            found[key] = min((x for x in (whole, part) if x is not None), default=None)
+        return Budget(**found)
 
     def _reserve(self, stage: Stage, activity: str, upper: Cost, step: int) -> tuple[int, Counter]:
         """Check and reserve in one transaction. The lease's counter is made inside it, so that a
@@ -307,11 +323,18 @@ class Ledger:
             decided_at=_now(),
         )
 
-    def _evaluated(self, stage_id: int, by_target: Mapping[str, Any], **values: float) -> None:
+    def _evaluated(
+        self,
+        stage_id: int,
+        by_target: Mapping[str, Any],
+        beside: Mapping[str, Any] | None,
+        **values: float,
+    ) -> None:
         self._journal.insert(
             "evaluations",
             stage_id=stage_id,
             by_target=json.dumps(by_target),
+            beside=json.dumps(beside) if beside else None,
             evaluated_at=_now(),
             **values,
         )
@@ -356,5 +379,6 @@ class Ledger:
         )
         for row in rows:
             row["by_target"] = json.loads(row["by_target"])
+            row["beside"] = json.loads(row.get("beside") or "{}")
             row["lost"] = bool(row["lost"])
         return [row for row in rows if lost or not row["lost"]]

@@ -9,42 +9,35 @@ value; it is prose and decides nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 
 from thrifty.core import typed
 from thrifty.core.budget import Budget
-from thrifty.core.contracts import MEMORY_KINDS
+from thrifty.core.method_specs import (
+    ActivationsSpec,
+    FilterSpec,
+    LossSpec,
+    OnlineSpec,
+    PickerSpec,
+    ScorerSpec,
+    StatesSpec,
+    StoppingSpec,
+    TrainedSpec,
+    WeightsSpec,
+)
+from thrifty.core.objective import Guard, Objective
+from thrifty.core.plan_checks import contradictions
+from thrifty.core.plan_freeze import GradFreeze
+from thrifty.core.plan_pilot import Pilot, wrong_pilot
+from thrifty.core.plan_refresh import Refresh
 from thrifty.core.quantities import Dollars, Tokens, show
-from thrifty.core.resolve import Spec, name_of, resolve
 
 PLAN_VERSION = 1
-
-
-def _method(kind: str) -> Callable[[Any], Spec]:
-    """Reads a method's name and options, and looks whether there is such a method."""
-
-    def read(value: Any) -> Spec:
-        resolve(kind, value)
-        return value
-
-    return read
-
-
-ScorerSpec = Annotated[Spec, _method("scorer")]
-FilterSpec = Annotated[Spec, _method("filter")]
-PickerSpec = Annotated[Spec, _method("picker")]
-OnlineSpec = Annotated[Spec, _method("online")]
-StoppingSpec = Annotated[Spec, _method("stopping")]
-TrainedSpec = Annotated[Spec, _method("trained")]
-WeightsSpec = Annotated[Spec, _method("weights")]
-ActivationsSpec = Annotated[Spec, _method("activations")]
-LossSpec = Annotated[Spec, _method("loss")]
-StatesSpec = Annotated[Spec, _method("states")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,16 +71,9 @@ class Target:
     dev: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
     weight: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """The one currency of gains in this run."""
-
-    metric: Literal["dev_loss"] = "dev_loss"
-    unit: str = "nats/token"
-    dollars_per_unit: Dollars | None = None
-    """What a unit of gain is worth to the user: the price of what remains. None: zero."""
+    floor: float | None = None
+    """By how much the model may be worse on it than the base, in the objective's unit; one that is
+    worse by more is not kept. None: by anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +90,7 @@ class Selection:
     quotas: Mapping[str, float] = field(default_factory=dict)
     """Value of that column -> the share of ``max_tokens`` that its rows get at most; the other
     values share the rest evenly."""
+    refresh: Refresh = field(default_factory=Refresh)
     seed: int = 0
 
 
@@ -165,6 +152,11 @@ class Training:
     replay_share: float = 0.0
     """Continued pretraining: the share of every epoch's tokens drawn from ``replay``."""
     replay: tuple[str, ...] = ()
+    switch: Literal["never", "governed"] = "never"
+    """Whether the steps may be held otherwise from some evaluation on (another micro-batch, more or
+    less recomputed) where that takes less of what is scarce."""
+    grad_freeze: GradFreeze | None = None
+    """Matrices that learn no more are frozen; None: all are trained to the end."""
     preference: Preference | None = None
     """Of task preference, whose batches are pairs; None: of another."""
     seed: int = 0
@@ -194,7 +186,9 @@ class Plan:
     targets: Mapping[str, Target] = field(default_factory=dict)
     budget: Budget
     objective: Objective = field(default_factory=Objective)
+    guard: Guard | None = None
     selection: Selection = field(default_factory=Selection)
+    pilot: Pilot = field(default_factory=Pilot)
     training: Training = field(default_factory=Training)
     stopping: StoppingSpec = "marginal_gain"
     control: bool = False
@@ -210,11 +204,31 @@ class Plan:
         if self.task == "preference" and self.training.preference is None:
             training = dataclasses.replace(self.training, preference=Preference())
             object.__setattr__(self, "training", training)
+        if self.task == "preference" and self.objective.answers is None:
+            objective = dataclasses.replace(self.objective, unit="nats/pair")
+            object.__setattr__(self, "objective", objective)
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """Target -> by how much the model may be worse on it than the base."""
+        return {name: t.floor for name, t in self.targets.items() if t.floor is not None}
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
-    """Read and check a plan.yaml, with ``key.path=value`` overrides applied on top."""
-    path = Path(path)
+def load(
+    path: str | Path, overrides: Sequence[str] = (), chosen: Mapping[str, Any] | None = None
+) -> Plan:
+    """Read and check a plan.yaml, with what a pilot chose and then ``key.path=value`` overrides
+    applied on top."""
+    values = read_values(Path(path))
+    for key, value in (chosen or {}).items():
+        put(values, key, value)
+    for override in overrides:
+        put(values, *parse_override(override))
+    return from_dict(values)
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The mapping that a file of a run holds, unchecked."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -230,9 +244,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     values = _parse(text, str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no plan\nhint: it must be a mapping with model, pool, ...")
-    for override in overrides:
-        put(values, *parse_override(override))
-    return from_dict(values)
+    return values
 
 
 def parse_override(override: str) -> tuple[str, Any]:
@@ -295,7 +307,7 @@ def from_dict(values: Mapping[str, Any]) -> Plan:
     problems: list[str] = []
     plan = typed.read_fields(Plan, values, "", problems)
     if not problems:
-        problems += _contradictions(plan)
+        problems += contradictions(plan)
     if problems:
         hint = "hint: mend these in plan.yaml (or in --set), or plan again"
         raise ValueError("\n".join(["the plan cannot be used:", *problems, hint]))
@@ -311,107 +323,14 @@ def read_budget(values: Mapping[str, Any]) -> Budget:
     return budget
 
 
-def _contradictions(plan: Plan) -> Iterator[str]:
-    """What types cannot say."""
-    training = plan.training
-    positive = (
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "devices",
-        "max_length",
-        "max_steps",
-        "epochs",
-        "learning_rate",
-        "eval_steps",
-        "save_steps",
-    )
-    for name in positive:
-        if not getattr(training, name) > 0:
-            yield f"training.{name} must be more than zero, not {getattr(training, name)}"
-    for name in ("warmup_steps", "cooldown_steps", "weight_decay", "max_grad_norm"):
-        if getattr(training, name) < 0:
-            yield f"training.{name} cannot be negative"
-    if training.warmup_steps + training.cooldown_steps > training.max_steps:
-        yield (
-            f"training.warmup_steps {training.warmup_steps} + cooldown_steps "
-            f"{training.cooldown_steps} do not fit in max_steps {training.max_steps}"
-        )
-    if training.eval_steps > 0 and training.save_steps % training.eval_steps:
-        yield (
-            f"training.save_steps {training.save_steps} is not a multiple of eval_steps "
-            f"{training.eval_steps}: a checkpoint carries its evaluation"
-        )
-    if not 0 <= training.replay_share < 1:
-        yield f"training.replay_share must be in [0, 1), not {training.replay_share}"
-    if training.replay_share and (plan.task != "continued" or not training.replay):
-        yield "training.replay_share needs task: continued and training.replay with its sources"
-    if training.devices > 1:
-        yield from _not_on_several(plan)
-    if training.preference is not None:
-        yield from _wrong_on_pairs(plan, training.preference)
-    for kind in MEMORY_KINDS:
-        if not resolve(kind, spec := getattr(training.memory, kind)).runs:
-            yield f"training.memory.{kind}: {spec} is priced, but a run cannot train with it yet"
-    for section, seed in (("training", training.seed), ("selection", plan.selection.seed)):
-        if not 0 <= seed < 2**32:
-            yield f"{section}.seed must be in [0, 2^32), not {seed}"
-    quotas = plan.selection.quotas
-    if quotas and not plan.selection.groups:
-        yield "selection.quotas needs selection.groups, the column that they are about"
-    if quotas and plan.selection.max_tokens is None:
-        yield "selection.quotas are shares of selection.max_tokens, which is not set"
-    if any(not 0 <= share <= 1 for share in quotas.values()) or sum(quotas.values()) > 1 + 1e-9:
-        yield f"selection.quotas must be shares in [0, 1] of together at most 1, not {dict(quotas)}"
-    if not plan.model.path:
-        yield "model.path is empty"
-    if not plan.pool.sources:
-        yield "pool.sources is empty"
-    for name, target in plan.targets.items():
-        if not target.weight > 0:
-            yield f"targets.{name}.weight must be more than zero, not {target.weight}"
-        if not target.signal:
-            yield f"targets.{name}.signal is empty"
-    scorer = resolve("scorer", plan.selection.scorer)
-    if scorer.needs_target and not plan.targets:
-        yield f"selection.scorer {name_of(scorer)} needs a target: add one, or use uniform"
-    if plan.task not in scorer.tasks:
-        fits = "try uniform or length"
-        yield f"selection.scorer {name_of(scorer)} makes no sense for task {plan.task}: {fits}"
-
-
-def _not_on_several(plan: Plan) -> Iterator[str]:
-    """What a run on several devices cannot do."""
-    training = plan.training
-    online = resolve("online", training.online)
-    if training.parallel == "fsdp":
-        yield (
-            "training.parallel: fsdp is priced, but a run cannot train with it yet (accelerate "
-            "shards on GPUs alone, and takes ddp on CPUs without a word): use ddp, which holds "
-            "everything on each device"
-        )
-    if plan.task == "preference":
-        yield "training.devices: training on preferences uses one device"
-    if online.watches or online.weighs_tokens or online.renewals or online.chooses:
-        yield (
-            f"training.devices: training.online {name_of(online)} looks at the losses or gradients "
-            "of all that is trained on, and each device sees its own alone"
-        )
-
-
-def _wrong_on_pairs(plan: Plan, preference: Preference) -> Iterator[str]:
-    if plan.task != "preference":
-        yield f"training.preference needs task: preference, not {plan.task}"
-        return
-    if not preference.beta > 0:
-        yield f"training.preference.beta must be more than zero, not {preference.beta}"
-    online = resolve("online", spec := plan.training.online)
-    if online.chooses or online.watches or online.weighs_tokens or online.cost_class != "free":
-        yield f"training.online: {spec} looks at the losses of rows, which pairs have two of"
-    looking = [("filters", "filter", each) for each in plan.selection.filters]
-    looking.append(("picker", "picker", plan.selection.picker))
-    for field_name, kind, method in looking:
-        if resolve(kind, method).needs_vectors:
-            yield f"selection.{field_name}: {method} takes a vector of each row, and a pair has two"
+def read_pilot(values: Mapping[str, Any]) -> Pilot:
+    """A checked pilot from plain values. Raises ValueError that lists every mistake."""
+    problems: list[str] = []
+    pilot = typed.read_fields(Pilot, values, "pilot", problems)
+    problems += [] if problems else wrong_pilot(pilot)
+    if problems:
+        raise ValueError("\n".join([*problems, "hint: --set pilot.share=0.1"]))
+    return pilot
 
 
 def to_dict(plan: Plan) -> dict[str, Any]:

@@ -168,6 +168,13 @@ _TOKENS = _Notation(
     most=1e18,
 )
 
+_PARAMETERS = _Notation(
+    "parameters",
+    {"": 1.0, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12},
+    "7B or 350M",
+    most=1e18,
+)
+
 
 def parse_bytes(value: str | int | float) -> float:
     """``"24GiB"`` -> bytes. A bare number is bytes, unless so few that its unit was forgotten."""
@@ -206,6 +213,11 @@ def parse_tokens(value: str | int | float) -> float:
     if isinstance(value, str):
         value = re.sub(r"tokens?\s*$", "", value, flags=re.IGNORECASE)
     return _TOKENS.parse(value)
+
+
+def parse_parameters(value: str | int | float) -> float:
+    """``"7B"``, ``"350M"`` -> parameters of a model."""
+    return _PARAMETERS.parse(value)
 
 
 Bytes = Annotated[float, parse_bytes]

@@ -33,13 +33,16 @@ class Stage:
         self.id = stage_id
         self.account = account
         self.detail: dict[str, Any] = {}
-        self._limit = limit or Budget()
+        self._limit = limit
         self._open: Lease | None = None
 
     @property
     def budget(self) -> Budget:
-        """What limits this stage: the run's budget, or the limit of its own account."""
-        return self.ledger.budget if self.account == "budget" else self._limit
+        """What limits this stage: the run's budget, its share of it, or the limit of its own
+        account."""
+        if self.account == "budget" and self._limit is None:
+            return self.ledger.budget
+        return self._limit or Budget()
 
     def lease(self, activity: str, upper: Cost, *, step: int = 0) -> Lease:
         """Reserve ``upper`` and start its clock. One lease of a stage is open at a time.
@@ -80,11 +83,18 @@ class Stage:
         return self.ledger._roll_back(self, step, reason)
 
     def evaluate(
-        self, step: int, flops: float, objective: float, stderr: float, by_target: Mapping[str, Any]
+        self,
+        step: int,
+        flops: float,
+        objective: float,
+        stderr: float,
+        by_target: Mapping[str, Any],
+        beside: Mapping[str, Any] | None = None,
     ) -> None:
-        """Record a dev evaluation. ``flops``: what its account had spent by then."""
+        """Record a dev evaluation. ``flops``: what its account had spent by then; ``beside``: what
+        else was measured, as JSON."""
         self.ledger._evaluated(
-            self.id, by_target, step=step, flops=flops, objective=objective, stderr=stderr
+            self.id, by_target, beside, step=step, flops=flops, objective=objective, stderr=stderr
         )
 
     def decide(

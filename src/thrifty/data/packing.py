@@ -140,19 +140,25 @@ class PackedDataset:
                 f"window and num_epochs must be at least 1, not {window} and {num_epochs}\n"
                 "hint: window is the number of examples that are packed together"
             )
-        self._examples = examples
-        self._lengths = np.asarray([len(example.input_ids) for example in examples], dtype=np.int64)
+        self._take(examples)
         self.sequence = sequence
         self.pad_token_id = pad_token_id
         self._packs: list[list[int]] = []
         self._seed, self._order = seed, order
         self._window, self._exact, self._tells_rows = window, exact, tells_rows
         self._num_items = num_items
+        self._cuts: list[int] = []
+        self.num_read = 0
+        """Items up to the last that was asked for."""
         self.epoch_starts: list[int] = []
         """The first item of each epoch."""
         if num_items is None:
             for _ in range(num_epochs):
                 self._pack_an_epoch()
+
+    def _take(self, examples: Sequence[Example]) -> None:
+        self._examples = examples
+        self._lengths = np.asarray([len(example.input_ids) for example in examples], dtype=np.int64)
 
     def _pack_an_epoch(self) -> None:
         epoch = len(self.epoch_starts)
@@ -164,8 +170,25 @@ class PackedDataset:
             packs = pack_exactly(self._lengths, indices, self.sequence)
         else:
             packs = pack_in_order(self._lengths, indices, self.sequence, self._window)
-        self.epoch_starts.append(len(self._packs))
-        self._packs += packs
+        first = len(self._packs)
+        self.epoch_starts.append(first)
+        cut = next((cut for cut in self._cuts if first < cut), first + len(packs))
+        self._packs += packs[: cut - first]
+
+    def begin_anew(self, examples: Sequence[Example]) -> list[int]:
+        """End the epoch before the first item that nobody has read yet, and draw what follows from
+        ``examples``, which begin with those there were. Returns the examples that were to come in
+        the epoch."""
+        cut = self.num_read
+        unread = [i for members in self._packs[cut:] for i in members]
+        del self._packs[cut:]
+        self.restore(examples, [*self._cuts, cut])
+        return unread
+
+    def restore(self, examples: Sequence[Example], cuts: Sequence[int]) -> None:
+        """To what it was after ``begin_anew`` at each of ``cuts``."""
+        self._cuts = list(cuts)
+        self._take(examples)
 
     def __len__(self) -> int:
         return len(self._packs) if self._num_items is None else self._num_items
@@ -187,6 +210,7 @@ class PackedDataset:
         import torch
 
         columns = packed_item(self._examples, self.members(item), self.sequence, self.pad_token_id)
+        self.num_read = max(self.num_read, item + 1)
         if not self._tells_rows:
             del columns["rows"]
         else:

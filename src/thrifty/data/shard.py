@@ -118,6 +118,11 @@ class Shard:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def where(self, mask: NDArray[np.bool_]) -> Shard:
+        """Some of its rows, in their order."""
+        table = read_shard(self._source) if isinstance(self._source, Path) else self._source
+        return Shard(table.filter(mask))
+
     @property
     def ids(self) -> NDArray[np.int64]:
         return self._once("ids", lambda: self._numbers("id"))

@@ -112,6 +112,26 @@ def build_store(
     Rows whose answer is cut off, or that the chat template refuses, join the bad ones. No valid row
     at all is a ``ValueError`` that names the first reasons, and what the rows of ``task`` are.
     """
+    return write_store(
+        _tokenized(rows, tokenizer, max_length),
+        directory,
+        max_length,
+        shard_rows=shard_rows,
+        tokenizer_fingerprint=tokenizer_fingerprint,
+        task=task,
+    )
+
+
+def write_store(
+    rows: Iterable[tuple[Row | None, Tokens | BadRow]],
+    directory: str | Path,
+    max_length: int,
+    *,
+    shard_rows: int = 4096,
+    tokenizer_fingerprint: str,
+    task: str = "sft",
+) -> StoreManifest:
+    """``build_store`` of rows that are tokenised; a bad one has its reason for tokens."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -121,7 +141,7 @@ def build_store(
     shards: list[ShardFile] = []
     waiting: list[tuple[Row, Tokens]] = []
     with (folder / QUARANTINE).open("wb") as quarantine:
-        for row, result in _tokenized(rows, tokenizer, max_length):
+        for row, result in rows:
             if row is None or isinstance(result, BadRow):
                 assert isinstance(result, BadRow)
                 totals.add_bad(result)

@@ -16,10 +16,15 @@ import numpy as np
 
 from thrifty.core.budget import RESOURCES, Budget, Cost
 from thrifty.core.ledger import Ledger, Rates
+from thrifty.core.marginal import Estimate
 from thrifty.core.plan import Plan
 from thrifty.core.resolve import parse_spec
 from thrifty.memory_plan import trained_name
+from thrifty.own_units import own_unit_map
 
+TENTH = 0.1
+PILOT = "which rows to choose"
+"""The name of a pilot's decision."""
 _ENDING = "train on or stop"
 """The name of the governor's decisions."""
 
@@ -167,6 +172,7 @@ class Facts:
                 "loss": row["objective"],
                 "stderr": row["stderr"],
                 "by_target": row["by_target"],
+                "beside": row["beside"],
             }
             for row in self._evaluations.get(account, [])
             if row["stage_id"] == stage_id
@@ -183,6 +189,8 @@ class Facts:
         detail: dict[str, Any] = next(
             (row["detail"] for row in self._rows if row["id"] == stage_id), {}
         )
+        if detail.get("best_step") == 0:  # the base was kept
+            return {"before": before, "after": before, "step": 0}
         later = [e for e in history if e["step"] > 0]
         kept = [e for e in later if e["step"] == detail.get("best_step")] or later
         best = min(kept, key=lambda e: (e["loss"], -e["step"]), default=None)
@@ -202,6 +210,42 @@ class Facts:
             "stderr": detail.get("change_stderr"),
             "by_target": detail.get("by_target"),
             "by_target_before": detail.get("by_target_before"),
+        }
+
+    def floors(self) -> list[dict[str, Any]]:
+        """Of the model that is kept: by how much it is worse than the base where it must not be, on
+        test rows where those were measured. Nothing while none is kept."""
+        history, step = self.evaluations("budget"), self.dev_loss("budget")["step"]
+        kept = [e["beside"].get("floors", ()) for e in history if e["step"] == step]
+        found = [{**standing, "on": "dev"} for standing in (kept[-1] if kept else ())]
+        detail = self._detail("budget", "test")
+        for standing in found:
+            name, limit = standing["name"], standing["limit"]
+            stderr = detail.get("by_target_stderr", {}).get(name)
+            if standing["kind"] == "target" and stderr is not None:
+                worse = detail["by_target"][name] - detail["by_target_before"][name]
+                standing |= {"worse": worse, "stderr": stderr, "broken": worse > limit}
+                standing["on"] = detail["rows"]
+        return found
+
+    def unit_map(self) -> dict[str, Any] | None:
+        """What a tenth of a nat is worth in the score, where the run's own evaluations tell."""
+        if not self.plan.objective.answers:
+            return None
+        try:
+            found = own_unit_map(self.evaluations("budget"), self.plan.objective.unit)
+        except ValueError as error:
+            return {"refused": str(error).partition("\n")[0]}
+        loss = self.evaluations("budget")[-1]["beside"]["loss"]
+        gain = found.gain(Estimate(TENTH, 0.0, found.nats, "history"), loss)
+        return {
+            "nats": found.nats,
+            "unit": found.unit,
+            "a": found.a,
+            "b": found.b,
+            "num_points": found.num_points,
+            "loss": loss,
+            "gain_of_a_tenth": {"mean": gain.mean, "stderr": gain.stderr},
         }
 
     def _detail(self, account: str, name: str) -> dict[str, Any]:
@@ -255,10 +299,37 @@ class Facts:
                         return dict(option["gain"])
         return None
 
+    def pilot(self) -> dict[str, Any] | None:
+        """What short trainings found of each choice of data; None where there were none, or not
+        all yet."""
+        decision = next((d for d in reversed(self.decisions) if d["name"] == PILOT), None)
+        if decision is None:
+            return None
+        gains = {o["name"]: o["gain"] for o in (decision["choice"] or {}).get("options", ())}
+        spent = self._sum(c for c in self._charges if c["stage"] == "pilot")
+        limit, used = self.budget.flops, spent.flops
+        return {
+            "chosen": decision["chosen"],
+            "reason": decision["reason"],
+            "ended_early": decision["detail"]["ended_early"],
+            "spent": amounts(spent),
+            "share_of_flops": used / limit if limit else None,
+            "candidates": [
+                {
+                    "name": name,
+                    "gain": gains[name]["mean"] if name in gains else None,
+                    "stderr": gains[name]["stderr"] if name in gains else None,
+                    **found,
+                }
+                for name, found in decision["detail"]["candidates"].items()
+            ],
+        }
+
     def ended(self) -> dict[str, Any] | None:
         """The decision that ended training, if one did: none where it went its planned length."""
         for decision in reversed(self.decisions):
             ends = decision["name"] == _ENDING and decision["chosen"] != "train on"
+            ends = ends and decision["stage"] != "pilot"
             if ends and decision["account"] == "budget" and not decision["undone"]:
                 return {name: decision[name] for name in ("step", "chosen", "reason")}
         return None

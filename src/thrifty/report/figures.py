@@ -16,41 +16,41 @@ from typing import Any
 
 from thrifty.core.budget import CONSUMED
 from thrifty.report.inert import visible
-from thrifty.report.words import NAMES
+from thrifty.report.words import NAMES, own_name, own_number
 
 WIDTH = 470
 """Of a figure, in its own units; text is 12 of them high."""
 BAND = 1.96
 """Standard errors of the forecast band: 95%."""
 
-_INK, _MUTED, _RULE, _PAPER = "#111111", "#777777", "#dddddd", "#fefefe"
-_SERIES = ("#aa0001", "#aa0002", "#aa0003", "#aa0004", "#aa0005")
+INK, MUTED, RULE, PAPER = "#111111", "#777777", "#dddddd", "#fefefe"
+SERIES = ("#aa0001", "#aa0002", "#aa0003", "#aa0004", "#aa0005")
 _VARIABLES = {
-    _INK: "ink",
-    _MUTED: "muted",
-    _RULE: "rule",
-    _PAPER: "paper",
-    **{colour: f"series-{i + 1}" for i, colour in enumerate(_SERIES)},
+    INK: "ink",
+    MUTED: "muted",
+    RULE: "rule",
+    PAPER: "paper",
+    **{colour: f"series-{i + 1}" for i, colour in enumerate(SERIES)},
 }
 _SETTINGS = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 12,
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _MUTED,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
     "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.facecolor": "none",
     "figure.facecolor": "none",
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "text.color": _INK,
-    "grid.color": _RULE,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "text.color": INK,
+    "grid.color": RULE,
     "grid.linewidth": 0.8,
     "legend.framealpha": 1.0,
-    "legend.facecolor": _PAPER,
-    "legend.edgecolor": _PAPER,
+    "legend.facecolor": PAPER,
+    "legend.edgecolor": PAPER,
     "legend.fancybox": False,
     "legend.fontsize": 11,
 }
@@ -72,53 +72,67 @@ def loss_figure(summary: Mapping[str, Any]) -> str:
         axes = figure.add_subplot()
         if forecasts:
             x = [f["flops"] / scale for f in forecasts]
-            y = [f["loss"] for f in forecasts]
+            y = [own_number(f["loss"], summary) for f in forecasts]
             margin = [BAND * f["loss_stderr"] for f in forecasts]
             low, high = ([b + s * m for b, m in zip(y, margin, strict=True)] for s in (-1, 1))
-            axes.fill_between(x, low, high, color=_SERIES[1], alpha=0.22, linewidth=0)
+            axes.fill_between(x, low, high, color=SERIES[1], alpha=0.22, linewidth=0)
             axes.errorbar(
-                x, y, yerr=margin, color=_SERIES[1], elinewidth=1, label="forecast, 95%", **_BARS
+                x, y, yerr=margin, color=SERIES[1], elinewidth=1, label="forecast, 95%", **_BARS
+            )
+        end = _end_of(forecasts[-1]) if forecasts else None
+        if end is not None:
+            axes.errorbar(
+                [end[0] / scale],
+                [own_number(end[1], summary)],
+                yerr=[BAND * end[2]],
+                color=SERIES[2],
+                linewidth=1,
+                label="its end as last forecast, 95%",
+                **{**_BARS, "marker": "D"},
             )
         if control:
             axes.plot(
                 [e["flops"] / scale for e in control],
-                [e["loss"] for e in control],
-                color=_MUTED,
+                [own_number(e["loss"], summary) for e in control],
+                color=MUTED,
                 linestyle="--",
                 linewidth=1.4,
                 label="control (uniform)",
             )
         axes.errorbar(
             [e["flops"] / scale for e in history],
-            [e["loss"] for e in history],
+            [own_number(e["loss"], summary) for e in history],
             # The first error is of the loss itself, the others of the change: not one kind of bar.
             yerr=[0.0, *((e["stderr"] or 0.0) for e in history[1:])],
-            color=_SERIES[0],
+            color=SERIES[0],
             linewidth=1.6,
             label="this run, measured",
             **_BARS,
         )
-        losses = [e["loss"] for e in [*history, *control]]
+        losses = [own_number(e["loss"], summary) for e in [*history, *control]]
         room = 0.12 * (max(losses) - min(losses)) or 0.05
         axes.set_ylim(min(losses) - room, max(losses) + 1.6 * room)
         if summary["cooldown"]:
             at = summary["cooldown"]["flops"] / scale
-            axes.axvline(at, color=_MUTED, linewidth=1, linestyle=":")
+            axes.axvline(at, color=MUTED, linewidth=1, linestyle=":")
             axes.annotate(
                 "cool-down ",
                 (at, 0.02),
                 xycoords=axes.get_xaxis_transform(),
                 ha="right",
-                color=_MUTED,
+                color=MUTED,
                 fontsize=11,
             )
         axes.set_xlabel(f"{prefix}FLOP spent, scoring included")
-        axes.set_ylabel(f"dev loss, {_ascii(unit)}")
+        scored = summary["objective"]["more_is_better"]
+        named = f"dev {_ascii(own_name(summary))}"
+        axes.set_ylabel(named if scored else f"{named}, {_ascii(unit)}")
         axes.grid(axis="y")
         handles, labels = axes.get_legend_handles_labels()
-        axes.legend(handles[::-1], labels[::-1], loc="upper right")
+        where = "lower right" if scored else "upper right"
+        axes.legend(handles[::-1], labels[::-1], loc=where)
 
-    return _svg("loss", 300, "Dev loss against FLOPs spent", draw)
+    return svg("loss", 300, f"Dev {_ascii(own_name(summary))} against FLOPs spent", draw)
 
 
 def budget_figure(summary: Mapping[str, Any]) -> str:
@@ -137,35 +151,35 @@ def budget_figure(summary: Mapping[str, Any]) -> str:
         axes = figure.add_subplot()
         for row, resource in enumerate(reversed(limited)):
             limit = summary["budget"][resource]
-            axes.barh(row, 100, color=_RULE, height=0.52, alpha=0.6, linewidth=0)
+            axes.barh(row, 100, color=RULE, height=0.52, alpha=0.6, linewidth=0)
             if resource in CONSUMED:
                 _stack(axes, row, stages, resource, limit)
             else:
-                axes.barh(row, 100 * summary["spent"][resource] / limit, color=_MUTED, height=0.52)
+                axes.barh(row, 100 * summary["spent"][resource] / limit, color=MUTED, height=0.52)
             share = 100 * summary["spent"][resource] / limit
-            axes.text(101.5, row, f"{share:.0f}%", va="center", color=_INK)
+            axes.text(101.5, row, f"{share:.0f}%", va="center", color=INK)
             predicted = summary["predicted"][resource]
             if predicted:
                 at = min(100 * predicted / limit, 103)
-                axes.plot([at, at], [row - 0.38, row + 0.38], color=_INK, linewidth=1.6)
+                axes.plot([at, at], [row - 0.38, row + 0.38], color=INK, linewidth=1.6)
         axes.set_yticks(range(len(limited)), [NAMES[k] for k in reversed(limited)])
         axes.set_xlim(0, 110)
         axes.set_ylim(-0.6, len(limited) - 0.4)
         axes.set_xticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100% of the limit"])
-        axes.tick_params(length=0, colors=_MUTED)
+        axes.tick_params(length=0, colors=MUTED)
         for side in ("left", "bottom"):
             axes.spines[side].set_visible(False)
         _legend(figure, stages, any((s["lost"]["seconds"] or 0) > 0 for s in stages))
 
-    return _svg("budget", 80 + 40 * len(limited), "Budget used by stage", draw)
+    return svg("budget", 80 + 40 * len(limited), "Budget used by stage", draw)
 
 
 def _stack(axes: Any, row: int, stages: Sequence[Any], resource: str, limit: float) -> None:
     left = 0.0
     for i, stage in enumerate(stages):
         measured, lost = stage["measured"][resource] or 0.0, stage["lost"][resource] or 0.0
-        colour = _SERIES[i % (len(_SERIES) - 1)]
-        for part, shade in ((measured - lost, colour), (lost, _SERIES[-1])):
+        colour = SERIES[i % (len(SERIES) - 1)]
+        for part, shade in ((measured - lost, colour), (lost, SERIES[-1])):
             width = 100 * part / limit
             if width > 0:
                 axes.barh(row, width, left=left, color=shade, height=0.52, linewidth=0)
@@ -176,13 +190,11 @@ def _legend(figure: Any, stages: Sequence[Any], lost: bool) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    shown = stages[: len(_SERIES) - 1]
-    keys: list[Any] = [
-        Patch(color=_SERIES[i], label=_ascii(s["name"])) for i, s in enumerate(shown)
-    ]
+    shown = stages[: len(SERIES) - 1]
+    keys: list[Any] = [Patch(color=SERIES[i], label=_ascii(s["name"])) for i, s in enumerate(shown)]
     if lost:
-        keys.append(Patch(color=_SERIES[-1], label="lost work"))
-    keys.append(Line2D([], [], color=_INK, linewidth=1.6, label="predicted"))
+        keys.append(Patch(color=SERIES[-1], label="lost work"))
+    keys.append(Line2D([], [], color=INK, linewidth=1.6, label="predicted"))
     figure.legend(handles=keys, loc="outside upper left", ncols=5, handlelength=1.0)
 
 
@@ -213,21 +225,21 @@ def predicted_figure(summary: Mapping[str, Any]) -> str:
             measured = [value / size for value in measured]
             predicted = [value / size for value in predicted]
             most = max(*measured, *predicted)
-            axes.barh(rows, measured, color=_SERIES[0], height=0.46, linewidth=0)
+            axes.barh(rows, measured, color=SERIES[0], height=0.46, linewidth=0)
             for row, value in zip(rows, predicted, strict=True):
                 if value:
-                    axes.plot([value, value], [row - 0.36, row + 0.36], color=_INK, linewidth=1.6)
+                    axes.plot([value, value], [row - 0.36, row + 0.36], color=INK, linewidth=1.6)
             axes.set_xlim(0, 1.05 * most)
             axes.locator_params(axis="x", nbins=4, min_n_ticks=3)
             axes.grid(axis="x")
             axes.set_axisbelow(True)
-            axes.set_title(f"{NAMES[resource]}, {unit}", fontsize=12, loc="left", color=_INK)
+            axes.set_title(f"{NAMES[resource]}, {unit}", fontsize=12, loc="left", color=INK)
             axes.set_yticks(rows, [_ascii(s["name"]) for s in reversed(stages)])
             axes.set_ylim(-0.6, len(stages) - 0.4)
             axes.tick_params(length=0)
-            axes.spines["bottom"].set_color(_RULE)
+            axes.spines["bottom"].set_color(RULE)
 
-    return _svg("predicted", 62 + 34 * len(stages), "Measured against predicted by stage", draw)
+    return svg("predicted", 62 + 34 * len(stages), "Measured against predicted by stage", draw)
 
 
 def _unit(resource: str, most: float) -> tuple[float, str]:
@@ -250,8 +262,8 @@ def histogram_figure(histogram: Any, number: int = 0) -> str:
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
-        axes.stairs(everyone, edges, fill=True, color=_MUTED, alpha=0.35, label="all candidates")
-        axes.stairs(chosen, edges, fill=True, color=_SERIES[0], alpha=0.85, label="selected")
+        axes.stairs(everyone, edges, fill=True, color=MUTED, alpha=0.35, label="all candidates")
+        axes.stairs(chosen, edges, fill=True, color=SERIES[0], alpha=0.85, label="selected")
         axes.set_xlabel("score (higher: keep)")
         axes.set_ylabel("rows")
         axes.set_ylim(bottom=0)
@@ -259,7 +271,7 @@ def histogram_figure(histogram: Any, number: int = 0) -> str:
         axes.set_axisbelow(True)
         figure.legend(loc="outside upper left", ncols=2, handlelength=1.0)
 
-    return _svg(f"histogram {number}", 220, "Scores of all and of the selected rows", draw)
+    return svg(f"histogram {number}", 220, "Scores of all and of the selected rows", draw)
 
 
 def _histogram(value: Any) -> tuple[list[float], list[float], list[float]]:
@@ -294,7 +306,15 @@ def forecast_of(decision: Mapping[str, Any]) -> dict[str, float] | None:
     keys = ("flops", "loss", "loss_stderr", "gain", "gain_stderr")
     if not isinstance(found, Mapping) or not all(_finite(found.get(key)) for key in keys):
         return None
-    return {key: found[key] for key in keys}
+    also = ("final", "final_stderr", "final_flops", "wrong")
+    return {key: found[key] for key in (*keys, *(k for k in also if _finite(found.get(k))))}
+
+
+def _end_of(forecast: Mapping[str, float]) -> tuple[float, float, float] | None:
+    """FLOPs, loss and its error where the run would end if it were let down then."""
+    if not all(key in forecast for key in ("final", "final_stderr", "final_flops")):
+        return None
+    return forecast["final_flops"], forecast["final"], forecast["final_stderr"]
 
 
 def _forecasts(decisions: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
@@ -311,7 +331,7 @@ def _ascii(name: Any) -> str:
     return visible(name, 24).encode("ascii", "replace").decode()
 
 
-def _svg(salt: str, height: float, label: str, draw: Any) -> str:
+def svg(salt: str, height: float, label: str, draw: Any) -> str:
     """An ``<svg>`` element of ``draw``'s figure: no font, size, date or colour of its own."""
     import matplotlib
     from matplotlib.figure import Figure

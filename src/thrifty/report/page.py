@@ -141,7 +141,8 @@ def _decisions(decisions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Those of the planner and others that weighed options against each other, those taken while a
     stage ran, and the plan's values with their rules."""
     weighed, taken, rules = [], [], []
-    own = [d for d in decisions if d["account"] == "budget"]
+    own = [d for d in decisions if d["account"] == "budget" and d["stage"] != "pilot"]
+    control = sum(d["account"] != "budget" for d in decisions)
     for decision in own:
         choice = decision["choice"]
         if choice and (decision["stage"] is None or len(choice["options"]) > 1):
@@ -158,7 +159,7 @@ def _decisions(decisions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "weighed": weighed[:_SHOWN_DECISIONS],
         "taken": [*taken[:half], *taken[half:][-half:]],
         "left_out": left_out,
-        "control": len(decisions) - len(own),
+        "control": control,
         "rules": rules[:_SHOWN_DECISIONS],
     }
 

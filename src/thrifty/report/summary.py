@@ -46,7 +46,12 @@ def summarize(run: RunFolder) -> dict[str, Any]:
         "model": {"path": plan.model.path, "num_parameters": _num_parameters(plan)},
         "pool": {"sources": list(plan.pool.sources)},
         "targets": {name: target.weight for name, target in plan.targets.items()},
-        "objective": {"metric": plan.objective.metric, "unit": plan.objective.unit},
+        "objective": {
+            "metric": parse_spec("metric", plan.objective.metric)[0],
+            "name": plan.objective.name,
+            "unit": plan.objective.unit,
+            "more_is_better": plan.objective.answers is not None,
+        },
         "method": _method(plan),
         "budget": {name: facts.budget.limit(name) for name in RESOURCES},
         "spent": amounts(spent),
@@ -59,13 +64,21 @@ def summarize(run: RunFolder) -> dict[str, Any]:
         "activities": facts.activities(),
         "gain": gain,
         "prior_gain": facts.prior_gain(),
+        "pilot": facts.pilot(),
         "gain_per": gain_per(gain, spent),
         "decisions": facts.decisions,
         "ended": facts.ended(),
         "cooldown": facts.cooldown(),
-        "evaluations": facts.evaluations("budget"),
+        "evaluations": [
+            {**each, "score": None if each["loss"] is None else _shown(each["loss"], plan)}
+            for each in facts.evaluations("budget")
+        ],
         "dev_loss": {**dev, "unit": plan.objective.unit},
         "test_loss": facts.test_loss(),
+        "dev_score": _score(dev, plan),
+        "test_score": _score(facts.test_loss(), plan),
+        "floors": facts.floors(),
+        "unit_map": facts.unit_map(),
         "control": control,
         "control_wanted": plan.control,
         "selection": files.selection(),
@@ -74,6 +87,26 @@ def summarize(run: RunFolder) -> dict[str, Any]:
         "unreadable": files.unreadable,
     }
     return _plain(values)
+
+
+def _shown(loss: float, plan: Plan) -> float | None:
+    """The score that goes with a loss; None where the objective is a loss."""
+    return plan.objective.shown(loss) if plan.objective.answers else None
+
+
+def _score(loss: Mapping[str, Any], plan: Plan) -> dict[str, Any] | None:
+    """``loss`` in the user's own number; None where that is the loss. A gain is the same."""
+    if not plan.objective.answers:
+        return None
+    shown = {
+        name: {target: _shown(value, plan) for target, value in loss[name].items()}
+        for name in ("by_target", "by_target_before")
+        if loss.get(name)
+    }
+    before, after = (
+        None if loss[name] is None else _shown(loss[name], plan) for name in ("before", "after")
+    )
+    return {**loss, **shown, "before": before, "after": after, "unit": plan.objective.unit}
 
 
 def _left(budget: Budget, spent: Cost) -> dict[str, float | None]:

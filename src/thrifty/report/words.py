@@ -82,9 +82,12 @@ def headline(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     sentences = [
         ("Asked", asked(summary)),
         ("Decided", decided(summary)),
+        ("Pilot", pilot(summary)),
         ("Ended", ending(summary)),
         ("Cost", cost(summary)),
         ("Brought", outcome(summary)),
+        ("Floors", floors(summary)),
+        ("Units", unit_map(summary)),
         ("Prior", prior(summary)),
         ("Control", against_control(summary)[0]),
     ]
@@ -205,15 +208,33 @@ def _predicted(summary: Mapping[str, Any], resource: str) -> str:
 
 def outcome(summary: Mapping[str, Any]) -> str:
     """The objective before and after, on the test rows where there are any."""
-    unit = visible(summary["objective"]["unit"], 40)
     test, dev = summary["test_loss"], summary["dev_loss"]
     if test["gain"] is not None:
-        return _change("Test loss", test, test["gain"], test["stderr"], unit)
+        return _change("Test", test, test["gain"], test["stderr"], summary)
     if dev["before"] is not None and dev["after"] is not None:
-        change = _change("Dev loss", dev, dev["before"] - dev["after"], None, unit)
+        change = _change("Dev", dev, dev["before"] - dev["after"], None, summary)
         done = summary["state"] == "done"
         return f"{change} {'It was not measured on test rows.' if done else 'That is so far.'}"
     return "" if summary["state"] == "planned" else "What training brought is not measured."
+
+
+def pilot(summary: Mapping[str, Any]) -> str:
+    """What short trainings forecast of each choice of data, and which the run went by."""
+    found = summary["pilot"]
+    if found is None:
+        return ""
+    each = [
+        f"{visible(c['name'], 60)} {with_error(c['gain'], c['stderr'])} until step {c['steps']}"
+        if c["gain"] is not None
+        else f"{visible(c['name'], 60)} not measured"
+        for c in found["candidates"]
+    ]
+    share = found["share_of_flops"]
+    of = "" if share is None else f", {100 * share:.1f}% of the budget"
+    return (
+        f"Short trainings took {amount(found['spent']['flops'], 'flops')}{of}, and forecast gains "
+        f"of {'; '.join(each)}. The rest went to {visible(found['chosen'], 60)}."
+    )
 
 
 def prior(summary: Mapping[str, Any]) -> str:
@@ -233,14 +254,67 @@ def _guess(guess: Mapping[str, Any]) -> str:
     return f"{guess['mean']:.2f}{error}"
 
 
-def _change(what: str, loss: Mapping[str, Any], gain: float, stderr: Any, unit: str) -> str:
+def _change(
+    rows: str, loss: Mapping[str, Any], gain: float, stderr: Any, summary: Mapping[str, Any]
+) -> str:
+    score = summary["objective"]["more_is_better"]
     if stderr is not None and abs(gain) <= NOISE * stderr:
         verb = "did not change beyond noise"
+    elif score:
+        verb = "rose" if gain > 0 else "FELL"
     else:
         verb = "fell" if gain > 0 else "ROSE"
+    before, after = (own_number(loss[when], summary) for when in ("before", "after"))
+    unit = "" if score else f" {visible(summary['objective']['unit'], 40)}"
     return (
-        f"{what} {verb}, from {loss['before']:.4f} to {loss['after']:.4f} {unit}: "
+        f"{rows} {own_name(summary)} {verb}, from {before:.4f} to {after:.4f}{unit}: "
         f"a gain of {with_error(gain, stderr)}."
+    )
+
+
+def own_name(summary: Mapping[str, Any]) -> str:
+    """What the user calls the objective: loss, or the score's name."""
+    return visible(summary["objective"]["name"], 40)
+
+
+def own_number(loss: float, summary: Mapping[str, Any]) -> float:
+    """A loss as the user's own number: the score, where more of it is better."""
+    return 1.0 - loss if summary["objective"]["more_is_better"] else loss
+
+
+def floors(summary: Mapping[str, Any]) -> str:
+    """How the model that is kept stands where it must not be worse than the base."""
+    told = [floor(each) for each in summary["floors"]]
+    if summary["dev_loss"]["step"] == 0:
+        kept = [d for d in summary["decisions"] if d["name"] == "which model to keep"]
+        if kept and "floor" in kept[-1]["chosen"]:
+            chosen, reason = visible(kept[-1]["chosen"], 100), visible(kept[-1]["reason"], 240)
+            told.append(f"kept is {chosen}: {reason}")
+    return f"{'; '.join(told)}." if told else ""
+
+
+def floor(standing: Mapping[str, Any]) -> str:
+    worse = standing["worse"]
+    by = with_error(abs(worse), standing["stderr"])
+    verdict = "BROKEN" if standing["broken"] else "kept"
+    return (
+        f"{visible(standing['name'], 40)} {by} {visible(standing['unit'], 40)} "
+        f"{'worse' if worse > 0 else 'better'} than the base on {standing['on']} rows, at most "
+        f"{standing['limit']:g} worse allowed: {verdict}"
+    )
+
+
+def unit_map(summary: Mapping[str, Any]) -> str:
+    """What the loss is worth in the score, by the run's own evaluations."""
+    found = summary["unit_map"]
+    if found is None:
+        return ""
+    if "refused" in found:
+        return f"{_capital(visible(found['refused'], 240))}."
+    gain = found["gain_of_a_tenth"]
+    return (
+        f"A tenth of a nat less would bring {with_error(gain['mean'], gain['stderr'])} "
+        f"{visible(found['unit'], 40)}, by the {found['num_points']} evaluations of this run."
     )
 
 
@@ -298,6 +372,8 @@ def text_summary(summary: Mapping[str, Any]) -> str:
         lines.append(("why", why))
     if overlap := in_targets((summary["selection"] or {}).get("in_targets", {})):
         lines.append(("overlap", overlap.rstrip(".")))
+    if tried := pilot(summary):
+        lines.append(("pilot", tried.rstrip(".")))
     lines.append(("ended", ending(summary).rstrip(".")))
     planned = summary["state"] == "planned"
     label = "predicted" if planned else "spent"
@@ -309,12 +385,15 @@ def text_summary(summary: Mapping[str, Any]) -> str:
         lost = [amount(summary["lost"][k], k) for k in ("flops", "seconds")]
         lines.append(("", f"of which lost to interruptions: {', '.join(lost)}"))
     unit = visible(summary["objective"]["unit"], 40)
-    for what, key in (("dev loss", "dev_loss"), ("test loss", "test_loss")):
-        lines.append((what, _loss_line(summary[key], unit)))
+    for rows, key in (("dev", "dev_loss"), ("test", "test_loss")):
+        lines.append((f"{rows} {own_name(summary)}", _loss_line(summary, summary[key], unit)))
+    if floors(summary):
+        lines.append(("floors", floors(summary).rstrip(".")))
     if prior(summary):
         lines.append(("prior", prior(summary)))
     lines.append(("control", against_control(summary)[0]))
-    return "\n".join(f"{name:<10} {text}" for name, text in lines)
+    width = max(10, *(len(name) for name, _ in lines))
+    return "\n".join(f"{name:<{width}} {text}" for name, text in lines)
 
 
 def _worth_a_line(summary: Mapping[str, Any], resource: str) -> bool:
@@ -324,12 +403,13 @@ def _worth_a_line(summary: Mapping[str, Any], resource: str) -> bool:
     return known and resource in ("flops", "seconds", "dollars", "peak_memory_bytes")
 
 
-def _loss_line(loss: Mapping[str, Any], unit: str) -> str:
-    before, after = loss["before"], loss["after"]
-    if before is None or after is None:
+def _loss_line(summary: Mapping[str, Any], loss: Mapping[str, Any], unit: str) -> str:
+    if loss["before"] is None or loss["after"] is None:
         return "not measured"
-    gain = with_error(before - after, loss.get("stderr"), signed=True)
-    return f"{before:.4f} before, {after:.4f} after: a gain of {gain} {unit}"
+    before, after = (own_number(loss[when], summary) for when in ("before", "after"))
+    gain = with_error(loss["before"] - loss["after"], loss.get("stderr"), signed=True)
+    unit = "" if summary["objective"]["more_is_better"] else f" {unit}"
+    return f"{before:.4f} before, {after:.4f} after: a gain of {gain}{unit}"
 
 
 def _why(summary: Mapping[str, Any]) -> str:

@@ -40,6 +40,9 @@ class Losses:
 
     nll: NDArray[np.float64]  # [n]
     num_tokens: NDArray[np.int64]  # [n]
+    least_change: float = 0.0
+    """Of an example: 1 where it is right or wrong. That no example changed does not make the change
+    certain: a standard error is at least that of one example."""
 
     @property
     def mean(self) -> NDArray[np.float64]:
@@ -62,7 +65,7 @@ class Losses:
             residual = residual - (before.nll - before.objective * before.num_tokens)
         if len(residual) < 2:
             return float("inf")
-        spread = float(residual.std(ddof=1))
+        spread = max(float(residual.std(ddof=1)), self.least_change / len(residual) ** 0.5)
         return spread * len(residual) ** 0.5 / max(int(self.num_tokens.sum()), 1)
 
 

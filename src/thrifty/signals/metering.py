@@ -38,6 +38,8 @@ class PassMeter:
         self._num_parameters = sum(p.numel() for p in model.parameters())
         self._used = Cost()
         self._handle: Any = None
+        self.spared = 0.0
+        """FLOPs that a position of a training pass takes less than ``setting`` says."""
 
     def attach(self) -> None:
         self._handle = self._model.register_forward_pre_hook(self._count, with_kwargs=True)
@@ -70,7 +72,7 @@ class PassMeter:
             return 6.0 * self._num_parameters * batch * sequence
         if self.setting is not None:
             held = replace(self.setting, micro_batch=batch, sequence=sequence)
-            return step_flops(self._shape, held)
+            return step_flops(self._shape, held) - self.spared * batch * sequence
         return train_flops(
             self._shape, batch, sequence, adapter=self._adapter, recompute=self._recompute
         )

@@ -39,6 +39,7 @@ class WarmedUp(Scorer):
     needs_model: ClassVar[bool] = True
     tasks: ClassVar[tuple[str, ...]] = ("sft", "continued")
     cost_class: ClassVar[Literal["free", "text", "forward", "gradient", "training"]] = "gradient"
+    stand_in: ClassVar[str] = "grad_cosine"
 
     def __post_init__(self) -> None:
         check_ranges(

@@ -1,0 +1,39 @@
+"""Exact match: whether the answer is the gold answer, once both are normalised.
+
+Normalised: Unicode NFKC, letters in one case, runs of white space as one space, none around.
+Punctuation counts unless it is to be ignored, for without it 1.5 would be 15. The rule of SQuAD
+(arXiv:1606.05250), less its articles.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+from typing import ClassVar
+
+from thrifty.core.contracts import AnswerMetric
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactMatch(AnswerMetric):
+    """1 where the answer is the gold one but for case and white space, else 0."""
+
+    ignore_case: bool = True
+    ignore_punctuation: bool = False
+
+    source: ClassVar[str] = "arXiv:1606.05250"
+
+    @property
+    def unit(self) -> str:
+        return "exact_match"
+
+    def score(self, prompt: str, answer: str, gold: str) -> float:
+        return float(self._normalised(answer) == self._normalised(gold))
+
+    def _normalised(self, text: str) -> str:
+        text = unicodedata.normalize("NFKC", text)
+        if self.ignore_case:
+            text = text.casefold()
+        if self.ignore_punctuation:
+            text = "".join(c for c in text if not unicodedata.category(c).startswith("P"))
+        return " ".join(text.split())

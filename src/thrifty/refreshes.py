@@ -1,0 +1,51 @@
+"""Who chooses rows anew on the way of a run."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import numpy as np
+
+from thrifty import selection
+from thrifty.core.budget import Cost
+from thrifty.core.contracts import Scorer
+from thrifty.core.ledger import Stage
+from thrifty.core.plan_refresh import looks_again
+from thrifty.core.resolve import resolve
+from thrifty.open_run import Branch, Work
+from thrifty.priors import load_priors
+from thrifty.refresh import Refresher
+from thrifty.rounds import Rounds
+from thrifty.training_rows import asked_of, leg_of
+
+
+def refresher_of(
+    work: Work,
+    branch: Branch,
+    stage: Stage,
+    rounds: Rounds,
+    predicted: Cost,
+    job: selection.SelectionJob,
+) -> Refresher | None:
+    """None where the plan chooses once. Tells ``rounds`` that there may be other rows to come."""
+    plan = branch.plan
+    if plan.selection.refresh.when == "never":
+        return None
+    rounds.leg_of = partial(leg_of, work)
+    step_tokens = plan.training.step_sequences * plan.training.max_length
+    steps = min(plan.training.max_steps, predicted.tokens / step_tokens or math.inf)
+    own: Scorer = resolve("scorer", plan.selection.scorer)
+    folder = work.run.selected(branch.folder)
+    return Refresher(
+        job,
+        asked_of(work, branch, work.pool.manifest.stats),
+        looks_again(plan),
+        load_priors().of(own),
+        selection.scored(job, stage),
+        np.load(folder / "ids.npy", allow_pickle=False),
+        run_flops=steps * work.predicted(plan).step.flops,
+        num_evaluations=max(1, int(steps // plan.training.eval_steps)),
+        eval_steps=plan.training.eval_steps,
+        folder=work.run.refreshes(branch.folder),
+    )

@@ -1,0 +1,94 @@
+"""What a run's models are measured by: the objective on the targets' rows, and beside it what may
+not get worse or is nearly free to know.
+
+    by_target   the objective: nats a token, or 1 - score of generated answers
+    beside      ``nats NAME``: a target's nats a token, where the objective is a score: one pass,
+                where an answer takes many, and what maps one unit to the other
+                (scaling/unit_map.py)
+                ``guard``: nats a token of the guard's rows
+
+All of it is charged to the evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from thrifty.answer_evaluation import AnswerEvaluation
+from thrifty.core.contracts import Meter, Rows
+from thrifty.core.objective import Objective
+from thrifty.costs.shape import ModelShape
+from thrifty.evaluation import Measured, checked, losses_of, measure_flops
+
+NATS = "nats "
+GUARD = "guard"
+GUARD_ROWS = "\0guard"
+"""A name that no target has."""
+
+
+def in_nats(found: Measured) -> Measured:
+    """The losses beside the scores; ``found`` itself where it is of losses."""
+    losses = {
+        name.removeprefix(NATS): each
+        for name, each in found.beside.items()
+        if name.startswith(NATS)
+    }
+    return Measured(losses, found.weights) if losses else found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Yardstick:
+    """One for all evaluations of a run, and for its test."""
+
+    objective: Objective
+    shape: ModelShape
+    tokenizer: Any
+    max_tokens: int
+    """Of a batch."""
+    guard: Rows | None = None
+
+    def measure(
+        self,
+        model: Any,
+        rows: Mapping[str, Rows],
+        weights: Mapping[str, float],
+        meter: Meter,
+        *,
+        guarded: bool = False,
+        together: bool = False,
+    ) -> Measured:
+        """On every target's rows, and where ``guarded`` on the guard's. Raises Diverged where a
+        loss is not finite. ``together`` as for ``losses_of``."""
+        given = self.shape, self._sets(rows, guarded), meter, self.max_tokens
+        losses = losses_of(model, *given, together=together)
+        beside = {GUARD: losses.pop(GUARD_ROWS)} if guarded and self.guard is not None else {}
+        checked(Measured(losses, weights))
+        if (answers := self._answers) is None:
+            return Measured(losses, weights, beside)
+        scored, _ = answers.measured(
+            model, self.shape, rows, meter, self.max_tokens, together=together
+        )
+        beside |= {f"{NATS}{name}": found for name, found in losses.items()}
+        return Measured(scored, weights, beside)
+
+    def flops(self, rows: Mapping[str, Rows], *, guarded: bool = False) -> float:
+        """What ``measure`` takes: exactly where no answers are generated, else at most."""
+        if not rows:
+            return 0.0
+        exact = measure_flops(self.shape, self._sets(rows, guarded), self.max_tokens)
+        answers = self._answers
+        return exact + (answers.flops(self.shape, rows, self.max_tokens) if answers else 0.0)
+
+    def _sets(self, rows: Mapping[str, Rows], guarded: bool) -> Mapping[str, Rows]:
+        if not guarded or self.guard is None:
+            return rows
+        return {**rows, GUARD_ROWS: self.guard}
+
+    @property
+    def _answers(self) -> AnswerEvaluation | None:
+        metric = self.objective.answers
+        if metric is None:
+            return None
+        return AnswerEvaluation(metric, self.objective.max_new_tokens, self.tokenizer)

@@ -54,6 +54,7 @@ def test_where_flops_bind_it_stops_recomputing(switched, tiny_model, tiny_data, 
         torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_as_it_was_held(
     switched, tiny_model, tiny_data, tmp_path, monkeypatch
 ):

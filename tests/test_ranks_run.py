@@ -138,6 +138,7 @@ def by_its_letters(prompt: str, answer: str, gold: str) -> float:
     return sum(map(ord, prompt + answer)) % 97 / 97
 
 
+@pytest.mark.slow
 def test_answers_dealt_to_ranks_score_and_cost_the_same(plan_of, tmp_path):
     scored = {
         "objective.metric": {"callable": {"function": f"{__name__}:by_its_letters"}},
@@ -159,6 +160,7 @@ def test_answers_dealt_to_ranks_score_and_cost_the_same(plan_of, tmp_path):
     assert costs[1] == pytest.approx(costs[0], rel=1e-12)
 
 
+@pytest.mark.slow
 def test_shards_dealt_to_ranks_have_the_same_scores(one, two):
     files = [sorted(RunFolder(each).scores("budget").rglob("*.parquet")) for each in (one, two)]
     assert len(files[0]) == 6

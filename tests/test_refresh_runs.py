@@ -55,23 +55,26 @@ def test_every_look_is_charged(fixed):
     assert all(flops > 0 for flops in by_name["refresh"] + by_name["probe"])
 
 
-def test_an_interrupted_run_resumes_bit_for_bit(fixed, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "step",
+    [pytest.param(15, marks=pytest.mark.slow), 30, pytest.param(50, marks=pytest.mark.slow)],
+)
+def test_an_interrupted_run_resumes_bit_for_bit(fixed, tmp_path, monkeypatch, step):
     """Interrupted before a choice, between two, and after them."""
-    for step in (15, 30, 50):
-        folder = tmp_path / str(step)
-        shutil.copytree(fixed, folder)
-        for name in ("checkpoints", "model", "refreshes", "ledger.sqlite", "selected", "scores"):
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        (folder / "ledger.sqlite").write_bytes(fixed.joinpath("ledger.planned").read_bytes())
-        with monkeypatch.context() as patch:
-            runs.interrupt_at(patch, step)
-            with pytest.raises(Interrupted):
-                runs.finish(folder)
-        runs.finish(folder)
-        whole, resumed = runs.weights(fixed / "model"), runs.weights(folder / "model")
-        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-        assert _refreshes(folder) == _refreshes(fixed)
+    folder = tmp_path / "run"
+    shutil.copytree(fixed, folder)
+    for name in ("checkpoints", "model", "refreshes", "ledger.sqlite", "selected", "scores"):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / "ledger.sqlite").write_bytes((fixed / "ledger.planned").read_bytes())
+    with monkeypatch.context() as patch:
+        runs.interrupt_at(patch, step)
+        with pytest.raises(Interrupted):
+            runs.finish(folder)
+    runs.finish(folder)
+    whole, resumed = runs.weights(fixed / "model"), runs.weights(folder / "model")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert _refreshes(folder) == _refreshes(fixed)
 
 
 def test_the_governed_one_weighs_it_and_says_why(tiny_model, tiny_data, tmp_path):
@@ -120,3 +123,19 @@ def test_what_cannot_be_refreshed_is_refused(tiny_model, tiny_data, tmp_path, se
             fixed={**ANEW, **settings},
             budget=Budget(flops=2e10),
         )
+
+
+def test_where_no_probe_can_be_paid_for_only_the_width_is_weighed(tiny_model, tiny_data, tmp_path):
+    """A choice without a look is kept, and gone on from, like any other."""
+    folder = tmp_path / "run"
+    settings = {**ANEW, "selection.refresh.when": "governed", "selection.scorer": "bm25"}
+    settings |= {"selection.refresh.scorer": "grad_cosine", "selection.refresh.probe_share": 1e-6}
+    runs.planned(folder, tiny_model, tiny_data, fixed=settings, budget=Budget(flops=2e10))
+    runs.finish(folder)
+    assert not [c for c in runs.ledger(folder).charges() if c["activity"] in ("probe", "refresh")]
+    decisions = runs.ledger(folder).decisions()
+    assert not [d for d in decisions if d["name"] == DECISION]
+    widths = [d for d in decisions if d["name"] == WIDTH]
+    assert len(widths) == len(_refreshes(folder))
+    assert all("for nothing" in d["reason"] for d in widths)
+    assert widths

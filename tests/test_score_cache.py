@@ -12,6 +12,7 @@ from tests.runs import ledger, planned, silent
 from thrifty import stages
 from thrifty.core.budget import Cost
 from thrifty.run_folder import RunFolder
+from thrifty.selection import _of_a_shard
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +87,11 @@ def test_a_control_s_rival_is_not_said_to_have_paid(select, tmp_path):
     pipeline.run(folder, silent)
     said, _ = against_control(summarize(RunFolder(folder)))
     assert "scoring taken over from an earlier run" in said
+
+
+def test_what_preparing_took_is_not_reserved_again_for_every_shard():
+    """A scorer that does all its work before the first shard would not fit its own prediction."""
+    predicted = Cost(flops=100.0, seconds=10.0)
+    each = _of_a_shard(predicted, Cost(flops=75.0, seconds=2.0), 5)
+    assert (each.flops, each.seconds) == (5.0, 1.6)
+    assert _of_a_shard(predicted, Cost(flops=120.0), 5).flops == 2.0

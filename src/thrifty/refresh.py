@@ -176,7 +176,8 @@ class Refresher:
         with np.load(file, allow_pickle=False) as saved:
             self._beliefs = Beliefs(saved["scores"], int(saved["reversals"]))
             self._chosen_at, self._looked_at = int(saved["step"]), float(saved["looked_at"])
-            self._probe_then = saved["probe"]
+            if "probe" in saved.files:
+                self._probe_then = saved["probe"]
 
     def consider(self, step: int, running: Running, outlook: Outlook) -> NDArray[np.int64] | None:
         """The rows to train on from now on, by id and in order; None: as before."""
@@ -223,12 +224,13 @@ class Refresher:
         if choice.chosen is None:
             return None
         self._decide(step, running.stage, WIDTH, choice, choice.reason, standing)
-        return self._chosen(step, running.stage, outlook, WIDTHS[choice.chosen], "the old scores")
+        how = "by the scores that there are"
+        return self._chosen(step, running.stage, outlook, WIDTHS[choice.chosen], how)
 
     def _see_at_first(self, running: Running) -> None:
         """Where another than the selection's scorer looks: how it scores the probe before training,
         for drift is between two looks of one scorer."""
-        if self._probe_then is not None:
+        if self._probe_then is not None or not self._can_probe:
             return
         if not self._file(0).is_file():
             with self._looking(running) as (_, seen):
@@ -249,8 +251,18 @@ class Refresher:
             )
         return number - self._chosen_at // self._eval_steps >= settings.dwell
 
+    @property
+    def _can_probe(self) -> bool:
+        """Whether the run can ever pay for two looks, of which drift is the difference; ``fixed``
+        and ``random`` look whatever it costs."""
+        twice = 2 * self.probe_cost.flops
+        governed = self.settings.when == "governed"
+        return not governed or twice <= self.settings.probe_share * self._run_flops
+
     def _may_probe(self, running: Running) -> bool:
         """Probes stay a small share of what the run has spent, and so does the next one."""
+        if not self._can_probe:
+            return False
         ledger, account = running.stage.ledger, running.stage.account
         probes = ledger.spent(account=account, activity="probe").flops
         most = self.settings.probe_share * ledger.spent(account=account).flops
@@ -398,16 +410,14 @@ class Refresher:
 
     def _save(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        save_arrays(
-            self._file(len(self._choices) - 1),
-            {
-                "step": self._chosen_at,
-                "looked_at": self._looked_at,
-                "scores": self._beliefs.scores,
-                "reversals": self._beliefs.reversals,
-                "probe": self._probe_then,
-            },
-        )
+        probe = {} if self._probe_then is None else {"probe": self._probe_then}
+        kept = {
+            "step": self._chosen_at,
+            "looked_at": self._looked_at,
+            "scores": self._beliefs.scores,
+            "reversals": self._beliefs.reversals,
+        }
+        save_arrays(self._file(len(self._choices) - 1), {**kept, **probe})
 
 
 def _upper(cost: Cost) -> Cost:

@@ -274,7 +274,7 @@ def _score(job: SelectionJob, scorer: Scorer, folder: Path, stage: Stage) -> Non
             job.models.other(scorer.model).base()
     with stage.spending("prepare", Cost()) as lease, peak_noted(lease, local_device()):
         state = scorer.prepare(job.pool, signals, job.models, lease)
-    each = job.predicted * (1 / len(files))
+    each = _of_a_shard(job.predicted, lease.used, len(files))
     elsewhere: Iterator[Scored] = iter(())
     if job.engine is not None:
         work = ShardScoring(
@@ -300,6 +300,18 @@ def _score(job: SelectionJob, scorer: Scorer, folder: Path, stage: Stage) -> Non
             _keep(files[scored.shard], job.pool.shard(scored.shard), scored.scores, scorer, signals)
         todo.remove(scored.shard)
     score_cache.keep(folder, _what_it_cost(job, scorer, stage))
+
+
+def _of_a_shard(predicted: Cost, prepared: Cost, num_shards: int) -> Cost:
+    """Its part of what was predicted of all scoring, less what preparing took of it: some scorers
+    do all their work there. A tenth at least, for predictions are not that sure."""
+    left = {
+        name: max(
+            getattr(predicted, name) - getattr(prepared, name), 0.1 * getattr(predicted, name)
+        )
+        for name in ("flops", "seconds")
+    }
+    return replace(predicted, **left) * (1 / num_shards)
 
 
 def _what_it_cost(job: SelectionJob, scorer: Scorer, stage: Stage) -> dict[str, Any]:

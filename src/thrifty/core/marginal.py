@@ -180,6 +180,8 @@ def _reason(
         return "no option is left"
     size, per = quantities.PER[resource]
     rate = f"{quantities.short(rates[best] * size)} {unit} a {per}"
+    if rates[best] == math.inf:
+        rate = f"{quantities.short(options[best].gain.mean)} {unit} for nothing"
     against = f"the price of {quantities.short(price * size)}"
     if not wins:
         return f"best is {options[best].name} at {rate}, not above {against}"

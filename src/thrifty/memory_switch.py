@@ -115,10 +115,8 @@ class MemorySwitch:
         choice = self._weigh(now, list(others.values()), measured, transition, prospect)
         if choice is None:
             return None
-        chosen = None if choice.chosen is None else others[choice.chosen]
-        if chosen is not None:
-            stage.decide(DECISION, chosen.name, choice.reason, choice=choice, step=step)
-        return chosen
+        stage.decide(DECISION, choice.chosen or STAY, choice.reason, choice=choice, step=step)
+        return None if choice.chosen is None else others[choice.chosen]
 
     def _others(self, now: Holding, measured: Cost) -> Iterator[Holding]:
         """Those that fit, as far as can be told from what the one at work takes."""

@@ -156,3 +156,11 @@ def test_a_peak_that_was_not_predicted_is_not_zero(tmp_path: Path) -> None:
     stages = {stage["name"]: stage for stage in summarize(run)["stages"]}
     assert stages["test"]["predicted"]["peak_memory_bytes"] is None
     assert stages["train"]["predicted"]["peak_memory_bytes"] == 9e8
+
+
+def test_what_costs_nothing_has_no_rate():
+    gain = {"mean": 0.05, "stderr": 0.01, "unit": "nats/token", "source": "prior"}
+    option = {"name": "narrow the choice", "gain": gain, "cost": {"flops": 0.0}, "note": ""}
+    choice = {"resource": "flops", "options": [option], "rates": [None], "price": 0.0}
+    told = weighed({**choice, "chosen": "narrow the choice", "incumbent": None})
+    assert "for nothing, above the price of 0" in told

@@ -431,10 +431,13 @@ def weighed(choice: Mapping[str, Any]) -> str:
     unit, gain = visible(option["gain"]["unit"], 40), option["gain"]
     bound = "at best" if option["name"] == choice["incumbent"] else "at least"
     what = "guessed (prior)" if gain["source"] == "prior" else gain["source"]
+    bound = f"{bound} {rate(value, resource)} a {per}"
+    if option["cost"].get(resource) == 0:
+        bound = "for nothing"
     text = (
         f"{visible(option['name'], 80)}: {what} gain "
-        f"{with_error(gain['mean'], gain['stderr'])} {unit}, {bound} {rate(value, resource)} a "
-        f"{per}, {'above' if won else 'not above'} the price of {rate(choice['price'], resource)}"
+        f"{with_error(gain['mean'], gain['stderr'])} {unit}, {bound}, "
+        f"{'above' if won else 'not above'} the price of {rate(choice['price'], resource)}"
     )
     rest = next(((o, v) for o, v in ranked if o["name"] != option["name"]), None)
     if rest is not None:

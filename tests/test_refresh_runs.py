@@ -44,6 +44,9 @@ def test_other_rows_are_trained_on_where_they_are_chosen_anew(fixed):
     found = _refreshes(fixed)
     assert [step for step, _ in found] == [20, 40]
     assert all(0 <= detail["kept"] < 1 for _, detail in found)
+    # Of the gradient that the selection went by nothing is kept: the second look tells.
+    assert found[0][1]["turn"] is None
+    assert 0 < found[1][1]["turn"] < 2
 
 
 def test_every_look_is_charged(fixed):

@@ -45,6 +45,15 @@ def drift(then: NDArray[np.floating], now: NDArray[np.floating]) -> Drift:
     return Drift(1.0 - mean, max(1.0 - mean**2, 1 / size) * 1.03 / np.sqrt(size - 3))
 
 
+def turn(then: NDArray[np.floating] | None, now: NDArray[np.floating] | None) -> float | None:
+    """Of directions [num_targets, n]: 1 - cosine, the mean over targets; None where one of the
+    looks has none."""
+    if then is None or now is None:
+        return None
+    norms = np.linalg.norm(then, axis=1) * np.linalg.norm(now, axis=1)
+    return float(1 - ((then * now).sum(axis=1) / np.maximum(norms, 1e-30)).mean())
+
+
 def rank_correlation(left: NDArray[np.floating], right: NDArray[np.floating]) -> float:
     """Spearman's, ties at their mean rank; 1 where neither side tells rows apart, 0 where one
     does not."""

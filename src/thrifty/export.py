@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 
 from thrifty import exporters
+from thrifty.asked_rows import POOL_AS_TARGET
 from thrifty.core.durable import write_atomically
 from thrifty.core.plan import Plan
 from thrifty.core.typed import nearest
@@ -28,7 +29,6 @@ from thrifty.data.store import Store, open_store
 from thrifty.exported import DATA, TRAIN, VALIDATION, Exportable, Exporter, Form, Translation
 from thrifty.memory_plan import Techniques
 from thrifty.predictions import setting_of
-from thrifty.preparation import POOL_AS_TARGET
 from thrifty.run_folder import RunFolder
 from thrifty.selected import MANIFEST
 from thrifty.signals.models import locate

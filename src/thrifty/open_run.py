@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from thrifty import notes, ranks
+from thrifty.asked_rows import POOL_AS_TARGET, stats_together
 from thrifty.core import contracts
 from thrifty.core.budget import PRICED, Budget, Cost, Rates
 from thrifty.core.contracts import Held, Rows
@@ -32,7 +33,7 @@ from thrifty.frontier_price import frontier_price
 from thrifty.memory_plan import dtype_of
 from thrifty.pair_evaluation import log_probs_flops
 from thrifty.predictions import Predictions, predictions
-from thrifty.preparation import POOL_AS_TARGET, Say, stats_together, what_was_read
+from thrifty.preparation import Say, what_was_read
 from thrifty.run_folder import RunFolder
 from thrifty.signals.embeddings import embedding_cost
 from thrifty.signals.energy import energy_counter

@@ -21,12 +21,10 @@ bounded number of times.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,44 +32,21 @@ from numpy.typing import NDArray
 from thrifty import selection
 from thrifty.core import contracts
 from thrifty.core.budget import Cost
-from thrifty.core.contracts import Candidates, Models, Rows, Scorer, Worth
+from thrifty.core.contracts import Candidates, Scorer, Worth
 from thrifty.core.durable import save_arrays
-from thrifty.core.ledger import Lease, Stage
+from thrifty.core.ledger import Stage
 from thrifty.core.marginal import Choice
-from thrifty.core.ordering import best_first, merged_scores, random_key
 from thrifty.core.plan import Refresh
 from thrifty.core.resolve import name_of
-from thrifty.drift import Beliefs, Drift, Scale, drift, mixed
+from thrifty.drift import Beliefs, Drift, Scale, drift, turn
 from thrifty.effective_tokens import MAX_EPOCHS
 from thrifty.prospect import Prospect
 from thrifty.refresh_gain import WIDTHS, Standing, weigh_refresh, weigh_width
-from thrifty.signals.ngrams import ngrams_cost
-from thrifty.signals.second_look import SecondLook
+from thrifty.refresh_looks import Look, Looks, Running, upper
 
 DECISION = "train on or choose rows anew"
 WIDTH = "how many rows to train on"
 CHOSEN_ANEW = "which rows from here on"
-_MARGIN = 1.15
-"""Reserved over what a look was predicted to take."""
-_BLOCK_ROWS = 4096
-_FEWEST = 32
-"""Rows of a probe."""
-
-
-class Running(Protocol):
-    """The training that asks."""
-
-    @property
-    def stage(self) -> Stage: ...
-    @property
-    def models(self) -> Models:
-        """As they are by now."""
-        ...
-
-    def spending(self, name: str, upper: Cost) -> AbstractContextManager[Lease]: ...
-    def allows(self, upper: Cost) -> bool:
-        """Whether that leaves enough for the run to end well."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +85,9 @@ class Refresher:
         ``first`` were chosen; ``run_flops``, ``num_evaluations``: of the training, as far as can be
         told."""
         self.settings: Refresh = job.plan.selection.refresh
-        self._job, self._asked, self._scorer, self._worth = job, asked, scorer, worth
+        self._job, self._worth = job, worth
         self._candidates, self._eval_steps = candidates, eval_steps
-        self._run_flops = run_flops
+        self._looks = Looks(job, asked, scorer, candidates, run_flops=run_flops)
         self._num_evaluations, self._folder = num_evaluations, folder
         self._choices = [first]
         self._raw = Scale.of(candidates.scores)
@@ -123,23 +98,17 @@ class Refresher:
         """Tokens that had been trained on at the last look."""
         self._probe_then: NDArray[np.float64] | None = None
         """[probe rows, num_targets], their scores at that choice; None: not known yet."""
+        self._direction_then: NDArray[np.float32] | None = None
+        """Of the targets' gradients, at the last look that tells it."""
         if name_of(scorer) == selection.scorer_name(job.plan):
-            self._probe_then = candidates.scores[self._probed].astype(np.float64)
+            self._probe_then = candidates.scores[self._looks.probed].astype(np.float64)
 
-    # -- what it costs -----------------------------------------------------------------------------
+    # -- in numbers --------------------------------------------------------------------------------
 
-    @cached_property
-    def probe_cost(self) -> Cost:
-        return self._look_cost(len(self._probed))
-
-    @cached_property
-    def refresh_cost(self) -> Cost:
+    @property
+    def _refresh_cost(self) -> Cost:
         """Of choosing anew after a probe."""
-        return self._look_cost(self._num_short) + ngrams_cost(self._asked, 1)
-
-    def _look_cost(self, num_rows: int) -> Cost:
-        share = min(1.0, num_rows / max(self._asked.pool.num_examples, 1))
-        return self._scorer.cost(replace(self._asked, pool=self._asked.pool.part(share)))
+        return self._looks.again_cost(self._num_short)
 
     @property
     def _num_short(self) -> int:
@@ -178,6 +147,8 @@ class Refresher:
             self._chosen_at, self._looked_at = int(saved["step"]), float(saved["looked_at"])
             if "probe" in saved.files:
                 self._probe_then = saved["probe"]
+            if "direction" in saved.files:
+                self._direction_then = saved["direction"]
 
     def consider(self, step: int, running: Running, outlook: Outlook) -> NDArray[np.int64] | None:
         """The rows to train on from now on, by id and in order; None: as before."""
@@ -187,11 +158,11 @@ class Refresher:
         if not self._is_due(step) or len(self._choices) > self.settings.times:
             return None
         if self.settings.when != "governed":
-            if not running.allows(_upper(self.probe_cost + self.refresh_cost)):
+            if not running.allows(self._both):
                 return None
-            with self._looking(running) as (state, seen):
-                moved = drift(self._seen_then, seen)
-            return self._choose_anew(step, running, outlook, state, seen, moved, 1.0)
+            look = self._looks.probe(running)
+            moved = drift(self._seen_then, look.scores)
+            return self._choose_anew(step, running, outlook, look, moved, 1.0)
         return self._govern(step, running, outlook)
 
     def _govern(self, step: int, running: Running, outlook: Outlook) -> NDArray[np.int64] | None:
@@ -201,10 +172,9 @@ class Refresher:
         if prospect is None:
             return None
         moved = None
-        both = _upper(self.probe_cost + self.refresh_cost)
-        if self._may_probe(running) and running.allows(both):
-            with self._looking(running) as (state, seen):
-                moved = drift(self._seen_then, seen)
+        if self._looks.may_probe(running) and running.allows(self._both):
+            look = self._looks.probe(running)
+            moved = drift(self._seen_then, look.scores)
             standing, momentum = self._standing(outlook, moved), self._momentum
             width = standing.best_width(momentum, (1.0, *WIDTHS.values()))
             choice = weigh_refresh(
@@ -212,13 +182,13 @@ class Refresher:
                 prospect,
                 momentum=momentum,
                 width=width,
-                cost=running.stage.ledger.rates.of(self.refresh_cost),
+                cost=running.stage.ledger.rates.of(self._refresh_cost),
                 z=self.settings.z,
             )
             told = f"scores drifted by {moved.mean:.2f} ± {moved.stderr:.2f}; {choice.reason}"
             self._decide(step, running.stage, DECISION, choice, told, standing)
             if choice.chosen is not None:
-                return self._choose_anew(step, running, outlook, state, seen, moved, width)
+                return self._choose_anew(step, running, outlook, look, moved, width)
         standing = self._standing(outlook, moved or Drift(0.0, 0.0))
         choice = weigh_width(standing, prospect, z=self.settings.z)
         if choice.chosen is None:
@@ -230,11 +200,11 @@ class Refresher:
     def _see_at_first(self, running: Running) -> None:
         """Where another than the selection's scorer looks: how it scores the probe before training,
         for drift is between two looks of one scorer."""
-        if self._probe_then is not None or not self._can_probe:
+        if self._probe_then is not None or not self._looks.can_probe:
             return
         if not self._file(0).is_file():
-            with self._looking(running) as (_, seen):
-                self._probe_then = seen
+            look = self._looks.probe(running)
+            self._probe_then, self._direction_then = look.scores, look.direction
             self._save()
         self.restore([])
 
@@ -252,21 +222,9 @@ class Refresher:
         return number - self._chosen_at // self._eval_steps >= settings.dwell
 
     @property
-    def _can_probe(self) -> bool:
-        """Whether the run can ever pay for two looks, of which drift is the difference; ``fixed``
-        and ``random`` look whatever it costs."""
-        twice = 2 * self.probe_cost.flops
-        governed = self.settings.when == "governed"
-        return not governed or twice <= self.settings.probe_share * self._run_flops
-
-    def _may_probe(self, running: Running) -> bool:
-        """Probes stay a small share of what the run has spent, and so does the next one."""
-        if not self._can_probe:
-            return False
-        ledger, account = running.stage.ledger, running.stage.account
-        probes = ledger.spent(account=account, activity="probe").flops
-        most = self.settings.probe_share * ledger.spent(account=account).flops
-        return probes + self.probe_cost.flops <= most
+    def _both(self) -> Cost:
+        """Upper bound of a probe and what may follow it."""
+        return upper(self._looks.probe_cost + self._refresh_cost)
 
     def _standing(self, outlook: Outlook, moved: Drift) -> Standing:
         seen = self._times_drawn(outlook)[self._chosen_places]
@@ -288,33 +246,7 @@ class Refresher:
         chosen = choice.chosen or "train on"
         stage.decide(name, chosen, reason, choice=choice, detail=detail, step=step)
 
-    # -- looking again -----------------------------------------------------------------------------
-
-    @cached_property
-    def _probed(self) -> NDArray[np.int64]:
-        """Places among the candidates, drawn at random: no more than a probe's share of the run
-        pays for twice, but for the fewest that tell anything."""
-        most, allowed = self.settings.probe_rows, self.settings.probe_share * self._run_flops / 2
-        asked = self._look_cost(most).flops
-        size = min(most, max(_FEWEST, int(most * allowed / max(asked, 1.0))))
-        keys = random_key(self._candidates.ids, self.settings.seed)
-        return np.sort(np.argsort(keys, kind="stable")[:size])
-
-    @cached_property
-    def _probe_rows(self) -> Rows:
-        return self._job.pool.take(self._candidates.ids[self._probed])
-
-    @property
-    def _signals(self) -> Any:
-        return self._job.signals if self._scorer.needs_target else {}
-
-    @contextmanager
-    def _looking(self, running: Running) -> Iterator[tuple[Any, NDArray[np.float64]]]:
-        """What the scorer prepares on the model as it is, and the probe's scores by it."""
-        with running.spending("probe", _upper(self.probe_cost)) as lease:
-            state = self._scorer.prepare(self._job.pool, self._signals, running.models, lease)
-            seen = self._scorer.score(self._probe_rows, state, lease).astype(np.float64)
-        yield state, seen
+    # -- choosing ----------------------------------------------------------------------------------
 
     @property
     def _seen_then(self) -> NDArray[np.float64]:
@@ -330,27 +262,27 @@ class Refresher:
         step: int,
         running: Running,
         outlook: Outlook,
-        state: Any,
-        seen: NDArray[np.float64],
+        look: Look,
         moved: Drift,
         width: float,
     ) -> NDArray[np.int64]:
         """Rows for the tokens to come, by id, after a second look at a short-list."""
-        then, scale = self._beliefs.scores, Scale.of(seen)
-        with running.spending("refresh", _upper(self.refresh_cost)) as lease:
-            now = self._predicted(scale.standard(seen))
-            short = self._shortlist(mixed(then, now, self._momentum))
-            for block in np.array_split(short, -(-len(short) // _BLOCK_ROWS)):
-                rows = self._job.pool.take(self._candidates.ids[block])
-                now[block] = scale.standard(self._scorer.score(rows, state, lease))
-        now[self._probed] = scale.standard(seen)
+        now = self._looks.again(
+            look, self._beliefs.scores, self._momentum, self._num_short, running
+        )
         self._beliefs = self._beliefs.after(now, moved, self.settings.momentum)
-        self._probe_then, self._looked_at = seen, outlook.tokens_given
+        turned = turn(self._direction_then, look.direction)
+        self._probe_then, self._direction_then = look.scores, look.direction
+        self._looked_at = outlook.tokens_given
         how = (
             f"{self.settings.when}; scores drifted by {moved.mean:.2f} ± {moved.stderr:.2f}; "
             f"{self._num_short:,} of {len(self._candidates):,} rows scored again"
         )
-        return self._chosen(step, running.stage, outlook, width, how, drift=asdict(moved))
+        if turned is not None:
+            how += f", the targets' gradient turned by {turned:.2f}"
+        return self._chosen(
+            step, running.stage, outlook, width, how, drift=asdict(moved), turn=turned
+        )
 
     def _chosen(
         self, step: int, stage: Stage, outlook: Outlook, width: float, how: str, **detail: Any
@@ -380,29 +312,6 @@ class Refresher:
         np.add.at(times, np.searchsorted(self._candidates.ids, ids), outlook.drawn[: len(ids)])
         return times
 
-    def _predicted(self, seen: NDArray[np.float64]) -> NDArray[np.float64]:
-        """What a second look would find, of every row, by what it found on the probe."""
-        then, tokens = self._beliefs.scores, self._candidates.num_tokens
-        known = self._probed[np.isfinite(seen).all(axis=1)]
-        finite = seen[np.isfinite(seen).all(axis=1)]
-        texts = self._job.pool.take(self._candidates.ids[known]).texts
-        model = SecondLook.fit(then[known], finite, texts, tokens[known])
-        found = np.empty_like(then)
-        for places, some in self._texts():
-            found[places] = model.predict(then[places], some, tokens[places])
-        return found
-
-    def _texts(self) -> Iterator[tuple[NDArray[np.int64], Sequence[str]]]:
-        """Of the candidates, with their places, a shard at a time."""
-        for shard in self._job.pool.shards():
-            yield np.searchsorted(self._candidates.ids, shard.ids), shard.texts
-
-    def _shortlist(self, believed: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Places of the candidates that promise most, sorted."""
-        merged = merged_scores(believed, self._candidates.weights)
-        order = best_first(merged, self._candidates.ids, self.settings.seed)
-        return np.sort(order[: self._num_short])
-
     # -- what is left ------------------------------------------------------------------------------
 
     def _file(self, number: int) -> Path:
@@ -410,15 +319,12 @@ class Refresher:
 
     def _save(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        probe = {} if self._probe_then is None else {"probe": self._probe_then}
+        looks = {"probe": self._probe_then, "direction": self._direction_then}
+        known = {name: array for name, array in looks.items() if array is not None}
         kept = {
             "step": self._chosen_at,
             "looked_at": self._looked_at,
             "scores": self._beliefs.scores,
             "reversals": self._beliefs.reversals,
         }
-        save_arrays(self._file(len(self._choices) - 1), {**kept, **probe})
-
-
-def _upper(cost: Cost) -> Cost:
-    return cost * _MARGIN
+        save_arrays(self._file(len(self._choices) - 1), {**kept, **known})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from thrifty.drift import Scale, drift, mixed, rank_correlation
+from thrifty.drift import Scale, drift, mixed, rank_correlation, turn
 
 random = np.random.default_rng(0)
 
@@ -60,3 +60,11 @@ def test_beliefs_weigh_both_looks():
     then, now = np.array([[1.0], [np.nan], [2.0]]), np.array([[3.0], [4.0], [np.nan]])
     assert mixed(then, now, 0.25).ravel().tolist() == [1.5, 4.0, 2.0]
     assert np.array_equal(mixed(then, now, 1.0)[:1], now[:1])
+
+
+def test_a_turn_is_that_of_directions():
+    one = np.array([[1.0, 0.0], [0.0, 2.0]])
+    assert turn(one, 3 * one) == pytest.approx(0.0)
+    assert turn(one, one[:, ::-1]) == pytest.approx(1.0)
+    assert turn(one, -one) == pytest.approx(2.0)
+    assert turn(None, one) is None

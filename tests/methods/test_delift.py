@@ -11,13 +11,13 @@ import torch
 from tests.methods.conftest import Tally
 from tests.runs import ledger, planned, silent
 from thrifty import stages
+from thrifty.asked_rows import stats_together
 from thrifty.core.budget import Budget
 from thrifty.core.contracts import Work
 from thrifty.core.resolve import resolve
 from thrifty.core.spending import BudgetExceeded
 from thrifty.costs.hardware import load_device
 from thrifty.data.tokens import Tokens
-from thrifty.preparation import stats_together
 from thrifty.run_folder import RunFolder
 from thrifty.signals.delift import behind, pairwise_utility, pairwise_utility_flops
 

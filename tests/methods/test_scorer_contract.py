@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from tests.methods.conftest import Tally, briefly, usual
+from thrifty.asked_rows import stats_together
 from thrifty.core.contracts import Scorer, Work, Worth
 from thrifty.core.resolve import all_names, method_class, name_of, resolve, summary
 from thrifty.costs.hardware import load_device
-from thrifty.preparation import stats_together
 
 NAMES = all_names("scorer")
 

@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.methods.conftest import Tally
 from tests.runs import ledger, planned, silent
 from thrifty import stages
+from thrifty.asked_rows import stats_together
 from thrifty.core.contracts import Work
 from thrifty.core.resolve import resolve
 from thrifty.costs.hardware import load_device
 from thrifty.data.tokens import load_tokenizer
-from thrifty.preparation import stats_together
 from thrifty.run_folder import RunFolder
 from thrifty.signals.classifier import Classifier
 from thrifty.signals.encoder_shape import EncoderShape

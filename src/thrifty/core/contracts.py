@@ -136,6 +136,11 @@ class Scorer(ABC):
         """``[num_examples, num_targets]`` (one column where there is no target); NaN = not
         reached."""
 
+    def direction(self, state: Any) -> NDArray[np.float32] | None:
+        """[num_targets, n]: the targets' gradients as ``prepare`` found them, or a fixed sample of
+        their elements, by which a later look tells how far they turned; None where it has none."""
+        return None
+
 
 # -- filters and pickers ------------------------------------------------------------------------
 

@@ -23,6 +23,9 @@ from thrifty.core.ranges import check_ranges
 from thrifty.signals.example_gradients import BatchGradients, each_batch
 from thrifty.signals.gradients import last_layers_cost, last_layers_flops, last_layers_weights
 
+_SHOWN_ELEMENTS = 8192
+"""Of a weight's gradient, by which its direction is compared."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GradCosine(Scorer):
@@ -75,6 +78,17 @@ class GradCosine(Scorer):
             cosines = gradients.products(directions) / norms[:, None]
             found[places] = cosines.float().cpu().numpy()
         return found
+
+    def direction(self, state: Any) -> NDArray[np.float32]:
+        """Of the elements a random part, the same at every look."""
+        _, directions = state
+        random = np.random.default_rng(0)
+        kept = []
+        for direction in directions:
+            size = direction.shape[1]
+            places = np.sort(random.integers(0, size, min(size, _SHOWN_ELEMENTS)))
+            kept.append(direction[:, places].float().cpu().numpy())
+        return np.concatenate(kept, axis=1)
 
     def _each(
         self, models: Models, examples: Sequence[Tokens], meter: Meter

@@ -113,6 +113,16 @@ def test_no_method_knows_another():
     assert not found, listed(found)
 
 
+def test_planning_by_a_config_alone_waits_for_no_reader_of_data():
+    """A plan answers in about a second; pyarrow and scipy take a fifth of that to load."""
+    code = (
+        "import sys, thrifty.preparation, thrifty.plan_display; "
+        "print(*({'pyarrow', 'scipy', 'torch', 'transformers'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not found.stdout.split()
+
+
 def test_loading_all_that_prices_loads_no_torch(capsys):
     modules = [
         "thrifty",

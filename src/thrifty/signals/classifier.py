@@ -23,7 +23,6 @@ from thrifty.core.budget import Cost, PoolStats
 from thrifty.core.contracts import Meter, Work
 from thrifty.costs.shape import read_config
 from thrifty.data.packing import padded_batches
-from thrifty.data.tokens import load_tokenizer
 from thrifty.signals.encoder_shape import BATCH_TOKENS, EncoderShape
 from thrifty.signals.text_model import TextModel
 
@@ -71,6 +70,8 @@ class Classifier(TextModel):
 
     @cached_property
     def _tokenizer(self) -> Any:
+        from thrifty.data.tokens import load_tokenizer  # with pyarrow, which no plan waits for
+
         return load_tokenizer(str(self.folder))
 
     def place_of(self, label: str) -> int:

@@ -18,17 +18,6 @@ class AgreeingCallback(TrainerCallback):
     def __init__(self, schedule: WarmupStableDecay) -> None:
         self._schedule = schedule
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        lr_scheduler: Any = None,
-        **_: Any,
-    ) -> None:
-        """A cool-down may have begun before an interruption."""
-        self.agree(control, lr_scheduler, state.global_step)
-
     def on_step_end(
         self,
         args: TrainingArguments,
@@ -38,6 +27,9 @@ class AgreeingCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         self.agree(control, lr_scheduler, state.global_step)
+
+    on_train_begin = on_step_end
+    """A cool-down may have begun before an interruption."""
 
     def agree(self, control: TrainerControl, scheduler: Any, step: int) -> None:
         """Take over rank 0's ``control``, and when it cools down."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -26,12 +27,14 @@ def refresher_of(
     stage: Stage,
     rounds: Rounds,
     predicted: Cost,
-    job: selection.SelectionJob,
+    job_of: Callable[[], selection.SelectionJob],
 ) -> Refresher | None:
-    """None where the plan chooses once. Tells ``rounds`` that there may be other rows to come."""
+    """None where the plan chooses once, which reads none of what ``job_of`` does. Tells ``rounds``
+    that there may be other rows to come."""
     plan = branch.plan
     if plan.selection.refresh.when == "never":
         return None
+    job = job_of()
     rounds.leg_of = partial(leg_of, work)
     step_tokens = plan.training.step_sequences * plan.training.max_length
     steps = min(plan.training.max_steps, predicted.tokens / step_tokens or math.inf)

@@ -119,8 +119,9 @@ def training_job(work: Work, branch: Branch, stage: Stage, predicted: Cost) -> t
     chosen = training_rows.chosen_rows(work, branch)
     rounds = training_rows.rounds_of(work, branch, chosen, stage, mark, predicted)
     refresher = refreshes.refresher_of(
-        work, branch, stage, rounds, predicted, selection_job(work, branch)
+        work, branch, stage, rounds, predicted, partial(selection_job, work, branch)
     )
+    switch = _memory_switch(work, plan)
     return training.TrainingJob(
         training=plan.training,
         base=work.base,
@@ -143,8 +144,8 @@ def training_job(work: Work, branch: Branch, stage: Stage, predicted: Cost) -> t
         predicted_reference=training_rows.predicted_reference(work, branch, chosen),
         predicted_renewal=training_rows.predicted_renewal(work, branch, chosen, rounds.method),
         signals=work.rows("signal") if rounds.method.renewals else {},
-        holding=_holding(work, plan, plan.training),
-        switch=_memory_switch(work, plan),
+        holding=None if switch is None else switch.holding_of(plan.training),
+        switch=switch,
         refresher=refresher,
         mark=mark,
         reserved=costs.test,

@@ -30,7 +30,7 @@ class Switching:
         """How the steps are to be held from here on, by a trainer of their own that begins with the
         checkpoint to be left now; None: as they are."""
         job, stage = self.job, self.stage
-        if job.switch is None or step == 0 or self.governor.is_cooling(step):
+        if job.switch is None or job.holding is None or step == 0 or self.governor.is_cooling(step):
             return None
         each = self.budget.step_cost()
         peak = stage.ledger.spent(account=stage.account, activity="train").peak_memory_bytes

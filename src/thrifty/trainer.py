@@ -437,8 +437,8 @@ class BudgetedTrainer(Trainer):
                 "over": self.over,
                 "dev_loss": None,
             }
-            if self.job.switch is not None:
-                details["held"] = (self.next_holding or self.job.holding).facts
+            if (holding := self.next_holding or self.job.holding) is not None:
+                details["held"] = holding.facts
             if self._measured is not None:
                 self._measured.save(folder / "dev_losses.npz")
                 history = self.governor.history()

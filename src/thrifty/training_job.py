@@ -53,8 +53,8 @@ class TrainingJob:
     """Of the online method's look at the model on the way."""
     signals: Mapping[str, Rows]
     """The targets' rows that it may look at."""
-    holding: Holding
-    """How its steps are held, as far as that may change on the way."""
+    holding: Holding | None
+    """How its steps are held, where that may change on the way."""
     switch: MemorySwitch | None
     """Has them held otherwise; None: nobody does."""
     refresher: Refresher | None

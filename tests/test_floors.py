@@ -1,6 +1,6 @@
 """The house's floors (docs/architecture.md, section 3): imports point down only.
 
-    core  <  costs, scaling  <  data, signals, holding  <  methods  <  everything else
+    core  <  costs, scaling  <  data, signals, holding, backends  <  methods  <  everything else
 
 ``core``, ``costs`` and ``scaling`` know no torch; method files, and what they import, load it only
 inside the functions that compute, so that all of them are priced in milliseconds.
@@ -19,8 +19,11 @@ import thrifty
 from thrifty.core.resolve import KINDS, method_names
 
 ROOT = Path(thrifty.__file__).parent
-METHODS = ("scorers", "filters", "pickers", "metrics", "stopping", "online", "memory", "decoding")
-FLOORS = [("core",), ("costs", "scaling"), ("data", "signals", "holding"), METHODS]
+METHODS = (
+    *("scorers", "filters", "pickers", "metrics", "stopping", "online", "memory"),
+    *("decoding", "answer_forms"),
+)
+FLOORS = [("core",), ("costs", "scaling"), ("data", "signals", "holding", "backends"), METHODS]
 FLOOR = {package: floor for floor, packages in enumerate(FLOORS) for package in packages}
 TOP = len(FLOORS)
 HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "trl"}

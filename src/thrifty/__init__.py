@@ -25,6 +25,10 @@ _PUBLIC = {
     "run": "thrifty.pipeline",
     "select": "thrifty.pipeline",
     "train": "thrifty.pipeline",
+    "decode": "thrifty.decode_pool",
+    "decode_async": "thrifty.decode_pool",
+    "Endpoint": "thrifty.backends.endpoint",
+    "Local": "thrifty.backends.local",
 }
 
 __all__ = ["__version__", *_PUBLIC]

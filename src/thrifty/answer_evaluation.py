@@ -9,7 +9,7 @@ prompt's last.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,17 @@ class Asked:
     gold: str
     end_id: int
     """The last token of the gold answer."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """One of several answers to a row."""
+
+    text: str
+    score: float
+    prompt_tokens: int
+    num_tokens: int
+    """Generated."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,32 @@ class AnswerEvaluation:
             found[name] = Losses(1.0 - scores, ones, least_change=1.0)
             num_tokens += count
         return found, num_tokens
+
+    def samples(
+        self,
+        model: Any,
+        shape: ModelShape,
+        rows: Rows,
+        meter: Meter,
+        max_tokens: int | None,
+        *,
+        times: int,
+        temperature: float,
+    ) -> list[list[Said]]:
+        """So many answers to each row at a temperature, by random numbers that are the same at
+        every evaluation."""
+        asked, decoding = self._questions(rows, model)
+        decoding = replace(decoding, temperature=temperature)
+        prompts = [each.ids for each in asked] * times
+        said: list[list[Said]] = [[] for _ in asked]
+        answers = generate(model, shape, prompts, decoding, meter, max_tokens)
+        for place, answer in enumerate(answers):
+            assert answer is not None, "all of them are this process's"
+            each = asked[place % len(asked)]
+            text = self.tokenizer.decode(answer.ids, skip_special_tokens=True)
+            score = self._checked(self.metric.score(each.prompt, text, each.gold))
+            said[place % len(asked)].append(Said(text, score, len(each.ids), answer.num_tokens))
+        return said
 
     def _scores(
         self,
@@ -100,14 +137,17 @@ class AnswerEvaluation:
         return float(score)
 
     def flops(
-        self, shape: ModelShape, rows: Mapping[str, Rows], max_tokens: int | None = None
+        self,
+        shape: ModelShape,
+        rows: Mapping[str, Rows],
+        max_tokens: int | None = None,
+        times: int = 1,
     ) -> float:
-        """The most that ``measured`` can take: as if each answer had all that it may have."""
+        """The most that ``measured`` can take, or so many ``samples`` of each row: as if each answer
+        had all that it may have."""
         decoding = Decoding(max_new_tokens=self.max_new_tokens)
-        return sum(
-            answers_flops(shape, [answer_span(t)[0] for t in r.tokens], decoding, max_tokens)
-            for r in rows.values()
-        )
+        prompts = [[answer_span(t)[0] for t in r.tokens] * times for r in rows.values()]
+        return sum(answers_flops(shape, lengths, decoding, max_tokens) for lengths in prompts)
 
     def _questions(self, rows: Rows, model: Any) -> tuple[list[Asked], Decoding]:
         asked = [

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import thrifty
-from thrifty import law_command, plan_options
+from thrifty import decode_command, law_command, plan_options, replay_command, serve_command
 
 DONE, USAGE, NO_PLAN, BAD_INPUT, RESUMABLE = 0, 2, 3, 4, 5
 
@@ -74,7 +74,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     kinds = {cls.__name__ for cls in type(error).__mro__}
     if "NoPlanFits" in kinds or isinstance(error, BudgetExceeded):
         return str(error), NO_PLAN
-    if kinds & {"NonFiniteGradient", "Diverged"}:
+    if kinds & {"NonFiniteGradient", "Diverged", "NobodyAnswers"}:
         return str(error), RESUMABLE
     if isinstance(error, OSError):
         what = error.strerror or str(error)
@@ -264,6 +264,25 @@ def _law(options: argparse.Namespace) -> None:
         print(text)
 
 
+def _decode(options: argparse.Namespace) -> None:
+    from thrifty import display
+
+    display.quiet_libraries()
+    facts, text = decode_command.answer(options)
+    if options.json:
+        _print_json(facts)
+    else:
+        print(text)
+
+
+def _replay(options: argparse.Namespace) -> None:
+    facts, text = replay_command.answer(options)
+    if options.json:
+        _print_json(facts)
+    else:
+        print(text)
+
+
 def _methods(options: argparse.Namespace) -> None:
     from thrifty import display
     from thrifty.core.contracts import KINDS
@@ -419,6 +438,18 @@ def _parser() -> argparse.ArgumentParser:
     law = commands.add_parser("law", help="scaling laws: fit, predict, allocate; when scoring pays")
     law_command.add_to(law)
     law.set_defaults(do=_law)
+
+    decode = commands.add_parser("decode", help="answer questions: whom to ask, how often")
+    decode_command.add_to(decode)
+    decode.set_defaults(do=_decode)
+
+    replay = commands.add_parser("replay", help="a decoding policy on recorded samples, no model")
+    replay_command.add_to(replay)
+    replay.set_defaults(do=_replay)
+
+    serve = commands.add_parser("serve", help="an OpenAI-compatible proxy, with a budget per key")
+    serve_command.add_to(serve)
+    serve.set_defaults(do=serve_command.serve)
 
     methods = commands.add_parser("methods", help="every method, with its cost and source")
     methods.add_argument("--json", action="store_true", help="print JSON")

@@ -55,6 +55,8 @@ def least_that_would_do(
             ways.append(device)
     smaller = "model, pool, dev or test set" if request.pool else "model"
     ways.append(f"take a smaller {smaller}")
+    if request.serving is not None:
+        ways.append("answer fewer questions")
     return f"{what}{' and '.join(lines)}\nhint: {'; or '.join(ways)}"
 
 

@@ -8,7 +8,7 @@ budget's included, goes through the cool-down that the plan reserved.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from math import inf
 from typing import Any
@@ -20,6 +20,7 @@ from thrifty.core.marginal import Choice, Estimate
 from thrifty.core.plan import Objective
 from thrifty.own_units import in_unit
 from thrifty.prospect import Prospect
+from thrifty.sampling_price import SamplingPrice
 from thrifty.scaling.curves import Forecast
 from thrifty.scaling.endings import endings
 from thrifty.schedule import WarmupStableDecay
@@ -61,6 +62,8 @@ class Governor:
         self.alternatives: tuple[Callable[[str, Cost], float], ...] = ()
         """Other uses of what remains: (resource, the next interval) -> what a unit of it would
         bring there. The frontier's ``abs(dL*/dC)``, where N and D are free, is one."""
+        self.serving: SamplingPrice | None = None
+        """Another, where the budget is to answer questions after training."""
 
     def _resume(self) -> None:
         """Go on with a cool-down that was begun before an interruption."""
@@ -101,7 +104,7 @@ class Governor:
     def end_run(self, step: int, reason: str) -> None:
         if self.is_cooling(step):
             return
-        seen = endings(self.history(), self._outlook(step))
+        seen = endings(self._weighed(), self._outlook(step))
         self._schedule.cool_down_from(step, self.scheduler)
         if seen is not None:
             reason += f"; an interval more would gain {seen.gain:.4f} ± {seen.gain_stderr:.4f}"
@@ -119,26 +122,38 @@ class Governor:
         seen: Forecast | None = None,
         choice: Choice | None = None,
     ) -> None:
-        detail = None if seen is None else {"forecast": asdict(seen)}
-        self._stage.decide(DECISION, chosen, reason, choice=choice, detail=detail, step=step)
+        detail: dict[str, Any] = {} if seen is None else {"forecast": asdict(seen)}
+        if self.serving is not None and (told := self.serving.told(self._interval())):
+            detail["serving"] = told
+            reason += "; " + _as_samples(told)
+        self._stage.decide(
+            DECISION, chosen, reason, choice=choice, detail=detail or None, step=step
+        )
 
     # -- after an evaluation ---------------------------------------------------------------------
 
     def history(self) -> list[Evaluation]:
-        rows = self._stage.ledger.evaluations(account=self._stage.account)
         return [
             Evaluation(
                 step=row["step"], flops=row["flops"], loss=row["objective"], stderr=row["stderr"]
             )
-            for row in rows
-            if row["stage_id"] == self._stage.id
+            for row in self.evaluations()
         ]
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The run's own, as the ledger has them."""
+        rows = self._stage.ledger.evaluations(account=self._stage.account)
+        return [row for row in rows if row["stage_id"] == self._stage.id]
+
+    def _weighed(self) -> list[Evaluation]:
+        """The history that the rule judges by: of the votes, where it is votes that count."""
+        return (self.serving and self.serving.history()) or self.history()
 
     def weigh(self, step: int) -> None:
         """Ask the rule, write down its verdict, and begin the cool-down where it says stop."""
         if self.is_cooling(step):
             return
-        verdict = self._rule.decide(self.history(), self._outlook(step))
+        verdict = self._rule.decide(self._weighed(), self._outlook(step))
         chosen = COOL_DOWN if verdict.stop else "train on"
         self._decide(chosen, verdict.reason, step, verdict.forecast, verdict.choice)
         if verdict.stop:
@@ -152,8 +167,17 @@ class Governor:
         unit = self._objective.unit
         return Prospect.of(self.history(), spent, left, resource or "flops", unit)
 
+    def flops_for_answers(self, step: int) -> float:
+        """That would be left for answering questions, were training to cool down now."""
+        left = self._stage.budget.left(self._stage.spent()).get("flops", inf)
+        cooldown, after = self.tail(step)
+        return left - cooldown * self._step_cost().flops - after.flops
+
+    def _interval(self) -> Cost:
+        return self._step_cost() * self._eval_steps + self._evaluation_cost()
+
     def _outlook(self, step: int) -> Outlook:
-        interval = self._step_cost() * self._eval_steps + self._evaluation_cost()
+        interval = self._interval()
         spent = self._stage.spent()
         left = dict.fromkeys(CONSUMED, inf) | self._stage.budget.left(spent)
         resource, _ = self._stage.budget.binding(spent, interval)
@@ -174,15 +198,14 @@ class Governor:
     def in_own_unit(self, gain: Estimate) -> Estimate:
         """A gain as one of the objective, where it is in nats by the run's own map. Raises
         ValueError where its evaluations do not tell of one."""
-        rows = self._stage.ledger.evaluations(account=self._stage.account)
-        own = [row for row in rows if row["stage_id"] == self._stage.id]
-        return in_unit(gain, own, self._objective.unit)
+        return in_unit(gain, self.evaluations(), self._objective.unit)
 
     def _price(self, resource: str, interval: Cost) -> float:
         """Objective units that a unit of ``resource`` would buy elsewhere, at best; zero where
         there is no alternative use."""
-        prices = (price(resource, interval) for price in (self._value, *self.alternatives))
-        return max(prices)
+        serving = () if self.serving is None else (self.serving,)
+        uses = (self._value, *self.alternatives, *serving)
+        return max(price(resource, interval) for price in uses)
 
     def _value(self, resource: str, interval: Cost) -> float:
         """By what the user says that a gain is worth in dollars; zero where that is not said."""
@@ -194,3 +217,11 @@ class Governor:
         if priced.dollars is None or not amount:
             return 0.0
         return priced.dollars / value / amount
+
+
+def _as_samples(told: Mapping[str, Any]) -> str:
+    return (
+        f"what is left answers {told['questions']:,} questions with {told['samples']:.1f} samples "
+        f"each, {told['accuracy']:.4f} of them right ({told['samples_after_interval']:.1f} and "
+        f"{told['accuracy_after_interval']:.4f} with an interval less)"
+    )

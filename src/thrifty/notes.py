@@ -51,6 +51,12 @@ def of_objective(objective: Objective, dev: PoolStats | None) -> Iterator[str]:
         f"each of {rows:,} dev rows, and is predicted as if each had all of them; {objective.name} "
         f"over so many rows has a standard error of up to {0.5 / rows**0.5:.3f}"
     )
+    if (serving := objective.serving) is not None:
+        yield (
+            f"every evaluation draws {serving.dev_samples:,} samples of each answer as well; a "
+            f"sample of each of {serving.questions:,} questions is set aside, and training stops "
+            "where more of them are the better buy"
+        )
 
 
 def of_rows(targets: Mapping[str, Target], num_dev: Mapping[str, int]) -> Iterator[str]:

@@ -280,6 +280,7 @@ class Work:
             pool,
             guard=guard,
             max_new_tokens=plan.objective.generated_tokens,
+            serving=plan.objective.serving,
         )
         if plan.training.preference is None:
             yardstick = self.yardstick(plan)

@@ -54,6 +54,13 @@ def add_to(plan: argparse.ArgumentParser) -> None:
     )
     plan.add_argument("--max-new-tokens", type=int, metavar="128", help="of a generated answer")
     plan.add_argument(
+        "--serve-questions",
+        type=int,
+        metavar="1000",
+        help="that the budget is to answer after training, by votes: it stops where samples of the "
+        "answers are the better buy",
+    )
+    plan.add_argument(
         "--floor",
         action="append",
         metavar="[NAME=]0.05",
@@ -192,6 +199,8 @@ def _objective(options: argparse.Namespace) -> dict[str, Any]:
         fixed["objective.metric"] = {"callable": {"function": metric}} if own else metric
     if options.max_new_tokens is not None:
         fixed["objective.max_new_tokens"] = options.max_new_tokens
+    if options.serve_questions is not None:
+        fixed["objective.serving.questions"] = options.serve_questions
     if options.guard:
         fixed["guard.sources"] = list(options.guard)
     if options.value:

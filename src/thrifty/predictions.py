@@ -3,11 +3,12 @@ and the memory at the peak of training."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from thrifty.core.budget import Cost, PoolStats
 from thrifty.core.contracts import OnlineMethod
 from thrifty.core.plan import Training
+from thrifty.core.plan_serving import Serving
 from thrifty.core.resolve import resolve
 from thrifty.costs.allocator import device_memory
 from thrifty.costs.flops import step_flops
@@ -37,6 +38,8 @@ class Predictions:
     """Of the base model."""
     test: Cost
     """Of the base and of the trained model, loading both included."""
+    serving: Cost = field(default_factory=Cost)
+    """Of a sample of each question that the budget is to answer."""
 
     def watching(self, evaluations: int, saves: int) -> Cost:
         return self.evaluation * evaluations + self.checkpoint * saves
@@ -84,6 +87,7 @@ def predictions(
     *,
     guard: PoolStats | None = None,
     max_new_tokens: int = 0,
+    serving: Serving | None = None,
 ) -> Predictions:
     """What a step, an evaluation, a checkpoint and the test (of two models) take. The step's FLOPs
     and tokens are exact; tokens are positions, the padding of packs included. On pairs they are
@@ -102,7 +106,9 @@ def predictions(
     if training.preference is not None:
         dev, test = (stats and as_sequences(stats) for stats in (dev, test))
         micro = on_average(micro, shape, setting, pool)
-    predictor = Predictor(shape, device, dev, test, guard=guard, max_new_tokens=max_new_tokens)
+    predictor = Predictor(
+        shape, device, dev, test, guard=guard, max_new_tokens=max_new_tokens, serving=serving
+    )
     costs = predictor.of(setting, micro)
     online: OnlineMethod = resolve("online", training.online)
     if why := why_unsuited(online, shape, setting):
@@ -152,11 +158,13 @@ class Predictor:
         *,
         guard: PoolStats | None = None,
         max_new_tokens: int = 0,
+        serving: Serving | None = None,
     ) -> None:
         """``guard``: rows that are measured beside the dev rows; ``max_new_tokens``: of an answer
-        that is generated to each of the others, 0 where none is."""
+        that is generated to each of the others, 0 where none is; ``serving``: what the budget is to
+        answer after training."""
         self.shape, self.device, self.dev, self.test = shape, device, dev, test
-        self.guard, self.max_new_tokens = guard, max_new_tokens
+        self.guard, self.max_new_tokens, self.serving = guard, max_new_tokens, serving
         self._rows: dict[tuple[PoolStats, str, int, int], Cost] = {}
 
     def of(self, setting: MemorySetting, micro: Cost) -> Predictions:
@@ -166,10 +174,13 @@ class Predictor:
         tested = (self._measuring(self.test, setting) + load) * 2 if self.test else Cost()
         return Predictions(
             step=micro,
-            evaluation=self._measuring(self.dev, setting) + self._cost_of_rows(self.guard, setting),
+            evaluation=self._measuring(self.dev, setting)
+            + self._cost_of_rows(self.guard, setting)
+            + self._sampling(setting),
             checkpoint=Cost(seconds=save),
             load=load,
             test=tested,
+            serving=self._serving(setting),
         )
 
     def load_seconds(self, setting: MemorySetting) -> float:
@@ -180,8 +191,27 @@ class Predictor:
         """Of the objective on rows: their loss, and an answer to each where it is a score."""
         if stats is None or not self.max_new_tokens:
             return self._cost_of_rows(stats, setting)
-        return self._cost_of_rows(stats, setting) + answers_cost(
-            self.shape, stats, self.device, setting.dtype, self.max_new_tokens, setting.tokens
+        return self._cost_of_rows(stats, setting) + self._answers(
+            stats, setting, self.max_new_tokens
+        )
+
+    def _sampling(self, setting: MemorySetting) -> Cost:
+        """Several answers to each dev row, at an evaluation."""
+        if self.serving is None or self.dev is None:
+            return Cost()
+        drawn = self.dev.part(self.serving.dev_samples)
+        return self._answers(drawn, setting, self.max_new_tokens)
+
+    def _serving(self, setting: MemorySetting) -> Cost:
+        """One answer to each question."""
+        if self.serving is None or self.dev is None:
+            return Cost()
+        asked = self.dev.part(self.serving.questions / self.dev.num_examples)
+        return self._answers(asked, setting, round(self.serving.tokens or self.max_new_tokens))
+
+    def _answers(self, stats: PoolStats, setting: MemorySetting, max_new_tokens: int) -> Cost:
+        return answers_cost(
+            self.shape, stats, self.device, setting.dtype, max_new_tokens, setting.tokens
         )
 
     def _cost_of_rows(self, stats: PoolStats | None, setting: MemorySetting) -> Cost:

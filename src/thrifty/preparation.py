@@ -207,7 +207,7 @@ def _check_fixed(asked: Asked) -> Plan:
 
 def _request(asked: Asked, shape: ModelShape, stores: Stores | None = None) -> planner.Request:
     device = load_device(asked.device)
-    price, new_tokens = _price(asked, device), _check_fixed(asked).objective.generated_tokens
+    price, objective = _price(asked, device), _check_fixed(asked).objective
     if asked.budget.dollars is not None and price is None:
         raise ValueError(
             f"the budget limits dollars but the price of {device.name} is unknown\n"
@@ -232,9 +232,10 @@ def _request(asked: Asked, shape: ModelShape, stores: Stores | None = None) -> p
         num_devices=int(asked.fixed.get("training.devices", asked.num_devices)),
         refreshes=asked.fixed.get("selection.refresh.when", "never") != "never",
         guard=stats_together([stores.guard]) if stores and stores.guard else None,
-        max_new_tokens=new_tokens,
+        max_new_tokens=objective.generated_tokens,
+        serving=objective.serving,
     )
-    context = generated_context(sequence_of(request), new_tokens)
+    context = generated_context(sequence_of(request), objective.generated_tokens)
     return replace(request, generated_context=context)
 
 

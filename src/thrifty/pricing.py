@@ -20,6 +20,7 @@ from thrifty.core.contracts import OnlineMethod, Scorer, Work, Worth
 from thrifty.core.ledger import Rates
 from thrifty.core.marginal import Estimate
 from thrifty.core.plan import Preference, Training, put
+from thrifty.core.plan_serving import Serving
 from thrifty.core.resolve import Spec, name_of, resolve
 from thrifty.costs.allocator import DeviceMemory, allocatable, device_memory
 from thrifty.costs.hardware import Device
@@ -64,6 +65,8 @@ class Request:
     """Rows that are measured beside the dev rows."""
     max_new_tokens: int = 0
     """Of an answer that evaluations generate; 0 where none is."""
+    serving: Serving | None = None
+    """Questions that the budget is to answer after training."""
     generated_context: int = 0
     """Tokens a row that an evaluation's generation holds in its cache; a loss takes none."""
 
@@ -252,6 +255,7 @@ class Pricing:
             request.test,
             guard=request.guard,
             max_new_tokens=request.max_new_tokens,
+            serving=request.serving,
         )
         self._scoring: dict[tuple[Any, str, int], Cost] = {}
         self.too_short = ""
@@ -291,6 +295,7 @@ class Pricing:
         costs = self.predictor.of(setting, micro)
         scoring = self.scoring(scorer, setting)
         once = scoring + costs.load * (2 if scorer.needs_model else 1) + costs.test
+        once += costs.serving
         # Steps without watching first, for how much watching a share of them pays; then with it.
         left = minus(request, once + costs.watching(2, 1))
         wanted, binding = affordable(request, costs.step, left, pool_tokens)
@@ -352,6 +357,8 @@ class Pricing:
             "train": replace(training, peak_memory_bytes=peak),
             "test": costs.test,
         }
+        if request.serving is not None:
+            stages["decode"] = costs.serving
         return Candidate(
             shape=request.shape,
             held=held,

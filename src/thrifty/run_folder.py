@@ -109,27 +109,33 @@ class RunFolder:
     def working(self) -> Iterator[Ledger]:
         """Hold the run's lock and its ledger; what a process that died had leased is booked as
         lost. Raises ValueError where another process holds the run."""
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(self.path / ".lock")
-        holder = self.path / ".holder"
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
-            raise ValueError(
-                f"{self.path} is being worked on by {who}\n"
-                "hint: wait for it, or stop it; then run the same command again"
-            ) from None
-        try:
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-            with Ledger(self.ledger_file) as ledger:
-                ledger.recover()
-                yield ledger
-        finally:
-            holder.unlink(missing_ok=True)
-            lock.release()
+        with locked(self.path), Ledger(self.ledger_file) as ledger:
+            ledger.recover()
+            yield ledger
 
     def reading(self) -> Ledger:
         """The ledger, to look at."""
         return Ledger(self.ledger_file, read_only=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock. Raises ValueError where another process does."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock")
+    holder = folder / ".holder"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
+        raise ValueError(
+            f"{folder} is being worked on by {who}\n"
+            "hint: wait for it, or stop it; then run the same command again"
+        ) from None
+    try:
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()

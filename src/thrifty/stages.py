@@ -148,7 +148,8 @@ def training_job(work: Work, branch: Branch, stage: Stage, predicted: Cost) -> t
         switch=switch,
         refresher=refresher,
         mark=mark,
-        reserved=costs.test,
+        reserved=costs.test + costs.serving,
+        answering=costs.serving,
         checkpoints=work.run.checkpoints(branch.folder),
         model=work.run.model(branch.folder),
         device=local_device(),
@@ -367,7 +368,8 @@ def control(work: Work) -> Branch:
         max_tokens=max(tokens, 1.0),
         refresh=Refresh(),
     )
-    same = replace(plan, selection=choice, training=settings, control=False)
+    objective = replace(plan.objective, serving=None)  # it is measured, and answers nobody
+    same = replace(plan, objective=objective, selection=choice, training=settings, control=False)
     return Branch("control", same, Budget(flops=spent + costs.test.flops))
 
 

@@ -39,6 +39,7 @@ from thrifty.memory_plan import Techniques
 from thrifty.memory_switch import Holding
 from thrifty.refreshing import Refreshing
 from thrifty.reporters import Fenced, is_reporter
+from thrifty.sampling_price import SamplingPrice
 from thrifty.schedule import WarmupStableDecay
 from thrifty.signals.models import ModelInTraining
 from thrifty.step_choice import StepChoice
@@ -47,6 +48,7 @@ from thrifty.training_arguments import arguments_of
 from thrifty.training_job import TrainingJob
 from thrifty.training_progress import TrainingProgress
 from thrifty.turns import TurnCallback
+from thrifty.vote_evaluation import votes_of
 from thrifty.weighed_loss import weighed_loss
 from thrifty.yardstick import in_nats
 
@@ -97,6 +99,10 @@ class BudgetedTrainer(Trainer):
             eval_steps=job.training.eval_steps,
         )
         self.governor.alternatives = frontier_price(job.objective, stage.budget)
+        if (serving := job.objective.serving) is not None:
+            self.governor.serving = SamplingPrice(
+                serving, self.governor.evaluations, self._flops_for_answers
+            )
         self.budget = BudgetCallback(
             stage=stage,
             governor=self.governor,
@@ -183,6 +189,11 @@ class BudgetedTrainer(Trainer):
         slower = measured / predicted if predicted else 1.0
         seconds = self.job.reserved.seconds * max(slower, 1.0) * ACTIVITY_MARGIN
         return self._stage.ledger.rates.of(replace(self.job.reserved, seconds=seconds))
+
+    def _flops_for_answers(self) -> float:
+        """That training would leave, were it to cool down now: those set aside for one answer to
+        each question, and what else is left."""
+        return self.governor.flops_for_answers(self.state.global_step) + self.job.answering.flops
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """As ever, but for a tied weight: a checkpoint holds it once, under its other name."""
@@ -345,10 +356,12 @@ class BudgetedTrainer(Trainer):
         with self.budget.activity("evaluate", upper, step=step) as lease:
             found = self._measure(lease)
             self._seconds["evaluate"] = lease.used.seconds
-        stderr = found.stderr(self._measured)
-        self._measured = found
+        before, self._measured = self._measured, found
+        stderr = found.stderr(before)
         spent = self._stage.spent()
-        beside = self._guarding.compare(step, found)
+        beside = dict(self._guarding.compare(step, found))
+        if (votes := votes_of(found, before)) is not None:
+            beside["votes"] = votes
         self._stage.evaluate(step, spent.flops, found.objective, stderr, found.losses(), beside)
         self.job.say(self._line(step, found, stderr))
         if step > 0:

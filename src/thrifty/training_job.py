@@ -62,7 +62,10 @@ class TrainingJob:
     mark: str
     """A hash of all that decides the weights: the settings, the rows, the base model."""
     reserved: Cost
-    """What must be left when training ends, for the test."""
+    """What must be left when training ends: for the test, and for an answer to each question that
+    the budget is to answer."""
+    answering: Cost
+    """What of it is for the answers."""
     checkpoints: Path
     model: Path
     """Where the best evaluated model is left."""

@@ -6,6 +6,8 @@ not get worse or is nearly free to know.
                 where an answer takes many, and what maps one unit to the other
                 (scaling/unit_map.py)
                 ``guard``: nats a token of the guard's rows
+                ``vote ...``: what votes over samples of the answers are worth, where the budget is
+                to answer questions (vote_evaluation.py)
 
 All of it is charged to the evaluation.
 """
@@ -21,6 +23,7 @@ from thrifty.core.contracts import Meter, Rows
 from thrifty.core.objective import Objective
 from thrifty.costs.shape import ModelShape
 from thrifty.evaluation import Measured, checked, losses_of, measure_flops
+from thrifty.vote_evaluation import VoteEvaluation
 
 NATS = "nats "
 GUARD = "guard"
@@ -59,8 +62,9 @@ class Yardstick:
         guarded: bool = False,
         together: bool = False,
     ) -> Measured:
-        """On every target's rows, and where ``guarded`` on the guard's. Raises Diverged where a
-        loss is not finite. ``together`` as for ``losses_of``."""
+        """On every target's rows. Where ``guarded``, as while training, on the guard's too, and
+        with samples of the answers where questions are to be answered. Raises Diverged where a loss
+        is not finite. ``together`` as for ``losses_of``."""
         given = self.shape, self._sets(rows, guarded), meter, self.max_tokens
         losses = losses_of(model, *given, together=together)
         beside = {GUARD: losses.pop(GUARD_ROWS)} if guarded and self.guard is not None else {}
@@ -71,15 +75,20 @@ class Yardstick:
             model, self.shape, rows, meter, self.max_tokens, together=together
         )
         beside |= {f"{NATS}{name}": found for name, found in losses.items()}
+        if guarded and (votes := self._votes) is not None:
+            beside |= votes.measured(model, self.shape, rows, meter, self.max_tokens)
         return Measured(scored, weights, beside)
 
     def flops(self, rows: Mapping[str, Rows], *, guarded: bool = False) -> float:
         """What ``measure`` takes: exactly where no answers are generated, else at most."""
         if not rows:
             return 0.0
-        exact = measure_flops(self.shape, self._sets(rows, guarded), self.max_tokens)
-        answers = self._answers
-        return exact + (answers.flops(self.shape, rows, self.max_tokens) if answers else 0.0)
+        found = measure_flops(self.shape, self._sets(rows, guarded), self.max_tokens)
+        if (answers := self._answers) is not None:
+            found += answers.flops(self.shape, rows, self.max_tokens)
+        if guarded and (votes := self._votes) is not None:
+            found += votes.flops(self.shape, rows, self.max_tokens)
+        return found
 
     def _sets(self, rows: Mapping[str, Rows], guarded: bool) -> Mapping[str, Rows]:
         if not guarded or self.guard is None:
@@ -92,3 +101,8 @@ class Yardstick:
         if metric is None:
             return None
         return AnswerEvaluation(metric, self.objective.max_new_tokens, self.tokenizer)
+
+    @property
+    def _votes(self) -> VoteEvaluation | None:
+        serving, answers = self.objective.serving, self._answers
+        return None if serving is None or answers is None else VoteEvaluation(answers, serving)

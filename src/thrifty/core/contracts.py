@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
+from thrifty.core import sampling
 from thrifty.core.budget import Cost
 from thrifty.core.given import (
     Candidates,
@@ -45,10 +46,12 @@ __all__ = [
     "KINDS",
     "MEMORY_KINDS",
     "ActivationMemory",
+    "AnswerForm",
     "AnswerMetric",
     "Candidates",
     "Choice",
     "Chosen",
+    "DecodingPolicy",
     "DrawnWithGradients",
     "DrawnWithoutBackward",
     "Evaluation",
@@ -326,6 +329,13 @@ class AnswerMetric(Metric):
     cost_class: ClassVar[Literal["forward", "answers"]] = "answers"
     asks_own: ClassVar[bool] = False
     """Whether it brings its own ``questions``, in place of a target's dev and test rows."""
+    compares: ClassVar[bool] = False
+    """Whether it can ``read`` answers, so that they can be voted on."""
+
+    def read(self, answer: str) -> str | None:
+        """What an answer says, the same text for equal answers; None: nothing. Of those that
+        compare."""
+        raise NotImplementedError
 
     def check(self) -> None:
         """Raise ValueError where it cannot score here: a package or a function is missing."""
@@ -382,6 +392,8 @@ class StoppingRule(ABC):
     """History of a run -> go on or stop, and why. Pure: the same history, the same answer."""
 
     source: ClassVar[str]
+    weighs_price: ClassVar[bool] = False
+    """Whether it goes by what the budget would bring elsewhere."""
 
     @abstractmethod
     def decide(self, history: Sequence[Evaluation], outlook: Outlook) -> Verdict: ...
@@ -396,6 +408,68 @@ class Verdict:
     forecast: Any = None
     """The ``Forecast`` of the loss that it rests on, where it made one; its ``wrong`` are the odds
     that a stop now would be wrong."""
+
+
+# -- decoding -----------------------------------------------------------------------------------
+
+
+class DecodingPolicy(ABC):
+    """The samples of questions so far, and what remains -> what comes next of each.
+
+    Pure: the same samples, the same action; so that a run that resumes repeats what it would have
+    done, and recorded samples can be replayed with no model.
+    """
+
+    source: ClassVar[str]
+    needs: ClassVar[Literal["answers", "rewards", "thoughts", "nothing"]] = "answers"
+    """That samples must tell for it to work: which answers are equal, how good each one is, the
+    text to be continued."""
+    pooled: ClassVar[bool] = False
+    """Whether questions compete for what remains, rather than each be settled by itself."""
+    model: str = ""
+    """The one that is asked; empty: the cheapest. An option of those that ask one."""
+
+    def check(self, means: sampling.Means) -> None:
+        """Raise ValueError where it cannot work with what is at hand."""
+        if self.model:
+            means.offer(self.model)
+
+    def fit(self, outcomes: Sequence[sampling.Outcome], means: sampling.Means) -> dict[str, Any]:
+        """What it learns from questions whose gold answers are known, as JSON: ``means.learnt`` of
+        later decisions. Most learn nothing."""
+        return {}
+
+    @abstractmethod
+    def decide(self, asked: sampling.Asked, means: sampling.Means) -> sampling.Action:
+        """Of one open question, no draw of which is under way."""
+
+    def decide_all(
+        self, questions: Sequence[sampling.Asked], means: sampling.Means
+    ) -> list[sampling.Action]:
+        """Of several, in their order."""
+        return [self.decide(asked, means) for asked in questions]
+
+    def close(self, asked: sampling.Asked, means: sampling.Means, reason: str) -> sampling.Finish:
+        """What is answered where nothing more can be drawn: the vote, unless it knows better."""
+        return sampling.vote(asked, reason)
+
+
+class AnswerForm(ABC):
+    """A text -> the answer in it, and which answers are equal."""
+
+    source: ClassVar[str]
+
+    def check(self) -> None:
+        """Raise ValueError where it cannot read here: a package or a function is missing."""
+        return None
+
+    @abstractmethod
+    def read(self, text: str, prompt: str = "") -> str | None:
+        """In a form in which equal answers mostly are the same text; None: there is none."""
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two that were read say the same."""
+        return one == other
 
 
 # -- memory -------------------------------------------------------------------------------------
@@ -526,6 +600,8 @@ KINDS: Mapping[str, tuple[str, type]] = {
     "online": ("thrifty.online", OnlineMethod),
     "metric": ("thrifty.metrics", Metric),
     "stopping": ("thrifty.stopping", StoppingRule),
+    "policy": ("thrifty.decoding", DecodingPolicy),
+    "answer": ("thrifty.answer_forms", AnswerForm),
     "trained": ("thrifty.memory.trained", Trainable),
     "weights": ("thrifty.memory.weights", WeightStorage),
     "activations": ("thrifty.memory.activations", ActivationMemory),

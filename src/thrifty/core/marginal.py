@@ -107,8 +107,7 @@ def choose(
         )
     bounds = [_bound(option, incumbent, z) for option in options]
     rates = tuple(
-        _rate(bound, option.cost.of(resource))
-        for bound, option in zip(bounds, options, strict=True)
+        rate(bound, option.cost.of(resource)) for bound, option in zip(bounds, options, strict=True)
     )
 
     def rank(i: int) -> tuple[float, float, bool, int]:
@@ -159,7 +158,9 @@ def _bound(option: Option, incumbent: str | None, z: float) -> float:
     return option.gain.mean + (margin if option.name == incumbent else -margin)
 
 
-def _rate(bound: float, cost: float | None) -> float:
+def rate(bound: float, cost: float | None) -> float:
+    """Of a bound on a gain and a cost in the resource that counts. Decisions that are many, small
+    and alone compare it with the price by themselves, with the expected gain as the bound."""
     if cost is None or not math.isfinite(cost):
         return -math.inf  # an unknown cost cannot be justified
     if cost <= 0:

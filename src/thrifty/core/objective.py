@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from thrifty.core.contracts import AnswerMetric
+from thrifty.core.plan_serving import Serving
 from thrifty.core.quantities import Dollars
 from thrifty.core.resolve import Spec, resolve
 
@@ -48,6 +49,8 @@ class Objective:
     law: str = ""
     """Of models whose size is free, a file of ``thrifty law fit`` or a published one: what it says
     that a FLOP brings elsewhere is the price too. Empty: the model is what it is."""
+    serving: Serving | None = None
+    """Questions that the budget is to answer as well; None: it ends with training."""
 
     def __post_init__(self) -> None:
         metric = resolve("metric", self.metric)

@@ -9,6 +9,7 @@ from thrifty.core.contracts import MEMORY_KINDS
 from thrifty.core.plan_freeze import wrong_freeze
 from thrifty.core.plan_pilot import wrong_pilot
 from thrifty.core.plan_refresh import wrong_refresh
+from thrifty.core.plan_serving import wrong_serving
 from thrifty.core.resolve import name_of, resolve
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def contradictions(plan: Plan) -> Iterator[str]:
     if not plan.pool.sources:
         yield "pool.sources is empty"
     yield from _wrong_with_objective(plan)
+    yield from wrong_serving(plan)
     for name, target in plan.targets.items():
         if not target.weight > 0:
             yield f"targets.{name}.weight must be more than zero, not {target.weight}"

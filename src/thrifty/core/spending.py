@@ -64,6 +64,39 @@ class Stage:
         finally:
             lease.settle()
 
+    def renew(self, charged: Cost, held: Cost) -> Lease:
+        """Charge ``charged`` of the open lease, and go on with one on all that is then left, of
+        which ``held`` counts as used already. One transaction: a kill finds the one or the other.
+
+        Raises BudgetExceeded, and the lease stays as it was, where more was used than there is.
+        """
+        before = self._open
+        assert before is not None, "there is no open lease"
+        counters = self.ledger._counters
+        counter = counters.pop(before.id)  # it goes once the charge is committed, not before
+        known = set(counters)
+        try:
+            with self.ledger._journal.transaction():
+                self.ledger._settle(before.id, charged, steps=0, lost=False)
+                self._open = None
+                lease = self.lease(before.activity, self.everything(), step=before.step)
+                lease.timed = before.timed
+                lease.count(held)
+        except BaseException:
+            for new in set(counters) - known:
+                counters.pop(new).remove()
+            counters[before.id] = counter
+            self._open = before
+            raise
+        before._settled = charged
+        counter.remove()
+        return lease
+
+    def everything(self) -> Cost:
+        """What each limited resource of its account has left, open leases taken off."""
+        left = self.budget.left(self.spent() + self.ledger.reserved(self.account))
+        return Cost.from_dict({name: max(amount, 0.0) for name, amount in left.items()})
+
     def require(self, cost: Cost, activity: str = "this stage") -> None:
         """Raise BudgetExceeded if ``cost`` does not fit what is left; reserve nothing."""
         cost = self.ledger.rates.of(cost)
@@ -140,9 +173,16 @@ class Lease:
         self._start = time.monotonic()
         self._energy = stage.ledger.energy
         self._energy_start = self._energy() if self._energy else 0.0
+        self.timed = True
+        """Whether its seconds are the clock's; else those that it counts."""
         self._steps = 0
         self._ticked = Cost()
         self._settled: Cost | None = None
+
+    @property
+    def left(self) -> Mapping[str, float]:
+        """Of each limited resource, when it was taken."""
+        return self._left
 
     @property
     def settled(self) -> bool:
@@ -152,6 +192,8 @@ class Lease:
     def used(self) -> Cost:
         if self._settled is not None:
             return self._settled
+        if not self.timed:
+            return self._ticked
         used = replace(self._ticked, seconds=time.monotonic() - self._start)
         if self._energy is None:
             return used
@@ -176,6 +218,13 @@ class Lease:
         self._steps += steps
         self._ticked = total
         self._counter.write(self._steps, total, time.monotonic() - self._start)
+
+    def count(self, total: Cost) -> None:
+        """Have ``total`` in place of what was ticked. It may be less than before: what was held for
+        something and not used in the end."""
+        assert self._settled is None, "a settled lease counts no more"
+        self._ticked = total
+        self._counter.write(self._steps, total, self.used.seconds)
 
     def _check(self, total: Cost) -> None:
         used = replace(total, seconds=time.monotonic() - self._start)

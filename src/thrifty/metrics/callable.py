@@ -8,16 +8,14 @@ plan that names one runs its code. It should say the same whenever it is asked.
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from thrifty.core.contracts import AnswerMetric
+from thrifty.core.named_function import named_function
 
-_HINT = "hint: objective.metric: {callable: {function: 'package.module:name'}}"
+_HINT = "objective.metric: {callable: {function: 'package.module:name'}}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +45,4 @@ class CallableMetric(AnswerMetric):
             ) from error
 
     def _found(self) -> Callable[..., Any]:
-        module, sign, name = self.function.partition(":")
-        if not (module and sign and name):
-            raise ValueError(f"metric callable has no function to call: {self.function!r}\n{_HINT}")
-        here = str(Path.cwd())
-        if here not in sys.path:  # a command's path begins where the command lies
-            sys.path.append(here)
-        try:
-            found = getattr(importlib.import_module(module), name)
-        except Exception as error:
-            raise ValueError(
-                f"{self.function} cannot be imported: {type(error).__name__}: {error}\n"
-                "hint: install its package, or run in the folder where the module lies"
-            ) from error
-        if not callable(found):
-            raise ValueError(f"{self.function} is no function, but {found!r:.80}\n{_HINT}")
-        return found  # type: ignore[no-any-return]
+        return named_function("metric callable", self.function, _HINT)

@@ -7,10 +7,10 @@ Punctuation counts unless it is to be ignored, for without it 1.5 would be 15. T
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import dataclass
 from typing import ClassVar
 
+from thrifty.core.answer_text import normalised
 from thrifty.core.contracts import AnswerMetric
 
 
@@ -22,18 +22,19 @@ class ExactMatch(AnswerMetric):
     ignore_punctuation: bool = False
 
     source: ClassVar[str] = "arXiv:1606.05250"
+    compares: ClassVar[bool] = True
 
     @property
     def unit(self) -> str:
         return "exact_match"
 
+    def read(self, answer: str) -> str | None:
+        return self._normalised(answer) or None
+
     def score(self, prompt: str, answer: str, gold: str) -> float:
         return float(self._normalised(answer) == self._normalised(gold))
 
     def _normalised(self, text: str) -> str:
-        text = unicodedata.normalize("NFKC", text)
-        if self.ignore_case:
-            text = text.casefold()
-        if self.ignore_punctuation:
-            text = "".join(c for c in text if not unicodedata.category(c).startswith("P"))
-        return " ".join(text.split())
+        return normalised(
+            text, ignore_case=self.ignore_case, ignore_punctuation=self.ignore_punctuation
+        )

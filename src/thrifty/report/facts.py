@@ -21,6 +21,8 @@ from thrifty.core.plan import Plan
 from thrifty.core.resolve import parse_spec
 from thrifty.memory_plan import trained_name
 from thrifty.own_units import own_unit_map
+from thrifty.sampling_price import curve_of, flops_a_sample
+from thrifty.scaling.joint_stop import samples_left
 
 TENTH = 0.1
 PILOT = "which rows to choose"
@@ -246,6 +248,31 @@ class Facts:
             "num_points": found.num_points,
             "loss": loss,
             "gain_of_a_tenth": {"mean": gain.mean, "stderr": gain.stderr},
+        }
+
+    def serving(self) -> dict[str, Any] | None:
+        """What the FLOPs left pay for, of the kept model's answers to the questions that the budget
+        is to answer, by its evaluation; None where there are none, or before the first."""
+        serving, step = self.plan.objective.serving, self.dev_loss("budget")["step"]
+        history = self.evaluations("budget")
+        kept = [each for each in history if each["step"] == step and "votes" in each["beside"]]
+        if serving is None or not kept or self.budget.flops is None:
+            return None
+        votes = kept[-1]["beside"]["votes"]
+        each, curve = flops_a_sample(votes), curve_of(votes)
+        left = max(self.budget.flops - self.spent("budget").flops, 0.0)
+        samples = samples_left(left, serving.questions, each, serving.max_samples)
+        told = [d["detail"] for d in self.decisions if d["name"] == _ENDING and not d["undone"]]
+        return {
+            "questions": serving.questions,
+            "flops_left": left,
+            "flops_a_sample": each,
+            "tokens_a_sample": votes["tokens_a_sample"],
+            "samples": samples,
+            "accuracy": curve.at(samples),
+            "accuracy_of_one": curve.at(1),
+            "most_useful_samples": curve.most_useful,
+            "decided": next((d["serving"] for d in reversed(told) if "serving" in (d or {})), None),
         }
 
     def _detail(self, account: str, name: str) -> dict[str, Any]:

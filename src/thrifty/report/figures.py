@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 from thrifty.core.budget import CONSUMED
-from thrifty.report.inert import visible
+from thrifty.data.inert import visible
 from thrifty.report.words import NAMES, own_name, own_number
 
 WIDTH = 470

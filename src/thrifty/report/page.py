@@ -21,9 +21,9 @@ from thrifty.core import quantities
 from thrifty.core.budget import RESOURCES
 from thrifty.core.durable import write_atomically
 from thrifty.data.faults import REASONS
+from thrifty.data.inert import marked, visible
 from thrifty.report import figures, words
 from thrifty.report.files import Files
-from thrifty.report.inert import marked, visible
 from thrifty.report.summary import summarize
 from thrifty.run_folder import RunFolder
 

@@ -16,10 +16,10 @@ from thrifty.core.contracts import MEMORY_KINDS
 from thrifty.core.plan import Plan
 from thrifty.core.resolve import parse_spec
 from thrifty.costs.shape import read_shape
+from thrifty.data.inert import redact
 from thrifty.memory_plan import dtype_of, trained_name
 from thrifty.report.facts import Facts, amounts, difference, gain_per
 from thrifty.report.files import Files
-from thrifty.report.inert import redact
 from thrifty.report.words import text_summary
 from thrifty.run_folder import RunFolder
 
@@ -79,6 +79,7 @@ def summarize(run: RunFolder) -> dict[str, Any]:
         "test_score": _score(facts.test_loss(), plan),
         "floors": facts.floors(),
         "unit_map": facts.unit_map(),
+        "serving": facts.serving(),
         "control": control,
         "control_wanted": plan.control,
         "selection": files.selection(),

@@ -36,6 +36,7 @@ class MarginalGain(StoppingRule):
     at every price tried, with 1.645 up to 8% (docs/forecasts.md)."""
 
     source: ClassVar[str] = "arXiv:2606.10706"
+    weighs_price: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_ranges(self, min_evaluations=(1, inf), z=(0, inf))

@@ -1,0 +1,1 @@
+"""How the answer in a text is read, one file each."""

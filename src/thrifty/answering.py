@@ -1,0 +1,425 @@
+"""A decoding under way: the draws that a policy wants, asked of the models, within the purse."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from thrifty.backends.backend import Answered, Asking, AskingFailed, Backend
+from thrifty.core.budget import Cost
+from thrifty.core.contracts import AnswerForm, DecodingPolicy
+from thrifty.core.purse import Hold, Purse
+from thrifty.core.sampling import Asked, Draw, Finish, Means, Offer, Outcome, Sample
+from thrifty.core.spending import BudgetExceeded
+from thrifty.decode_record import Record
+from thrifty.drawing import Drawing
+from thrifty.prompts import Prompt
+
+MAX_FAILED = 3
+"""Draws of a question that brought nothing, after which it is answered with what there is."""
+MAX_FAILED_IN_A_ROW = 20
+"""Over all questions: then nobody is there, and the run ends, to be gone on with."""
+
+
+class NobodyAnswers(RuntimeError):
+    """What was asked keeps failing; the same command goes on once that is mended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How answers are generated, and how many at most."""
+
+    max_tokens: int = 1024
+    temperature: float = 0.7
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    max_samples: int = 40
+    """Of a question."""
+    mean_samples: float | None = None
+    """Of all questions, on average: a budget that they share."""
+    price: float = 0.0
+    """Right answers that a unit of the resource must bring."""
+    concurrency: int = 16
+    """Questions with a draw under way."""
+
+    def __post_init__(self) -> None:
+        if min(self.max_tokens, self.max_samples, self.concurrency) < 1:
+            raise ValueError(
+                "max_tokens, max_samples and concurrency are at least 1\nhint: --max-samples 40"
+            )
+        numbers = (self.temperature, self.price, self.mean_samples or 0.0)
+        if not all(0 <= number < math.inf for number in numbers) or self.mean_samples == 0:
+            raise ValueError(
+                "temperature and price are at least 0, a mean of samples more\nhint: --samples 3"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError("top_p is more than 0, and at most 1\nhint: --top-p 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a question ended with."""
+
+    id: str
+    answer: str | None
+    """None: there is none."""
+    text: str
+    confidence: float
+    reason: str
+    given_up: bool
+    samples: int
+    failed: int
+    unreadable: int
+    """Samples in which no answer could be read."""
+    models: Mapping[str, int]
+    """Samples of each."""
+    cost: float
+    """In the run's resource."""
+    tokens: float
+    """Generated."""
+    gold: str | None = None
+    correct: bool | None = None
+
+
+class Questions:
+    """What is asked, how answers are read in texts, and what was drawn."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        form: AnswerForm | None,
+        reward: Callable[[str, str], float] | None = None,
+    ) -> None:
+        if not prompts:
+            raise ValueError("no prompts\nhint: one at least")
+        self.prompts = {prompt.id: prompt for prompt in prompts}
+        self.asked = {prompt.id: Asked(prompt.id, prompt.text) for prompt in prompts}
+        self._form, self._reward = form, reward
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def digest(self) -> str:
+        rows = [[p.id, p.content, p.gold] for p in self.prompts.values()]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    def sample(self, asked: Asked, model: str, draw: Draw, said: Any, cost: float) -> Sample:
+        """Of a completion: the class of its answer, and its reward."""
+        answer = reward = None
+        if draw.purpose != "thought":
+            answer = self._class(asked, said.text)
+        if draw.purpose == "answer" and self._reward is not None:
+            reward = float(self._reward(asked.prompt, said.text))
+        return Sample(
+            model=model,
+            answer=answer,
+            cost=cost,
+            reward=None if reward is None or math.isnan(reward) else reward,
+            confidence=said.confidence,
+            tokens=said.tokens,
+            text=said.text,
+            ended=said.ended,
+            purpose=draw.purpose,
+        )
+
+    def answer(self, id: str, finish: Finish) -> Answer:
+        asked, gold = self.asked[id], self.prompts[id].gold
+        said = asked.answers()
+        text = finish.text or next((s.text for s in said if s.answer == finish.answer), "")
+        return Answer(
+            id=id,
+            answer=finish.answer,
+            text=text,
+            confidence=finish.confidence,
+            reason=finish.reason,
+            given_up=finish.given_up,
+            samples=len(asked.samples),
+            failed=asked.failed,
+            unreadable=sum(sample.answer is None for sample in said),
+            models=dict(Counter(sample.model for sample in asked.samples)),
+            cost=sum(sample.cost for sample in asked.samples),
+            tokens=sum(sample.tokens for sample in asked.samples),
+            gold=gold,
+            correct=None if gold is None else self._right(finish.answer, gold),
+        )
+
+    def recording(self) -> Iterator[dict[str, Any]]:
+        """The samples of the questions whose gold answers are known, as ``replay`` reads them."""
+        for id, asked in self.asked.items():
+            gold = self.prompts[id].gold
+            if gold is None:
+                continue
+            for model in dict.fromkeys(sample.model for sample in asked.answers()):
+                said = asked.answers(model)
+                row = {
+                    "id": id,
+                    "question": asked.prompt,
+                    "gold": gold,
+                    "model": model,
+                    "answers": [sample.answer for sample in said],
+                    "correct": [int(self._right(sample.answer, gold)) for sample in said],
+                    "tokens": [sample.tokens for sample in said],
+                }
+                if all(sample.reward is not None for sample in said):
+                    row["rewards"] = [sample.reward for sample in said]
+                if all(sample.confidence is not None for sample in said):
+                    row["confidences"] = [sample.confidence for sample in said]
+                yield row
+
+    def _class(self, asked: Asked, text: str) -> str | None:
+        """The answer in a text, as the first that said the same put it."""
+        if self._form is None:
+            return text.strip() or None
+        read = self._form.read(text, asked.prompt)
+        if read is None or read in asked.counts:
+            return read
+        return next((known for known in asked.counts if self._form.same(known, read)), read)
+
+    def _right(self, answer: str | None, gold: str) -> bool:
+        if answer is None:
+            return False
+        if self._form is None:
+            return answer == gold.strip()
+        return self._form.same(answer, self._form.read(gold) or gold)
+
+
+class Answering:
+    """Asks the models what the policy wants to know, many questions at a time."""
+
+    def __init__(
+        self,
+        questions: Questions,
+        backends: Sequence[Backend],
+        policy: DecodingPolicy,
+        settings: Settings,
+        record: Record,
+        purse: Purse,
+    ) -> None:
+        self._backends = {backend.model: backend for backend in backends}
+        if not backends or len(self._backends) < len(backends):
+            raise ValueError("models to ask must be there, and have different names\nhint: --model")
+        self._questions, self._policy, self._settings = questions, policy, settings
+        self._record, self._purse = record, purse
+        self._failed_in_a_row = 0
+        self._broken: NobodyAnswers | None = None
+        self._num_holds = 0
+        self._settled = asyncio.Condition()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="thrifty-read")
+        self.resource = self._binding()
+
+    def begin(self, fit_on: Sequence[Outcome] = ()) -> None:
+        """Take up what came before, and let the policy learn. Raises ValueError where it cannot
+        work with what is at hand."""
+        self._record.restore(self._questions.asked)
+        asked = list(self._questions.asked.values())
+        spent = sum(sample.cost for each in asked for sample in each.samples)
+        left = math.inf
+        if self.resource != "samples":
+            left = self._purse.remaining(self.resource) or 0.0
+        elif self._settings.mean_samples is not None:
+            left = max(self._settings.mean_samples * len(asked) - spent, 0.0)
+        means = Means(
+            offers=tuple(
+                Offer(model=model, cost=self._upper(backend, self.resource) or 0.0)
+                for model, backend in self._backends.items()
+            ),
+            resource=self.resource,
+            left=left,
+            num_open=len(asked),
+            max_samples=self._settings.max_samples,
+            price=self._settings.price,
+        )
+        if fit_on:
+            means = replace(means, learnt=self._policy.fit(fit_on, means))
+        self._drawing = Drawing(self._policy, asked, means, spent)
+
+    async def run(self, on_answer: Callable[[Answer, int], None] | None) -> tuple[Answer, ...]:
+        """Every question's answer. Raises NobodyAnswers."""
+        finished, told = self._drawing.finished, set[str]()
+        tasks: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                for asked, draw in self._drawing.next(self._settings.concurrency):
+                    tasks.add(asyncio.create_task(self._draw(asked, draw)))
+                for id in [id for id in finished if id not in told]:
+                    told.add(id)
+                    if on_answer is not None:
+                        on_answer(self._questions.answer(id, finished[id]), len(told))
+                if not tasks:
+                    break
+                left = self._purse.remaining("seconds")
+                done, tasks = await asyncio.wait(
+                    tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED
+                )
+                errors = [error for task in done if (error := task.exception()) is not None]
+                for error in [*errors, self._broken]:
+                    if error is not None:
+                        raise error
+                if not done:
+                    await _cancel(tasks)
+                    tasks = set()
+                    self._drawing.close_all("the time is up")
+        finally:
+            await _cancel(tasks)
+            self._reader.shutdown(wait=False)
+        return tuple(self._questions.answer(id, finished[id]) for id in self._questions.prompts)
+
+    async def _draw(self, asked: Asked, draw: Draw) -> None:
+        """Ask, and hand the policy what came. However it ends, its question is under way no more
+        and what it held is settled."""
+        backend = self._backends[draw.model]
+        took, failed = 0.0, 0
+        samples: list[Sample] = []
+        try:
+            held = await self._hold(backend, asked, draw)
+            if held is None:
+                return
+            hold, asking = held
+            cost = backend.upper(asking)  # where it is cancelled nobody knows better
+            try:
+                answered = await backend.ask(asking)
+                cost = answered.cost
+                took = self._amount(cost, len(answered.completions))
+                samples = await self._read(asked, draw, answered, took)
+                self._failed_in_a_row = 0
+            except AskingFailed as failure:
+                cost = failure.cost
+                took, failed = self._amount(cost, 0), 1
+                self._note(failure)
+            finally:
+                self._record.add(asked, samples)
+                await self._settle(hold, cost)
+        finally:
+            if samples:
+                self._drawing.came_back(asked, samples, took)
+            else:
+                self._drawing.failed(asked, failed, took)
+                if asked.failed >= MAX_FAILED:
+                    self._drawing.close(asked, f"{asked.failed} draws failed")
+
+    async def _hold(self, backend: Backend, asked: Asked, draw: Draw) -> tuple[Hold, Asking] | None:
+        """Set aside what it can take, waiting for others to settle where need be; None where there
+        is not enough even so, which ends the run."""
+        while True:
+            asking = self._asking(asked, draw)
+            try:
+                hold = self._purse.hold(backend.upper(asking))
+            except BudgetExceeded as error:
+                if draw.count > 1:
+                    draw = replace(draw, count=1)
+                elif self._num_holds:
+                    async with self._settled:
+                        await self._settled.wait()
+                else:
+                    self._drawing.close_all(f"the budget's {error.resource} are spent")
+                    return None
+                continue
+            self._num_holds += 1
+            return hold, asking
+
+    async def _read(
+        self, asked: Asked, draw: Draw, answered: Answered, took: float
+    ) -> list[Sample]:
+        """On a thread, one at a time: reading and scoring a text may take seconds, and functions
+        of the user's own need not stand being called twice at once."""
+        loop = asyncio.get_running_loop()
+        work = partial(self._samples, asked, draw, answered, took)
+        return await loop.run_in_executor(self._reader, work)
+
+    async def _settle(self, hold: Hold, cost: Cost) -> None:
+        hold.settle(cost)
+        self._num_holds -= 1
+        async with self._settled:
+            self._settled.notify_all()
+
+    def _asking(self, asked: Asked, draw: Draw) -> Asking:
+        settings = dict(draw.settings)
+        ours = self._settings
+        return Asking(
+            prompt=self._questions.prompts[asked.id].content,
+            count=draw.count,
+            prefix=draw.prefix,
+            max_tokens=min(draw.max_tokens or ours.max_tokens, ours.max_tokens),
+            temperature=settings.pop("temperature", ours.temperature),
+            top_p=settings.pop("top_p", ours.top_p),
+            stop=draw.stop or ours.stop,
+            seed=_seed(ours.seed, asked),
+            settings=settings,
+        )
+
+    def _samples(self, asked: Asked, draw: Draw, answered: Answered, took: float) -> list[Sample]:
+        """Equal answers of one request find each other too."""
+        twin = asked.copy()
+        cost = took / len(answered.completions)
+        for said in answered.completions:
+            twin.add(self._questions.sample(twin, draw.model, draw, said, cost))
+        return twin.samples[len(asked.samples) :]
+
+    def _note(self, failure: AskingFailed) -> None:
+        """End the run where more of the same would fail alike."""
+        self._failed_in_a_row += 1
+        if failure.fatal or self._failed_in_a_row == MAX_FAILED_IN_A_ROW:
+            times = "" if failure.fatal else f"{self._failed_in_a_row} requests failed in a row: "
+            self._broken = self._broken or NobodyAnswers(
+                f"{times}{failure}\nhint: mend that; the same command then goes on"
+            )
+
+    def _amount(self, cost: Cost, num_samples: int) -> float:
+        """In the run's resource."""
+        if self.resource == "samples":
+            return float(num_samples)
+        return cost.of(self.resource) or 0.0
+
+    def _binding(self) -> str:
+        """The resource that runs out first if every sample takes its most; time alone is no
+        reason to weigh samples by it, for many are under way at once.
+
+        Raises ValueError where what a sample takes of a limited resource is not known.
+        """
+        for backend in self._backends.values():
+            for resource in self._purse.left:
+                upper = self._upper(backend, resource)
+                if upper is None or (resource == "flops" and not upper):
+                    raise ValueError(
+                        f"the budget limits {resource}, and what {backend.model} takes of them is "
+                        "not known\nhint: say what it costs (--price for dollars, --config for "
+                        "flops), or limit something else"
+                    )
+        if self._settings.mean_samples is not None:
+            return "samples"
+        limited = {name: left for name, left in self._purse.left.items() if name != "seconds"}
+        if not limited:
+            return "samples"
+        cheapest = next(iter(self._backends.values()))
+        return min(limited, key=lambda name: limited[name] / (self._upper(cheapest, name) or 1.0))
+
+    def _upper(self, backend: Backend, resource: str) -> float | None:
+        """The most that a sample of the longest prompt takes."""
+        if resource == "samples":
+            return 1.0
+        longest = max(self._questions.prompts.values(), key=lambda prompt: len(prompt.text))
+        asking = Asking(prompt=longest.content, max_tokens=self._settings.max_tokens)
+        return backend.upper(asking).of(resource)
+
+
+def _seed(seed: int, asked: Asked) -> int:
+    """Of its own for every draw of every question."""
+    text = f"{seed}\0{asked.id}\0{len(asked.samples)}\0{asked.failed}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) & 0x7FFFFFFF
+
+
+async def _cancel(tasks: Collection[asyncio.Task[None]]) -> None:
+    """And wait until they are, so that all that was held is settled."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,1 @@
+"""Who answers: an endpoint, a model in this process, a recording."""

@@ -1,0 +1,1 @@
+"""Ways to spend samples on questions, one file each."""

@@ -1,0 +1,77 @@
+"""The real ``transformers serve``, as a process of its own on loopback, with a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+
+_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}say:{% endif %}"
+)
+
+
+def with_template(model: Path, folder: Path, *, samples: bool = True) -> Path:
+    """A copy of ``model`` that takes messages, and samples unless told otherwise: its own
+    generation_config.json decides, whatever temperature a request asks for."""
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").write_text(_TEMPLATE, encoding="utf-8")
+    config = {"do_sample": samples, "eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 1}
+    (folder / "generation_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@contextmanager
+def transformers_serve(model: Path, log: Path, *, seconds: float = 120) -> Iterator[str]:
+    """Its URL, once it answers. What it says goes to ``log``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = Path(sys.executable).with_name("transformers")
+    options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    # Its list of models is that of the cache, and it answers 500 where there is none.
+    cache = log.with_name("hub")
+    cache.mkdir(exist_ok=True)
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_CACHE": str(cache),
+        "OMP_NUM_THREADS": "1",
+    }
+    with (
+        log.open("wb") as said,
+        subprocess.Popen(
+            [command, "serve", str(model), *options], stdout=said, stderr=said, env=environment
+        ) as process,
+    ):
+        url = f"http://127.0.0.1:{port}"
+        try:
+            _wait(url, process, log, time.monotonic() + seconds)
+            yield url
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path, ends: float) -> None:
+    while time.monotonic() < ends and process.poll() is None:
+        try:
+            httpx2.get(f"{url}/health", timeout=5, trust_env=False).raise_for_status()
+        except httpx2.HTTPError:
+            time.sleep(0.2)
+        else:
+            return
+    raise AssertionError(f"transformers serve did not start:\n{log.read_text()[-3000:]}")

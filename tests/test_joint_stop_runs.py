@@ -19,6 +19,8 @@ from thrifty.core.marginal import replay
 from thrifty.evaluation import Measured
 from thrifty.governor import COOL_DOWN, DECISION
 from thrifty.interruption import Interrupted
+from thrifty.metrics.exact_match import ExactMatch
+from thrifty.metrics.number import Number
 from thrifty.report.summary import summarize, text_summary
 from thrifty.run_folder import RunFolder
 from thrifty.sampling_price import curve_of
@@ -256,6 +258,23 @@ def test_a_budget_without_flops_cannot_be_shared(tiny_model, torn, tmp_path):
 
 def share(prompt: str, answer: str, gold: str) -> float:
     return float(answer == gold)
+
+
+@pytest.mark.parametrize(
+    ("metric", "alike", "other", "nothing"),
+    [
+        (Number(), ("so 1,200.", "#### 1200.0", "1.2e3 is 1200"), "1201", "none"),
+        (Number(), ("-0", "it is 0.0"), "1", ""),
+        (ExactMatch(), (" Five  FIVE.", "five five."), "five five", "  "),
+        (ExactMatch(ignore_punctuation=True), ("five, five.", "five five"), "five", "?!"),
+    ],
+)
+def test_what_is_read_is_the_same_where_the_metric_says_so(metric, alike, other, nothing):
+    assert len({metric.read(text) for text in alike}) == 1
+    assert metric.read(other) not in {None, metric.read(alike[0])}
+    assert metric.read(nothing) is None
+    for text in (*alike, other):
+        assert metric.score("", text, alike[0]) == (metric.read(text) == metric.read(alike[0]))
 
 
 def test_the_option_of_the_command_line():

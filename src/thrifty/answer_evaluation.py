@@ -143,8 +143,8 @@ class AnswerEvaluation:
         max_tokens: int | None = None,
         times: int = 1,
     ) -> float:
-        """The most that ``measured`` can take, or so many ``samples`` of each row: as if each answer
-        had all that it may have."""
+        """The most that ``measured`` can take, or so many ``samples`` of each row: as if each
+        answer had all that it may have."""
         decoding = Decoding(max_new_tokens=self.max_new_tokens)
         prompts = [[answer_span(t)[0] for t in r.tokens] * times for r in rows.values()]
         return sum(answers_flops(shape, lengths, decoding, max_tokens) for lengths in prompts)

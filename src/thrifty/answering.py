@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from heapq import nlargest
 from typing import Any
 
 from thrifty.backends.backend import Answered, Asking, AskingFailed, Backend
@@ -245,16 +246,16 @@ class Answering:
 
     async def run(self, on_answer: Callable[[Answer, int], None] | None) -> tuple[Answer, ...]:
         """Every question's answer. Raises NobodyAnswers."""
-        finished, told = self._drawing.finished, set[str]()
+        finished, told = self._drawing.finished, 0
         tasks: set[asyncio.Task[None]] = set()
         try:
             while True:
                 for asked, draw in self._drawing.next(self._settings.concurrency):
                     tasks.add(asyncio.create_task(self._draw(asked, draw)))
-                for id in [id for id in finished if id not in told]:
-                    told.add(id)
+                for id in self._drawing.newly_finished():
+                    told += 1
                     if on_answer is not None:
-                        on_answer(self._questions.answer(id, finished[id]), len(told))
+                        on_answer(self._questions.answer(id, finished[id]), told)
                 if not tasks:
                     break
                 left = self._purse.remaining("seconds")
@@ -404,12 +405,16 @@ class Answering:
         return min(limited, key=lambda name: limited[name] / (self._upper(cheapest, name) or 1.0))
 
     def _upper(self, backend: Backend, resource: str) -> float | None:
-        """The most that a sample of the longest prompt takes."""
+        """The most that a sample of the longest prompt takes, of those that can be answered: what
+        cannot takes nothing."""
         if resource == "samples":
             return 1.0
-        longest = max(self._questions.prompts.values(), key=lambda prompt: len(prompt.text))
-        asking = Asking(prompt=longest.content, max_tokens=self._settings.max_tokens)
-        return backend.upper(asking).of(resource)
+        longest = nlargest(8, self._questions.prompts.values(), key=lambda p: len(p.text))
+        for prompt in longest:
+            asking = Asking(prompt=prompt.content, max_tokens=self._settings.max_tokens)
+            if (amount := backend.upper(asking).of(resource)) != 0:
+                return amount
+        return 0.0
 
 
 def _seed(seed: int, asked: Asked) -> int:

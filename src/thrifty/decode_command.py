@@ -55,6 +55,11 @@ def add_to(command: argparse.ArgumentParser) -> None:
     command.add_argument("--top-p", type=float, default=1.0)
     command.add_argument("--stop", action="append", metavar="TEXT")
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument(
+        "--generation",
+        metavar="SETTINGS",
+        help="of a local model, as '{early_exit: 0.9}'; of an endpoint, further fields of its body",
+    )
     command.add_argument("--concurrency", type=int, default=16, help="questions at a time")
     command.add_argument(
         "--price",
@@ -131,6 +136,9 @@ def answer(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             ledger=ledger,
             on_answer=_Bar(len(prompts)).move,
         )
+    for backend in backends:
+        for note in backend.notes:
+            say(f"note: {backend.model}: {note}")
     say(f"\nanswers: {folder / 'answers.jsonl'}")
     facts = _facts(decoded)
     return facts, _text(facts)
@@ -164,6 +172,7 @@ def _place(options: argparse.Namespace, stack: Any) -> tuple[Any, Path, list[str
 
 def _backends(options: argparse.Namespace, models: list[str]) -> list[Any]:
     prices = _by_model("--price", options.price, models)
+    settings = _mapping("--generation", options.generation) if options.generation else {}
     if not options.endpoint:
         from thrifty.backends.local import Local
 
@@ -172,7 +181,7 @@ def _backends(options: argparse.Namespace, models: list[str]) -> list[Any]:
                 "--price, --config, --key and --completions are of an endpoint\n"
                 "hint: --endpoint URL"
             )
-        return [Local(Path(model)) for model in models]
+        return [Local(model, settings=settings) for model in models]
     from thrifty.backends.endpoint import Endpoint
     from thrifty.costs.shape import read_shape
 
@@ -195,6 +204,7 @@ def _backends(options: argparse.Namespace, models: list[str]) -> list[Any]:
                 completion_price=completion_price,
                 shape=read_shape(Path(configs[model])) if model in configs else None,
                 concurrency=options.concurrency,
+                fields=settings,
             )
         )
     return found
@@ -223,6 +233,18 @@ def _prices(text: str) -> tuple[float, float]:
     if len(given) != 2 or not all(0 <= price < float("inf") for price in given):
         raise ValueError(f"--price {text!r} is no two prices\nhint: --price 0.15,0.60")
     return given[0], given[1]
+
+
+def _mapping(option: str, text: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise ValueError(f"{option} {text!r} is no mapping\nhint: '{{kv_cache: {{bits: 8}}}}'")
+    return found
 
 
 def _budget(options: argparse.Namespace) -> Any:

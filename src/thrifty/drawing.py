@@ -61,6 +61,7 @@ class Drawing:
         self._num_samples = sum(len(asked.samples) for asked in questions)
         self._learn_at = 0.0
         self._ended = ""
+        self._news: list[str] = []
         policy.check(self.means)
 
     @property
@@ -120,7 +121,12 @@ class Drawing:
     def close(self, asked: Asked, reason: str) -> None:
         """Answer it with what there is; no draw of it may be under way."""
         self._stale.discard(asked.id)
-        self.finished[asked.id] = self._policy.close(asked, self._now(), reason)
+        self._finish(asked, self._policy.close(asked, self._now(), reason))
+
+    def newly_finished(self) -> list[str]:
+        """Questions that ended since this was asked last."""
+        found, self._news = self._news, []
+        return found
 
     def close_all(self, reason: str) -> None:
         """Answer what is open with what there is; what is under way as soon as it comes back."""
@@ -151,9 +157,13 @@ class Drawing:
         actions = self._policy.decide_all(questions, self._now())
         for asked, action in zip(questions, actions, strict=True):
             if isinstance(action, Finish):
-                self.finished[asked.id] = action
+                self._finish(asked, action)
             else:
                 heapq.heappush(self._heap, self._entry(self._order[asked.id], action))
+
+    def _finish(self, asked: Asked, finish: Finish) -> None:
+        self.finished[asked.id] = finish
+        self._news.append(asked.id)
 
     def _waits(self, draw: Draw) -> bool:
         if not self._rates or self._limit == math.inf:

@@ -214,8 +214,9 @@ def test_time_ends_it_and_what_was_under_way_counts_at_its_most(tmp_path: Path) 
 
 def test_within_a_running_loop() -> None:
     async def inside() -> float | None:
-        decoded = decode(PROMPTS[:3], backends=[Scripted(always_right)], answer="number")
-        other = await decode_async(PROMPTS[:3], backends=[Scripted(always_right)], answer="number")
+        options = {"answer": "number", "policy": "fixed"}
+        decoded = decode(PROMPTS[:3], backends=[Scripted(always_right)], **options)
+        other = await decode_async(PROMPTS[:3], backends=[Scripted(always_right)], **options)
         assert decoded.answers == other.answers
         return decoded.accuracy
 

@@ -140,6 +140,7 @@ WRONG = [
     (["--endpoint", "http://localhost:1"], "2 endpoints for 1 models"),
     (["--fit", "nowhere.jsonl"], "no file"),
     (["--reward", "nomodule"], "function"),
+    (["--generation", "early_exit"], "no mapping"),
 ]
 
 

@@ -126,7 +126,7 @@ def proxied(
 
         url = f"http://127.0.0.1:{box['port']}"
         try:
-            with httpx2.Client(base_url=url, timeout=30, verify=False) as http:
+            with httpx2.Client(base_url=url, timeout=30, verify=False, trust_env=False) as http:
                 yield Proxy(
                     url=url,
                     stub=stub,

@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,7 @@ def over_tls(folder: Path) -> Iterator[tuple[str, Path]]:
     try:
         while not server.started:
             assert thread.is_alive()
+            time.sleep(0.005)
         yield f"https://localhost:{server.servers[0].sockets[0].getsockname()[1]}/v1", certificate
     finally:
         server.should_exit = True
@@ -71,7 +73,6 @@ def test_a_proxy_of_the_environment_is_used_except_to_this_machine(ledger, monke
         monkeypatch.setenv("http_proxy", between.url.replace("//", "//user:pass@"))
         elsewhere = Upstream(url="http://upstream.test/v1")
         with proxied(ledger, upstream=lambda _: elsewhere) as proxy:
-            proxy.http.trust_env = False
             assert proxy.ask().status_code == 200
         (request,) = between.requests
         assert request.path == "http://upstream.test/v1/chat/completions"

@@ -79,6 +79,11 @@ class Backend(ABC):
         """Names of the ``Asking.settings`` that it takes."""
         return frozenset()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What should be known of how it answered, each once."""
+        return ()
+
     @abstractmethod
     def upper(self, asking: Asking) -> Cost:
         """The most that it can take: what is held until it is answered."""

@@ -1,8 +1,8 @@
 """Connections to an upstream: httpcore2, which lies below httpx2, without what a client adds.
 
-A third of what handing a request on costs would be that client: it looks at cookies, redirects,
-schemes of authentication and events that nothing here has. A request goes out as one packet, its
-head and its body together.
+That client looks at cookies, redirects, schemes of authentication and events that nothing here has:
+1.3 ms a request where this took 0.8 (bench/serving.py's stub, one core). A request goes out as one
+packet, its head and its body together.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from thrifty.core import quantities
 
 if TYPE_CHECKING:
-    from thrifty.key_budgets import KeyBudgets
+    from thrifty.serving.key_budgets import KeyBudgets
 
 RENEW_SECONDS = 300.0
 """Between two times that the ledger is brought up to date."""
@@ -128,12 +128,12 @@ def serve(options: argparse.Namespace) -> None:
 async def _serve(options: argparse.Namespace) -> None:
     import uvicorn
 
-    from thrifty import bounded_connections, display
-    from thrifty import serve_setup as setup
-    from thrifty.key_budgets import key_budgets
-    from thrifty.serve_metrics import ServeMetrics
-    from thrifty.serving import Serving, app_of
-    from thrifty.upstream import UpstreamClient
+    from thrifty import display
+    from thrifty.serving import bounded_connections, setup
+    from thrifty.serving.app import Serving, app_of
+    from thrifty.serving.key_budgets import key_budgets
+    from thrifty.serving.metrics import ServeMetrics
+    from thrifty.serving.upstream import UpstreamClient
 
     upstreams = setup.upstreams(options)
     clients = setup.clients(options)

@@ -15,15 +15,15 @@ import pytest
 import uvicorn
 
 from tests.backends.stub_server import Reply, Script, StubServer
-from thrifty import bounded_connections
 from thrifty.backends.usage import Tariff
-from thrifty.front_door import LOOPBACK
-from thrifty.key_budgets import Client, KeyBudgets, KeyLimits, key_budgets
-from thrifty.policy_answer import Improver
-from thrifty.request_limits import RequestLimits
-from thrifty.serve_metrics import ServeMetrics
-from thrifty.serving import Serving, app_of
-from thrifty.upstream import Upstream, UpstreamClient
+from thrifty.serving import bounded_connections
+from thrifty.serving.app import Serving, app_of
+from thrifty.serving.front_door import LOOPBACK
+from thrifty.serving.key_budgets import Client, KeyBudgets, KeyLimits, key_budgets
+from thrifty.serving.metrics import ServeMetrics
+from thrifty.serving.policy_answer import Improver
+from thrifty.serving.request_limits import RequestLimits
+from thrifty.serving.upstream import Upstream, UpstreamClient
 
 KEY = "a key that nobody guesses"
 WELL = (Reply(),)

@@ -13,8 +13,8 @@ import pytest
 
 from tests.backends.stub_server import Reply
 from tests.serving.conftest import KEY, proxied
-from thrifty.key_budgets import KeyLimits
-from thrifty.request_limits import RequestLimits
+from thrifty.serving.key_budgets import KeyLimits
+from thrifty.serving.request_limits import RequestLimits
 
 MIB = 2**20
 
@@ -88,7 +88,7 @@ def test_a_body_of_100_mb_is_refused_and_not_held(proxy, told):
 
 
 def test_a_body_that_comes_too_slowly(proxy, monkeypatch):
-    monkeypatch.setattr("thrifty.front_door.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("thrifty.serving.front_door.BODY_SECONDS", 0.2)
     head = head_of("POST /v1/completions", "content-length: 9", f"authorization: Bearer {KEY}")
     got = raw(proxy, head + b'{"a"')
     assert got.startswith(b"HTTP/1.1 408")
@@ -224,7 +224,7 @@ def test_connections_past_the_limit_are_closed(ledger):
 
 
 def test_a_connection_that_asks_for_nothing_is_closed(ledger, monkeypatch):
-    monkeypatch.setattr("thrifty.bounded_connections.HEAD_SECONDS", 0.2)
+    monkeypatch.setattr("thrifty.serving.bounded_connections.HEAD_SECONDS", 0.2)
     with proxied(ledger) as proxy:
         began = time.monotonic()
         assert raw(proxy, b"GET /hea") == b""
@@ -242,7 +242,7 @@ def test_faults_of_our_own_are_told_as_such_and_tell_nothing(ledger, monkeypatch
     def broken(*_: object) -> None:
         raise RuntimeError(f"with {KEY} in it")
 
-    monkeypatch.setattr("thrifty.serving.read_request", broken)
+    monkeypatch.setattr("thrifty.serving.app.read_request", broken)
     with proxied(ledger) as proxy:
         response = proxy.ask()
         assert response.status_code == 500

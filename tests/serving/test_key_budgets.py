@@ -13,8 +13,8 @@ import pytest
 from tests.backends.stub_server import Received, Reply
 from tests.serving.conftest import KEY, PRICES, proxied
 from thrifty.core.ledger import Ledger
-from thrifty.key_budgets import Client, KeyLimits, key_budgets, read_keys
-from thrifty.upstream import Upstream
+from thrifty.serving.key_budgets import Client, KeyLimits, key_budgets, read_keys
+from thrifty.serving.upstream import Upstream
 
 SECRET = "secret-0123456789abcdef"
 DIGEST = hashlib.sha256(KEY.encode()).hexdigest()

@@ -6,7 +6,7 @@ import re
 
 from tests.backends.stub_server import Reply
 from tests.serving.conftest import proxied
-from thrifty.key_budgets import KeyLimits
+from thrifty.serving.key_budgets import KeyLimits
 
 _LINE = re.compile(r'([a-z_]+)(?:\{([a-z]+="[^"\\\n]*"(?:,[a-z]+="[^"\\\n]*")*)\})? (\S+)')
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.backends.stub_server import Reply
 from tests.serving.conftest import KEY, proxied
-from thrifty.key_budgets import KeyLimits
+from thrifty.serving.key_budgets import KeyLimits
 
 ASKED = {"model": "m", "messages": [{"role": "user", "content": "6 x 7?"}]}
 

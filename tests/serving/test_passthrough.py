@@ -14,8 +14,8 @@ from thrifty.backends.secret import Secret
 from thrifty.backends.usage import Tariff
 from thrifty.core.ledger import Ledger
 from thrifty.costs.shape import ModelShape
-from thrifty.key_budgets import KeyLimits
-from thrifty.upstream import Upstream
+from thrifty.serving.key_budgets import KeyLimits
+from thrifty.serving.upstream import Upstream
 
 ROOM = KeyLimits(tokens=100_000, dollars=1.0)
 UPPER = 600
@@ -269,7 +269,7 @@ def test_a_stream_without_an_end(ledger, sent):
 
 
 def test_an_event_without_end_is_cut_off(ledger, monkeypatch):
-    monkeypatch.setattr("thrifty.event_stream.MAX_EVENT_BYTES", 1 << 20)
+    monkeypatch.setattr("thrifty.serving.event_stream.MAX_EVENT_BYTES", 1 << 20)
     with proxied(ledger, [Reply(body="x" * 65536, repeat=640)], budget=ROOM) as proxy:
         response = proxy.ask(stream=True)
         assert "an event of more than" in response.text

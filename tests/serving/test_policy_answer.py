@@ -22,9 +22,9 @@ from thrifty.core.contracts import AnswerForm
 from thrifty.core.ledger import Ledger
 from thrifty.decoding.adaptive_consistency import AdaptiveConsistency
 from thrifty.decoding.fixed import Fixed
-from thrifty.key_budgets import KeyLimits
-from thrifty.policy_answer import Improver
-from thrifty.serve_metrics import ServeMetrics
+from thrifty.serving.key_budgets import KeyLimits
+from thrifty.serving.metrics import ServeMetrics
+from thrifty.serving.policy_answer import Improver
 
 
 @dataclass(frozen=True, kw_only=True)

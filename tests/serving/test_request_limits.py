@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tests.backends.stub_server import Reply
 from tests.serving.conftest import KEY, proxied
-from thrifty.request_limits import RequestLimits, read_request
-from thrifty.serve_errors import Refused
+from thrifty.serving.errors import Refused
+from thrifty.serving.request_limits import RequestLimits, read_request
 
 LIMITS = RequestLimits(max_tokens=100)
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}

@@ -216,7 +216,7 @@ def test_the_command_line_loads_no_server():
 
 def test_answers_do_not_wait_for_acknowledgements():
     """asyncio turns Nagle's algorithm off for sockets that name their protocol alone."""
-    from thrifty.serve_setup import listening_socket
+    from thrifty.serving.setup import listening_socket
 
     with listening_socket("127.0.0.1", 0) as listening:
         assert listening.proto == socket.IPPROTO_TCP
@@ -229,7 +229,7 @@ def test_help_names_every_option(capsys):
 
 
 def test_a_ledger_is_made_where_it_is_named(tmp_path: Path):
-    from thrifty.serve_setup import ledger_file
+    from thrifty.serving.setup import ledger_file
 
     assert ledger_file(str(tmp_path)) == tmp_path / "ledger.sqlite"
     assert ledger_file("a/b.sqlite") == Path("a/b.sqlite")

@@ -16,7 +16,7 @@ import uvicorn
 
 from tests.backends.stub_server import StubServer
 from tests.serving.conftest import proxied
-from thrifty.upstream import Upstream
+from thrifty.serving.upstream import Upstream
 
 
 async def _app(scope, receive, send) -> None:

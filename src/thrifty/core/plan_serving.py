@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from thrifty.core.plan import Plan
 
 MOST_SAMPLES = 256
-"""Of a question: what a vote gains is worked out so far (``scaling/vote_accuracy.py``)."""
+"""Of a question: the tables of ``scaling/vote_gain.py`` reach so far."""
 
 
 @dataclass(frozen=True, kw_only=True)

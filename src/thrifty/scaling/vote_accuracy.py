@@ -29,9 +29,6 @@ from thrifty.scaling.vote_gain import Rightness, gains
 
 Floats = NDArray[np.float64]
 
-MOST_SAMPLES = 256
-"""Of a question: as far as the tables of ``vote_gain`` reach from so many drawn."""
-
 
 def vote_sizes(most: int) -> tuple[int, ...]:
     """Samples that a curve is worked out for, up to ``most``, a quarter more each time."""

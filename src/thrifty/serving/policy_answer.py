@@ -22,13 +22,13 @@ from thrifty.core.contracts import AnswerForm, DecodingPolicy
 from thrifty.core.resolve import name_of
 from thrifty.core.sampling import Asked, Draw, Means, Offer, Outcome, Sample
 from thrifty.drawing import Drawing
-from thrifty.event_stream import DONE, event_of
-from thrifty.key_budgets import Account
 from thrifty.prompts import Prompt
-from thrifty.request_limits import Wanted
-from thrifty.serve_errors import Refused
-from thrifty.serve_metrics import ServeMetrics
-from thrifty.told import Told
+from thrifty.serving.errors import Refused
+from thrifty.serving.event_stream import DONE, event_of
+from thrifty.serving.key_budgets import Account
+from thrifty.serving.metrics import ServeMetrics
+from thrifty.serving.request_limits import Wanted
+from thrifty.serving.told import Told
 
 _PIECE = 64
 """Characters of an event of a streamed answer."""

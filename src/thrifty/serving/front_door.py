@@ -17,10 +17,10 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from thrifty.event_stream import event_of
-from thrifty.request_limits import RequestLimits, too_large
-from thrifty.serve_errors import Refused
-from thrifty.serve_metrics import ServeMetrics
+from thrifty.serving.errors import Refused
+from thrifty.serving.event_stream import event_of
+from thrifty.serving.metrics import ServeMetrics
+from thrifty.serving.request_limits import RequestLimits, too_large
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
-from thrifty.key_budgets import Account
+from thrifty.serving.key_budgets import Account
 
 _BOUNDS = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 _RESOURCES = ("tokens", "dollars", "flops")

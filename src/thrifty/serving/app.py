@@ -21,8 +21,9 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from thrifty.backends.payload import Kind
-from thrifty.event_stream import KEEP_ALIVE, event_of
-from thrifty.front_door import (
+from thrifty.serving.errors import Refused
+from thrifty.serving.event_stream import KEEP_ALIVE, event_of
+from thrifty.serving.front_door import (
     Answering,
     App,
     FrontDoor,
@@ -36,14 +37,13 @@ from thrifty.front_door import (
     send_json,
     while_connected,
 )
-from thrifty.key_budgets import Account, KeyBudgets
-from thrifty.passthrough import Passthrough
-from thrifty.policy_answer import Improver, in_events
-from thrifty.request_limits import RequestLimits, Wanted, read_request
-from thrifty.serve_errors import Refused
-from thrifty.serve_metrics import ServeMetrics
-from thrifty.told import left_headers
-from thrifty.upstream import UpstreamClient, UpstreamFailed
+from thrifty.serving.key_budgets import Account, KeyBudgets
+from thrifty.serving.metrics import ServeMetrics
+from thrifty.serving.passthrough import Passthrough
+from thrifty.serving.policy_answer import Improver, in_events
+from thrifty.serving.request_limits import RequestLimits, Wanted, read_request
+from thrifty.serving.told import left_headers
+from thrifty.serving.upstream import UpstreamClient, UpstreamFailed
 
 ANY_MODEL = "thrifty"
 """The name of whichever model the policy asks."""

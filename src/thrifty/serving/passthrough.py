@@ -14,13 +14,21 @@ from typing import Any, Self
 from thrifty.backends.payload import PATHS
 from thrifty.backends.usage import Usage, believed
 from thrifty.core.budget import Cost
-from thrifty.event_stream import DONE, EventCutter, TooLong, data_of, event_of, is_done, matters
-from thrifty.key_budgets import Account
-from thrifty.request_limits import Wanted, written
-from thrifty.serve_errors import Refused
-from thrifty.serve_metrics import ServeMetrics
-from thrifty.told import Told
-from thrifty.upstream import Exchange, Upstream, UpstreamClient, UpstreamFailed
+from thrifty.serving.errors import Refused
+from thrifty.serving.event_stream import (
+    DONE,
+    EventCutter,
+    TooLong,
+    data_of,
+    event_of,
+    is_done,
+    matters,
+)
+from thrifty.serving.key_budgets import Account
+from thrifty.serving.metrics import ServeMetrics
+from thrifty.serving.request_limits import Wanted, written
+from thrifty.serving.told import Told
+from thrifty.serving.upstream import Exchange, Upstream, UpstreamClient, UpstreamFailed
 
 
 class Charge:

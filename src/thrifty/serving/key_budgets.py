@@ -32,7 +32,7 @@ from thrifty.core.ledger import BudgetExceeded, Ledger
 from thrifty.core.purse import Hold, Purse
 from thrifty.core.quantities import FORMATS, Dollars, Flops, Tokens
 from thrifty.run_folder import locked
-from thrifty.serve_errors import Refused
+from thrifty.serving.errors import Refused
 
 _DIGEST = re.compile(r"sha256:([0-9a-fA-F]{64})\Z")
 _LEAST_CHARACTERS = 16

@@ -21,9 +21,9 @@ from thrifty.backends.refusals import refusal
 from thrifty.backends.secret import Secret
 from thrifty.backends.usage import Tariff, Usage
 from thrifty.core.budget import Cost
-from thrifty.request_limits import Wanted
-from thrifty.serve_errors import Refused
-from thrifty.upstream_pool import upstream_pool
+from thrifty.serving.errors import Refused
+from thrifty.serving.request_limits import Wanted
+from thrifty.serving.upstream_pool import upstream_pool
 
 _CONNECT_SECONDS = 10.0
 _MAX_ANSWER_BYTES = 64 * 2**20

@@ -21,7 +21,7 @@ from thrifty.backends.usage import Usage
 from thrifty.core.quantities import format_bytes, show
 from thrifty.data.faults import Fault
 from thrifty.data.json_text import parse
-from thrifty.serve_errors import Refused
+from thrifty.serving.errors import Refused
 
 TEMPLATE_TOKENS = 512
 """That a chat template puts before the first message: some write a system prompt of their own."""

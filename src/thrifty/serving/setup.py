@@ -19,14 +19,14 @@ from thrifty.core.quantities import format_tokens, show
 from thrifty.core.resolve import name_of, resolve
 from thrifty.costs.shape import read_shape
 from thrifty.display import say
-from thrifty.front_door import LOOPBACK
-from thrifty.key_budgets import Client, KeyBudgets, KeyLimits, read_keys
 from thrifty.policies import answer_form_named, choose_policy, policy_named
-from thrifty.policy_answer import Improver
 from thrifty.recordings import read_outcomes
-from thrifty.request_limits import RequestLimits
-from thrifty.serve_metrics import ServeMetrics
-from thrifty.upstream import Upstream
+from thrifty.serving.front_door import LOOPBACK
+from thrifty.serving.key_budgets import Client, KeyBudgets, KeyLimits, read_keys
+from thrifty.serving.metrics import ServeMetrics
+from thrifty.serving.policy_answer import Improver
+from thrifty.serving.request_limits import RequestLimits
+from thrifty.serving.upstream import Upstream
 
 _NONE = "-"
 

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible proxy that answers within a budget for every key (docs/serving.md)."""

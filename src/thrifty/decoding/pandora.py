@@ -28,6 +28,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import mul
 from statistics import fmean
 from typing import ClassVar
 
@@ -170,8 +171,13 @@ def scale_of(past: Sequence[Asked]) -> Scale | None:
 
 
 def _variance(rewards: Sequence[float]) -> float:
-    centre = fmean(rewards)
-    return sum((each - centre) * (each - centre) for each in rewards) / (len(rewards) - 1)
+    return _squares(rewards, fmean(rewards)) / (len(rewards) - 1)
+
+
+def _squares(rewards: Sequence[float], centre: float) -> float:
+    """Of what lies between them and ``centre``, summed."""
+    apart = [each - centre for each in rewards]
+    return sum(map(mul, apart, apart))
 
 
 def _inverse_trigamma(value: float) -> float:
@@ -189,7 +195,7 @@ def expected_gain(rewards: Sequence[float], scale: Scale | None, optimism: float
     """E[(X - best)+] of one more reward; infinite where too little is known."""
     n, centre = len(rewards), fmean(rewards)
     freedom = n - 1.0
-    squares = _variance(rewards) * freedom if n > 1 else 0.0
+    squares = _squares(rewards, centre)
     if scale is not None:
         freedom += scale.weight
         squares += scale.weight * scale.variance

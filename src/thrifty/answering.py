@@ -87,6 +87,10 @@ class Answer:
     """In the run's resource."""
     tokens: float
     """Generated."""
+    flops: float = 0.0
+    """Of the samples that came; 0 where the model's shape is not known."""
+    dollars: float | None = None
+    """Of the samples that came; None: unknown."""
     gold: str | None = None
     correct: bool | None = None
 
@@ -246,7 +250,7 @@ class Answering:
 
     async def run(self, on_answer: Callable[[Answer, int], None] | None) -> tuple[Answer, ...]:
         """Every question's answer. Raises NobodyAnswers."""
-        finished, told = self._drawing.finished, 0
+        told = 0
         tasks: set[asyncio.Task[None]] = set()
         try:
             while True:
@@ -255,7 +259,7 @@ class Answering:
                 for id in self._drawing.newly_finished():
                     told += 1
                     if on_answer is not None:
-                        on_answer(self._questions.answer(id, finished[id]), told)
+                        on_answer(self._answer(id), told)
                 if not tasks:
                     break
                 left = self._purse.remaining("seconds")
@@ -273,7 +277,12 @@ class Answering:
         finally:
             await _cancel(tasks)
             self._reader.shutdown(wait=False)
-        return tuple(self._questions.answer(id, finished[id]) for id in self._questions.prompts)
+        return tuple(self._answer(id) for id in self._questions.prompts)
+
+    def _answer(self, id: str) -> Answer:
+        took = self._record.took(id)
+        answer = self._questions.answer(id, self._drawing.finished[id])
+        return replace(answer, flops=took.flops, dollars=took.dollars)
 
     async def _draw(self, asked: Asked, draw: Draw) -> None:
         """Ask, and hand the policy what came. However it ends, its question is under way no more
@@ -298,7 +307,7 @@ class Answering:
                 took, failed = self._amount(cost, 0), 1
                 self._note(failure)
             finally:
-                self._record.add(asked, samples)
+                self._record.add(asked, samples, cost)
                 await self._settle(hold, cost)
         finally:
             if samples:
@@ -335,7 +344,11 @@ class Answering:
         of the user's own need not stand being called twice at once."""
         loop = asyncio.get_running_loop()
         work = partial(self._samples, asked, draw, answered, took)
-        return await loop.run_in_executor(self._reader, work)
+        try:
+            return await loop.run_in_executor(self._reader, work)
+        except asyncio.CancelledError:  # it is paid for: kept for whoever goes on
+            self._record.add(asked, work(), answered.cost)
+            raise
 
     async def _settle(self, hold: Hold, cost: Cost) -> None:
         hold.settle(cost)

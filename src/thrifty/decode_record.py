@@ -10,11 +10,12 @@ FOLDER/ledger.sqlite   what was spent
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from thrifty.core.budget import Cost
 from thrifty.core.durable import write_atomically
 from thrifty.core.sampling import Asked, Sample
 
@@ -27,6 +28,7 @@ class Record:
         folder.mkdir(parents=True, exist_ok=True)
         self._check(asked)
         self._stream: BinaryIO | None = None
+        self._took: dict[str, Cost] = {}
 
     @property
     def samples_file(self) -> Path:
@@ -48,14 +50,25 @@ class Record:
         number = 0
         for line in data[:whole].splitlines():
             row = json.loads(line)
-            questions[row.pop("id")].add(Sample(**row))
+            id = row.pop("id")
+            self._took[id] = self.took(id) + Cost(**row.pop("took"))
+            questions[id].add(Sample(**row))
             number += 1
         return number
 
-    def add(self, asked: Asked, samples: Iterable[Sample]) -> None:
-        """Append what came. Handed to the system at once: it outlives the process. What failed is
-        not kept: another run has another chance."""
-        lines = [{"id": asked.id, **asdict(sample)} for sample in samples]
+    def took(self, id: str) -> Cost:
+        """What the samples of a question took, all that came of it."""
+        return self._took.get(id, Cost())
+
+    def add(self, asked: Asked, samples: Sequence[Sample], took: Cost) -> None:
+        """Append what came, and ``took`` with it. Handed to the system at once: it outlives the
+        process. What failed is not kept: another run has another chance."""
+        if not samples:
+            return
+        self._took[asked.id] = self.took(asked.id) + took
+        share = took * (1 / len(samples))
+        each = {"flops": share.flops, "tokens": share.tokens, "dollars": share.dollars}
+        lines = [{"id": asked.id, **asdict(sample), "took": each} for sample in samples]
         if self._stream is None:
             self._stream = self.samples_file.open("ab")
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

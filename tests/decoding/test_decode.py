@@ -195,6 +195,8 @@ def test_dollars_are_counted_where_their_price_is_known() -> None:
     decoded = decode(PROMPTS, backends=[backend], answer="number", budget=Budget(dollars=0.5))
     assert decoded.resource == "dollars"
     assert decoded.spent.dollars == pytest.approx(0.001 * backend.tokens)
+    told = sum(answer.dollars or 0.0 for answer in decoded.answers)
+    assert told == pytest.approx(decoded.spent.dollars)
 
 
 def test_time_ends_it_and_what_was_under_way_counts_at_its_most(tmp_path: Path) -> None:
@@ -221,6 +223,24 @@ def test_within_a_running_loop() -> None:
         return decoded.accuracy
 
     assert asyncio.run(inside()) == 1.0
+
+
+def test_what_came_is_kept_though_it_ends_while_it_is_read(tmp_path: Path) -> None:
+    """Both questions are being scored, one after the other, as the time runs out."""
+
+    def slowly(prompt: str, text: str) -> float:
+        time.sleep(0.5)
+        return 1.0
+
+    options = {"answer": None, "policy": {"best_of": {"samples": 1}}, "folder": tmp_path}
+    backend = Scripted(always_right)
+    budget = Budget(seconds=0.2)
+    first = decode(PROMPTS[:2], backends=[backend], reward=slowly, budget=budget, **options)
+    assert backend.tokens == first.spent.tokens == 2 * PER_SAMPLE
+    again = Scripted(always_right)
+    second = decode(PROMPTS[:2], backends=[again], reward=slowly, budget=Budget(), **options)
+    assert not again.asked
+    assert [answer.samples for answer in second.answers] == [1, 1]
 
 
 def test_rewards_choose_among_open_texts() -> None:

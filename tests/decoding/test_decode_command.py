@@ -83,7 +83,7 @@ def test_the_same_command_goes_on(
         assert main(asked(prompts, server, folder, "--concurrency", "2")) == 5
     assert "the same command then goes on" in capsys.readouterr().err
     kept = (folder / "samples.jsonl").read_bytes().count(b"\n")
-    assert kept == 5
+    assert 4 <= kept <= 5  # one may have been under way
     with StubServer(right) as server:
         assert main(asked(prompts, server, folder, "--json")) == 0
         facts = json.loads(capsys.readouterr().out)

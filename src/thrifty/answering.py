@@ -217,6 +217,7 @@ class Answering:
         self._record, self._purse = record, purse
         self._failed_in_a_row = 0
         self._broken: NobodyAnswers | None = None
+        self._on_samples: Callable[[int], None] | None = None
         self._num_holds = 0
         self._settled = asyncio.Condition()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="thrifty-read")
@@ -248,8 +249,13 @@ class Answering:
             means = replace(means, learnt=self._policy.fit(fit_on, means))
         self._drawing = Drawing(self._policy, asked, means, spent)
 
-    async def run(self, on_answer: Callable[[Answer, int], None] | None) -> tuple[Answer, ...]:
+    async def run(
+        self,
+        on_answer: Callable[[Answer, int], None] | None = None,
+        on_samples: Callable[[int], None] | None = None,
+    ) -> tuple[Answer, ...]:
         """Every question's answer. Raises NobodyAnswers."""
+        self._on_samples = on_samples
         told = 0
         tasks: set[asyncio.Task[None]] = set()
         try:
@@ -312,6 +318,8 @@ class Answering:
         finally:
             if samples:
                 self._drawing.came_back(asked, samples, took)
+                if self._on_samples is not None:
+                    self._on_samples(len(samples))
             else:
                 self._drawing.failed(asked, failed, took)
                 if asked.failed >= MAX_FAILED:

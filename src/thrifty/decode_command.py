@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def answer(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     reward = _function(options.reward) if options.reward else None
     with ExitStack() as stack:
         ledger, folder, models = _place(options, stack)
-        backends = _backends(options, models)
+        backends, bar = _backends(options, models), _Bar(len(prompts))
         decoded = decode(
             prompts,
             backends=backends,
@@ -134,7 +135,8 @@ def answer(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             fit_on=fit_on,
             reward=reward,
             ledger=ledger,
-            on_answer=_Bar(len(prompts)).move,
+            on_answer=bar.answered,
+            on_samples=bar.drawn,
         )
     for backend in backends:
         for note in backend.notes:
@@ -269,31 +271,43 @@ def _function(text: str) -> Any:
 
 
 class _Bar:
-    """How many are answered: a bar on a terminal, else a line now and then."""
+    """How many samples came and how many questions are answered: a bar on a terminal, else a line
+    now and then."""
 
     def __init__(self, total: int) -> None:
         from thrifty.progress import Pace
 
         self._total = total
-        self._right = self._known = 0
-        self._samples = 0
+        self._finished = self._samples = self._right = self._known = 0
         self._pace = Pace()
+        self._next = 0.0
 
-    def move(self, answer: Any, finished: int) -> None:
-        from thrifty.display import say
-
-        self._samples += answer.samples
+    def answered(self, answer: Any, finished: int) -> None:
+        self._finished = finished
         if answer.correct is not None:
             self._known += 1
             self._right += answer.correct
-        line = f"{finished} of {self._total} answered, {self._samples / finished:.1f} samples each"
+        self._show()
+
+    def drawn(self, count: int) -> None:
+        self._samples += count
+        self._show()
+
+    def _show(self) -> None:
+        from thrifty.display import say
+
+        over = self._finished == self._total
+        line = f"{self._finished:,} of {self._total:,} answered, {self._samples:,} samples"
         if self._known:
             line += f", {self._right / self._known:.1%} right"
         if sys.stderr.isatty():
-            width = 24 * finished // self._total
-            end = "\n" if finished == self._total else ""
+            if not over and time.monotonic() < self._next:
+                return
+            self._next = time.monotonic() + 0.1
+            width = 24 * self._finished // self._total
+            end = "\n" if over else ""
             print(f"\r[{'#' * width:<24}] {line} ", end=end, file=sys.stderr, flush=True)
-        elif self._pace.due() or finished == self._total:
+        elif over or self._pace.due():
             say(f"  {line}")
 
 

@@ -33,6 +33,9 @@ from thrifty.policies import choose_policy
 from thrifty.prompts import Prompt, prompts_of
 from thrifty.run_folder import locked
 
+LIMITS = ("concurrency", "max_samples", "mean_samples", "price")
+"""Settings that may change when a decoding is gone on with."""
+
 T = TypeVar("T")
 
 
@@ -81,6 +84,7 @@ async def decode_async(
     reward: Callable[[str, str], float] | None = None,
     ledger: Ledger | None = None,
     on_answer: Callable[[Answer, int], None] | None = None,
+    on_samples: Callable[[int], None] | None = None,
 ) -> Decoded:
     """Answer ``prompts`` (texts, or mappings with ``prompt`` or ``messages``, ``id`` and ``gold``).
 
@@ -88,7 +92,8 @@ async def decode_async(
     text; None: texts are answers as they stand. ``fit_on``: outcomes with gold answers, for
     policies that learn. ``reward(prompt, text)``: higher is better. ``folder`` keeps what came;
     without it a kill loses it. ``ledger``: where it is charged; left out, one of its own in the
-    folder, with ``budget`` as its limits. ``on_answer(answer, finished)`` hears of each answer.
+    folder, with ``budget`` as its limits. ``on_answer(answer, finished)`` hears of each answer,
+    ``on_samples(count)`` of each draw that brought some.
 
     Raises ValueError where something cannot be as asked, and ``NobodyAnswers`` where the models
     keep failing.
@@ -115,7 +120,7 @@ async def decode_async(
             "models": [backend.model for backend in backends],
             "policy": spec_of(chosen),
             "answer": None if form is None else spec_of(form),
-            "settings": {k: v for k, v in asdict(settings).items() if k != "concurrency"},
+            "settings": {k: v for k, v in asdict(settings).items() if k not in LIMITS},
         }
         record = Record(place, identity)
         stack.callback(record.close)
@@ -127,7 +132,7 @@ async def decode_async(
         work = Answering(asked, backends, chosen, settings, record, purse)
         work.begin(fit_on)
         stage.decide("decode", name_of(chosen), why)
-        answers = await work.run(on_answer)
+        answers = await work.run(on_answer, on_samples)
         record.finish(asdict(each) for each in answers)
         record.finish_recording(asked.recording())
         purse.close()

@@ -94,6 +94,10 @@ class Record:
         before = json.loads(path.read_text(encoding="utf-8"))
         after = json.loads(text)
         changed = [key for key in after if before.get(key) != after[key]]
+        if "settings" in changed:
+            was, new = before["settings"], after["settings"]
+            changed.remove("settings")
+            changed += [key for key in new if was.get(key) != new[key]]
         if changed:
             raise ValueError(
                 f"{self.folder} answers something else: {', '.join(changed)} differ\n"

@@ -172,6 +172,18 @@ def test_a_folder_answers_one_thing(tmp_path: Path) -> None:
         decode(PROMPTS[:3], backends=[Scripted(always_right)], answer="number", folder=tmp_path)
 
 
+def test_a_larger_budget_goes_on_with_what_there_is(tmp_path: Path) -> None:
+    few, more = (Settings(mean_samples=mean) for mean in (1, 2))
+    options = {"answer": "number", "folder": tmp_path, "policy": {"fixed": {"samples": 3}}}
+    decode(PROMPTS, backends=[Scripted(torn_at_odd)], settings=few, **options)
+    backend = Scripted(torn_at_odd)
+    decoded = decode(PROMPTS, backends=[backend], settings=more, **options)
+    assert sum(backend.drawn.values()) == len(PROMPTS)
+    assert sum(answer.samples for answer in decoded.answers) == 2 * len(PROMPTS)
+    with pytest.raises(ValueError, match="temperature differ"):
+        decode(PROMPTS, backends=[backend], settings=Settings(temperature=1.0), **options)
+
+
 def test_what_was_drawn_can_be_replayed(tmp_path: Path) -> None:
     decoded = decode(PROMPTS, backends=[Scripted(right_at_odd)], answer="number", folder=tmp_path)
     outcomes = read_outcomes([tmp_path / "recording.jsonl"])

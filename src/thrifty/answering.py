@@ -14,7 +14,7 @@ from functools import partial
 from heapq import nlargest
 from typing import Any
 
-from thrifty.backends.backend import Answered, Asking, AskingFailed, Backend
+from thrifty.backends.backend import Answered, Asking, AskingFailed, Backend, Completion
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import AnswerForm, DecodingPolicy
 from thrifty.core.purse import Hold, Purse
@@ -118,7 +118,16 @@ class Questions:
         rows = [[p.id, p.content, p.gold] for p in self.prompts.values()]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
-    def sample(self, asked: Asked, model: str, draw: Draw, said: Any, cost: float) -> Sample:
+    def samples(self, asked: Asked, draw: Draw, answered: Answered, took: float) -> list[Sample]:
+        """What a draw brought, read; ``took`` of it in the run's resource. Equal answers of one
+        request find each other too. It may take seconds, and changes nothing."""
+        twin = asked.copy()
+        cost = took / len(answered.completions)
+        for said in answered.completions:
+            twin.add(self._sample(twin, draw, said, cost))
+        return twin.samples[len(asked.samples) :]
+
+    def _sample(self, asked: Asked, draw: Draw, said: Completion, cost: float) -> Sample:
         """Of a completion: the class of its answer, and its reward."""
         answer = reward = None
         if draw.purpose != "thought":
@@ -126,7 +135,7 @@ class Questions:
         if draw.purpose == "answer" and self._reward is not None:
             reward = float(self._reward(asked.prompt, said.text))
         return Sample(
-            model=model,
+            model=draw.model,
             answer=answer,
             cost=cost,
             reward=None if reward is None or math.isnan(reward) else reward,
@@ -351,7 +360,7 @@ class Answering:
         """On a thread, one at a time: reading and scoring a text may take seconds, and functions
         of the user's own need not stand being called twice at once."""
         loop = asyncio.get_running_loop()
-        work = partial(self._samples, asked, draw, answered, took)
+        work = partial(self._questions.samples, asked, draw, answered, took)
         try:
             return await loop.run_in_executor(self._reader, work)
         except asyncio.CancelledError:  # it is paid for: kept for whoever goes on
@@ -378,14 +387,6 @@ class Answering:
             seed=_seed(ours.seed, asked),
             settings=settings,
         )
-
-    def _samples(self, asked: Asked, draw: Draw, answered: Answered, took: float) -> list[Sample]:
-        """Equal answers of one request find each other too."""
-        twin = asked.copy()
-        cost = took / len(answered.completions)
-        for said in answered.completions:
-            twin.add(self._questions.sample(twin, draw.model, draw, said, cost))
-        return twin.samples[len(asked.samples) :]
 
     def _note(self, failure: AskingFailed) -> None:
         """End the run where more of the same would fail alike."""

@@ -7,11 +7,14 @@ cannot be told, is handed on as it is instead, with the reason.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 from thrifty.answering import Answer, Questions
@@ -30,6 +33,8 @@ from thrifty.serving.metrics import ServeMetrics
 from thrifty.serving.request_limits import Wanted
 from thrifty.serving.told import Told
 
+_READERS = 8
+"""Texts that are read at a time; one where a function of the user's scores them."""
 _PIECE = 64
 """Characters of an event of a streamed answer."""
 _OWN = RESERVED | {"temperature", "top_p", "stop", "seed", "user", "store", "metadata"}
@@ -72,6 +77,10 @@ class Improver:
     @property
     def name(self) -> str:
         return name_of(self.policy)
+
+    @cached_property
+    def readers(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_READERS if self.reward is None else 1, "thrifty-read")
 
     def why_not(self, wanted: Wanted) -> str | None:
         """Why a request is handed on as it is; None where it is not."""
@@ -187,7 +196,8 @@ class _Question:
             self._improver.metrics.samples += draw.count
             answered = await backend.ask(asking)
             cost = answered.cost
-            self._came_back(drawing, draw, answered)
+            samples = await self._read(draw, answered)
+            self._came_back(drawing, answered, samples)
         except AskingFailed as failed:
             self._improver.metrics.failures += 1
             cost = failed.cost
@@ -199,17 +209,19 @@ class _Question:
             self._cost += replace(cost, seconds=0.0, joules=None)
             hold.settle(replace(cost, seconds=0.0))
 
-    def _came_back(self, drawing: Drawing, draw: Draw, answered: Answered) -> None:
-        improver, number = self._improver, len(answered.completions)
-        each = self._of(answered.cost) / number
+    async def _read(self, draw: Draw, answered: Answered) -> list[Sample]:
+        """On a thread: others are answered meanwhile."""
+        took = self._of(answered.cost)
+        work = partial(self._questions.samples, self._asked, draw, answered, took)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._improver.readers, work)
+
+    def _came_back(self, drawing: Drawing, answered: Answered, samples: Sequence[Sample]) -> None:
+        improver = self._improver
         self._measured &= answered.trusted
         improver.metrics.untrusted += not answered.trusted
         self._generated += sum(completion.tokens for completion in answered.completions)
-        twin = self._asked.copy()  # equal answers of one request find each other too
-        for said in answered.completions:
-            twin.add(self._questions.sample(twin, draw.model, draw, said, each))
-        samples = twin.samples[-number:]
-        improver.note(draw.model, self._of(answered.cost), number)
+        improver.note(samples[0].model, self._of(answered.cost), len(samples))
         drawing.came_back(self._asked, samples, self._of(answered.cost))
 
     def _of(self, cost: Cost) -> float:

@@ -35,6 +35,10 @@ SAID = [" five five."] * 4 + [" red red.", " sky sky.", " wet wet.", " sum sum."
 BUDGET = Budget(flops=2e10)
 
 
+pytestmark = pytest.mark.xdist_group("joint_stop_runs")
+"""Of two real runs, which take ten seconds to make: on one worker."""
+
+
 @pytest.fixture(scope="module")
 def torn(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("torn")

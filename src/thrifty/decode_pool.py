@@ -20,7 +20,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from thrifty.answering import Answer, Answering, Questions, Settings
+from thrifty.answering import Answering, Settings
+from thrifty.asked_questions import Answer, Questions
 from thrifty.backends.backend import Backend
 from thrifty.core.budget import Budget, Cost, Rates
 from thrifty.core.contracts import AnswerForm, DecodingPolicy

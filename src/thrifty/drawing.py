@@ -62,15 +62,7 @@ class Drawing:
         self._learn_at = 0.0
         self._ended = ""
         self._news: list[str] = []
-        policy.check(self.means)
-
-    @property
-    def means(self) -> Means:
-        return self._means
-
-    @property
-    def num_under_way(self) -> int:
-        return len(self._under_way)
+        policy.check(means)
 
     def next(self, most: int) -> list[tuple[Asked, Draw]]:
         """The draws to begin now, so that at most ``most`` questions are under way. Empty where

@@ -80,7 +80,7 @@ def test_at_most_so_many_are_under_way() -> None:
     assert drawing.next(2) == []
     drawing.came_back(first[0][0], [sample()], 1.0)
     assert [asked.id for asked, _ in drawing.next(2)] == ["2-1"]
-    assert drawing.num_under_way == 2
+    assert drawing.next(2) == []
 
 
 def test_a_limit_waits_for_what_is_under_way_to_cost_less() -> None:

@@ -63,8 +63,7 @@ class Marginal(DecodingPolicy):
         return action
 
     def decide_all(self, questions: Sequence[Asked], means: Means) -> list[Action]:
-        prior = _prior(means.past, tuple(means.learnt.get("spread", ())))
-        rightness = Rightness(means.learnt.get("sharpness", 1.0), means.learnt.get("none"))
+        prior, rightness = _beliefs(means)
         return [self._decide(asked, means, prior, rightness) for asked in questions]
 
     def _decide(
@@ -97,9 +96,7 @@ class Marginal(DecodingPolicy):
         return 1 / (self.samples_worth * cost) if cost > 0 else 0.0
 
     def close(self, asked: Asked, means: Means, reason: str) -> Finish:
-        prior = _prior(means.past, tuple(means.learnt.get("spread", ())))
-        rightness = Rightness(means.learnt.get("sharpness", 1.0), means.learnt.get("none"))
-        return self._finish(asked, reason, prior, rightness)
+        return self._finish(asked, reason, *_beliefs(means))
 
     def _finish(
         self, asked: Asked, reason: str, prior: AnswerPrior, rightness: Rightness
@@ -114,6 +111,13 @@ class Marginal(DecodingPolicy):
         if hopeless:
             reason = f"given up, no answer is likely: {reason}"
         return Finish(answer=asked.leader(), confidence=chance, reason=reason, given_up=hopeless)
+
+
+def _beliefs(means: Means) -> tuple[AnswerPrior, Rightness]:
+    """How answers spread, and how often a vote is right."""
+    learnt = means.learnt
+    prior = _prior(tuple(means.past), tuple(learnt.get("spread", ())))
+    return prior, Rightness(learnt.get("sharpness", 1.0), learnt.get("none"))
 
 
 @lru_cache(maxsize=16)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
-from thrifty.answering import Answer, Questions
+from thrifty.asked_questions import Answer, Questions
 from thrifty.backends.backend import Answered, Asking, AskingFailed, Backend
 from thrifty.backends.payload import RESERVED
 from thrifty.core.budget import Cost

@@ -255,7 +255,7 @@ def test_another_base_model_is_refused(tiny_model, tiny_data, tmp_path, monkeypa
     from safetensors.torch import save_file
 
     save_file(state, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="have changed since this run began"):
+    with pytest.raises(ValueError, match="has changed since the plan"):
         finish(folder)
 
 
@@ -370,22 +370,6 @@ def test_a_gradient_that_is_not_finite_stops_and_the_last_checkpoint_stays(
     assert all(torch.isfinite(w).all() for w in weights(folder / "model").values())
 
 
-def test_a_reporter_that_raises_does_not_stop_training(tiny_model, tiny_data, tmp_path):
-    from transformers import TrainerCallback
-
-    from thrifty.reporters import Fenced
-
-    class Broken(TrainerCallback):
-        def on_log(self, *args, **kwargs):
-            raise ConnectionError("no network")
-
-    said: list[str] = []
-    fenced = Fenced(Broken(), said.append)
-    assert fenced.on_log(None, None, None) is None
-    assert fenced.on_log(None, None, None) is None
-    assert said == ["reporting degraded: Broken raised ConnectionError('no network')"]
-
-
 def test_what_is_measured_reaches_a_reporter(tiny_model, tiny_data, tmp_path):
     """TensorBoard's files stand for all: the Trainer brings the reporters, thrifty the numbers."""
     pytest.importorskip("tensorboardX")
@@ -475,7 +459,8 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_same_command_goes_on(
     newest, torn = checkpoints.newest_whole(folder / "checkpoints")
     assert newest is not None
     assert newest.step == 10
-    assert torn == ["checkpoint-20 was never committed"]
+    assert not torn
+    assert not (folder / "checkpoints" / "checkpoint-20").exists()  # it only filled the disk
     assert main(["run", str(folder)]) == 0
     assert ledger(folder).spent().flops <= ledger(folder).budget.flops
 

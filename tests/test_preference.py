@@ -152,6 +152,7 @@ def test_pairs_of_like_lengths_come_together_each_once_an_epoch(tiny_model, data
     in_order = lengths[random_order[0][:119]].reshape(-1, 7)
     waste = [1 - each.sum() / (each.max(1).sum() * 7) for each in (batches, in_order)]
     assert waste[0] < 0.05 < 0.2 < waste[1]
+    assert batches[0].max() == lengths[random_order[0][:119]].max()  # what does not fit shows first
     assert dataset().row(200) == rows[200]  # a resumed run asks for it first
     exact = PairedDataset(found, 7, num_items=7, order=lambda epoch: range(120), exact=True)
     assert sorted(exact.row(item) for item in range(7)) == list(range(7))

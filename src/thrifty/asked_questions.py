@@ -38,9 +38,12 @@ class Answer:
     tokens: float
     """Generated."""
     flops: float = 0.0
-    """Of the samples that came; 0 where the model's shape is not known."""
+    """Of the samples that came, and of scoring them; of a model whose shape is not known nothing.
+    """
     dollars: float | None = None
     """Of the samples that came; None: unknown."""
+    reward: float | None = None
+    """Of the text that was chosen; None: nobody scored it."""
     gold: str | None = None
     correct: bool | None = None
 
@@ -79,7 +82,7 @@ class Questions:
 
     def _sample(self, asked: Asked, draw: Draw, said: Completion, cost: float) -> Sample:
         """Of a completion: the class of its answer, and its reward."""
-        answer = reward = None
+        answer, reward = None, said.reward
         if draw.purpose != "thought":
             answer = self._class(asked, said.text)
         if draw.purpose == "answer" and self._reward is not None:
@@ -99,7 +102,9 @@ class Questions:
     def answer(self, id: str, finish: Finish) -> Answer:
         asked, gold = self.asked[id], self.prompts[id].gold
         said = asked.answers()
-        text = finish.text or next((s.text for s in said if s.answer == finish.answer), "")
+        same = [sample for sample in said if sample.answer == finish.answer]
+        text = finish.text or next((sample.text for sample in same), "")
+        rewards = [s.reward for s in same if s.text == text and s.reward is not None]
         return Answer(
             id=id,
             answer=finish.answer,
@@ -113,6 +118,7 @@ class Questions:
             models=dict(Counter(sample.model for sample in asked.samples)),
             cost=sum(sample.cost for sample in asked.samples),
             tokens=sum(sample.tokens for sample in asked.samples),
+            reward=max(rewards, default=None),
             gold=gold,
             correct=None if gold is None else self._right(finish.answer, gold),
         )

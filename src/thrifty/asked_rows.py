@@ -5,9 +5,10 @@ read, checked and tokenised once, before the budget's clock starts.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,8 @@ DEFAULT_MAX_LENGTH = 2048
 HELD_OUT_ROWS = 256
 """Dev rows taken from the pool where there is no target."""
 POOL_AS_TARGET = "pool"
+MOST_TOLD = 20
+"""Bad rows that an error names."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,45 @@ def read_asked(
     for note in notes.of_rows(asked.targets, num_dev):
         say(note)
     return Stores(pool, targets, guard)
+
+
+_MASKED = ("empty", "no_assistant", "prompt_too_long", "chat_template")
+"""Why a row may have nothing that training could learn, codes of ``faults.REASONS``."""
+
+
+def check_masked(pool: StoreManifest, most: float) -> None:
+    """Raises ValueError where more than the share ``most`` of the rows have nothing to learn."""
+    masked = {code: n for code, n in pool.num_bad.items() if code in _MASKED}
+    count = sum(masked.values())
+    rows = pool.num_examples + count
+    if count <= most * rows:
+        return
+    raise ValueError(
+        f"{count:,} of {rows:,} rows of the pool have nothing to learn: "
+        f"{_counts(masked)}\nhint: a longer training.max_length, or the template or fields that "
+        "the rows are meant for; to train on the others: --set pool.most_masked=1"
+    )
+
+
+def check_nothing_aside(run: RunFolder) -> None:
+    """Raises ValueError that names the first rows that were set aside, and counts all by reason."""
+    from thrifty.data.store import MANIFEST, open_store
+
+    stores = [open_store(path.parent) for path in sorted(run.path.rglob(MANIFEST))]
+    bad = Counter[str]()
+    for store in stores:
+        bad.update(store.manifest.num_bad)
+    if not bad:
+        return
+    rows = chain.from_iterable(store.quarantine() for store in stores)
+    first = [f"{row.file}:{row.number}: {row.reason}" for row in islice(rows, MOST_TOLD)]
+    more = f"\nand {bad.total() - MOST_TOLD:,} more" if bad.total() > MOST_TOLD else ""
+    raise ValueError(
+        f"{bad.total():,} rows cannot be used: {_counts(bad)}\n"
+        + "\n".join(first)
+        + f"{more}\nhint: mend them, or leave out --strict: they are then set aside, and listed in "
+        "quarantine.jsonl"
+    )
 
 
 @contextlib.contextmanager

@@ -188,11 +188,16 @@ class BudgetCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        if self._meter is not None:
+            self._meter.take()  # what was looked at after the last step
         self.close()
 
     def close(self) -> None:
-        """Settle what is open. Called at the end of training; harmless to call again."""
+        """Settle what is open, a step that did not come to its end as lost. Called at the end of
+        training; harmless to call again."""
         if self._steps is not None:
+            if self._meter is not None and (used := self._meter.take()).flops:
+                self._steps.lose(used)
             self._steps.end()
             self._steps = None
         if self._evaluation is not None:
@@ -275,6 +280,15 @@ class BudgetCallback(TrainerCallback):
         """In the step under way, beside what went through the model in training mode."""
         assert self._meter is not None
         self._meter.add(used)
+
+    def throw_away(self, args: TrainingArguments, state: TrainerState) -> None:
+        """What the step under way took so far was for nothing: charged as lost, and the step leased
+        anew. Raises BudgetExceeded where it no longer fits."""
+        assert self._meter is not None
+        used = self._meter.take()
+        if self._steps is not None:
+            self._steps.lose(used)
+            self.on_step_begin(args, state, TrainerControl())
 
     def allows(self, upper: Cost, step: int) -> bool:
         """Whether ``upper`` leaves enough for the next step and what comes at the end."""

@@ -2,28 +2,31 @@
 verifies, retained by step.
 
 A checkpoint counts once its ``manifest.json`` (every file's size and SHA-256, the base model's
-hash) is in place; it is written last, by rename, after every file and the folder were synced. A
-folder without it, or whose files differ, is set aside under ``torn-...`` and never resumed from.
+hash, and a hash of all that it says) is in place; it is written last, by rename, after every file
+and the folder were synced. A folder without it, or that differs from it, is set aside under
+``torn-...`` and never resumed from.
 Retention goes by step number over committed checkpoints, so that a clock that jumps deletes
 nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thrifty.core.durable import sync_folder, write_atomically
+from thrifty.core.durable import sync_folder, sync_tree, write_atomically
+from thrifty.core.sealed import read_sealed, sealed
+from thrifty.core.sums import sha256_of
 
 MANIFEST = "manifest.json"
 FOR_OTHERS = "for-others"
 """In a checkpoint: the model as stock libraries load it, where the checkpoint itself is another."""
+KEPT = 2
+"""Of a training, the newest so many; the best one too."""
 _PREFIX = "checkpoint-"
 
 
@@ -47,18 +50,14 @@ class Checkpoint:
 
 def commit(folder: Path, details: Mapping[str, Any]) -> None:
     """Make ``folder`` a checkpoint: sync its files, then write the manifest. ``details`` go in."""
+    sync_tree(folder)
+    for above in (folder.parent, folder.parent.parent):  # the checkpoints' own folder may be new
+        sync_folder(above)
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-        files[path.relative_to(folder).as_posix()] = [path.stat().st_size, sha256(path)]
-    write_atomically(folder / MANIFEST, json.dumps({**details, "files": files}, indent=1))
-    sync_folder(folder.parent)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        files[path.relative_to(folder).as_posix()] = [path.stat().st_size, sha256_of(path)]
+    manifest = sealed({**details, "files": files})
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
 
 
 def committed(folder: Path) -> list[Checkpoint]:
@@ -68,7 +67,7 @@ def committed(folder: Path) -> list[Checkpoint]:
         number = path.name.removeprefix(_PREFIX)
         if number.isdigit() and (path / MANIFEST).is_file():
             try:
-                manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+                manifest = read_sealed(path / MANIFEST)
             except (ValueError, OSError):
                 continue
             found.append(Checkpoint(path, int(number), manifest))
@@ -76,14 +75,17 @@ def committed(folder: Path) -> list[Checkpoint]:
 
 
 def damage(checkpoint: Checkpoint) -> str | None:
-    """The first file that is not as the manifest says, or None."""
+    """What is not as the manifest says, or None."""
+    step = checkpoint.manifest.get("step", checkpoint.step)
+    if step != checkpoint.step:
+        return f"{MANIFEST} is of step {step}"
     for name, (size, digest) in checkpoint.manifest["files"].items():
         path = checkpoint.path / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, not {size}"
-        if sha256(path) != digest:
+        if sha256_of(path) != digest:
             return f"{name} has changed"
     return None
 
@@ -97,7 +99,9 @@ def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     newest: Checkpoint | None = None
     for path in folder.glob(f"{_PREFIX}*"):
         if path not in known:
-            notes.append(f"{path.name} was never committed")
+            is_there = (path / MANIFEST).is_file()
+            why = f": {MANIFEST} is damaged" if is_there else " was never committed"
+            notes.append(f"{path.name}{why}")
             _set_aside(path)
     for checkpoint in sorted(known.values(), key=lambda c: -c.step):
         what = damage(checkpoint)
@@ -122,10 +126,15 @@ def _set_aside(path: Path) -> None:
 
 
 def retain(folder: Path, *, newest: int) -> None:
-    """Delete committed checkpoints but the ``newest`` few and the one that ``best`` would name."""
+    """Delete committed checkpoints but the ``newest`` few and the one that ``best`` would name.
+
+    Those that lost files, or bytes of them, take nobody's place: that costs a look at sizes. What
+    was committed is known to be whole otherwise, until ``newest_whole`` reads all of it.
+    """
     found = committed(folder)
-    keep = {c.path for c in found[-newest:]}
-    scored = [c for c in found if c.may_be_kept]
+    whole = [c for c in found if _has_its_bytes(c)]
+    keep = {c.path for c in whole[-newest:]}
+    scored = [c for c in whole if c.may_be_kept]
     if scored:
         keep.add(min(scored, key=lambda c: (c.dev_loss, -c.step)).path)
     for checkpoint in found:
@@ -133,6 +142,14 @@ def retain(folder: Path, *, newest: int) -> None:
             # Without its manifest first: a kill half-way leaves a torn folder, not a damaged one.
             (checkpoint.path / MANIFEST).unlink()
             shutil.rmtree(checkpoint.path)
+
+
+def _has_its_bytes(checkpoint: Checkpoint) -> bool:
+    """Whether all its files are there, as long as they were."""
+    files = {
+        checkpoint.path / name: size for name, (size, _) in checkpoint.manifest["files"].items()
+    }
+    return all(path.is_file() and path.stat().st_size == size for path, size in files.items())
 
 
 def best(folder: Path) -> Checkpoint | None:

@@ -8,22 +8,30 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import json
 import os
 import re
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import thrifty
-from thrifty import decode_command, law_command, plan_options, replay_command, serve_command
+from thrifty import (
+    deadline,
+    decode_command,
+    law_command,
+    plan_options,
+    replay_command,
+    serve_command,
+    stop_signals,
+    verify_command,
+)
+from thrifty.stop_signals import RESUMABLE
 
-DONE, USAGE, NO_PLAN, BAD_INPUT, RESUMABLE = 0, 2, 3, 4, 5
+DONE, USAGE, NO_PLAN, BAD_INPUT = 0, 2, 3, 4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,66 +46,75 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return USAGE
     try:
-        with _termination():
+        with stop_signals.heeded(_interrupt), deadline.kept():
             return options.do(options) or DONE
     except BrokenPipeError:
         return DONE  # the reader had enough
-    except KeyboardInterrupt:
-        return _stopped("interrupted\nhint: the same command goes on where it stopped")
+    except KeyboardInterrupt as wish:
+        why = str(wish) or "interrupted"
+        return _stopped(f"{why}\nhint: the same command goes on where it stopped")
     except Exception as error:
         if type(error).__name__ == "Interrupted":  # by name: a mistake loads no torch
             return _stopped(str(error))
-        return _fail(*_explain(error))
+        return _fail(*_explain(error, Path(getattr(options, "run", None) or ".")))
 
 
-@contextmanager
-def _termination() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does: leases settled, files whole. Training handles both."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _interrupt(reason: str) -> None:
+    """Any signal ends a command as Ctrl-C does: leases settled, files whole. Training handles them
+    otherwise."""
+    raise KeyboardInterrupt(reason)
 
 
-def _explain(error: Exception) -> tuple[str, int]:
-    """What went wrong, in words, and the exit code."""
+def _explain(error: Exception, folder: Path) -> tuple[str, int]:
+    """What went wrong with a command on ``folder``, in words, and the exit code."""
+    from thrifty import disk_fault
     from thrifty.core.ledger import BudgetExceeded
 
     kinds = {cls.__name__ for cls in type(error).__mro__}
     if "NoPlanFits" in kinds or isinstance(error, BudgetExceeded):
         return str(error), NO_PLAN
-    if kinds & {"NonFiniteGradient", "Diverged", "NobodyAnswers"}:
+    if kinds & {"NonFiniteGradient", "Diverged", "OutOfMemory", "NobodyAnswers", "RankLost"}:
         return str(error), RESUMABLE
+    if isinstance(error, disk_fault.DiskFault):
+        return str(error), RESUMABLE
+    if (number := disk_fault.fault_of(error, folder)) is not None:
+        return disk_fault.described(number, disk_fault.where_of(error, folder)), RESUMABLE
     if isinstance(error, OSError):
         what = error.strerror or str(error)
         where = f": {error.filename}" if error.filename else ""
+        if error.errno == errno.ENAMETOOLONG:
+            return f"{what}{where}\nhint: a shorter name", BAD_INPUT
         return f"{what}{where}\nhint: mend that; the same command then goes on", RESUMABLE
     if isinstance(error, ValueError):
         return str(error), BAD_INPUT
     if "OperationalError" in kinds:  # of SQLite: the disk is full, or the file cannot be written
         return f"the ledger: {error}\nhint: mend that; the same command then goes on", RESUMABLE
+    if "UnpicklingError" in kinds:
+        return (
+            "a file holds a pickle of more than tensors, which would run code of its own; it was "
+            "not loaded\nhint: delete the checkpoint that was resumed from; one before it goes on",
+            BAD_INPUT,
+        )
     if isinstance(error, MemoryError) or "OutOfMemoryError" in kinds:
         return f"out of memory: {error}\nhint: plan with a smaller --memory", RESUMABLE
-    traceback.print_exc()
+    from thrifty import display
+
+    display.say("".join(traceback.format_exception(error)))
     return f"{type(error).__name__}: {error}\nhint: this looks like a bug in thrifty", RESUMABLE
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    from thrifty import display
+
+    display.say(f"error: {message}")
     return code
 
 
 def _stopped(message: str) -> int:
     """The user's own wish, done: no error, though there is more to do."""
-    print(message, file=sys.stderr)
+    from thrifty import display
+
+    display.say(message)
     return RESUMABLE
 
 
@@ -124,7 +141,7 @@ def _plan(options: argparse.Namespace) -> None:
             facts["verification"] = _verified(asked, planned.chosen.setting).facts()
         _print_json(facts)
         return
-    print(plan_display.plan_text(planned, request))
+    display.show(plan_display.plan_text(planned, request))
     if options.verify:
         print(f"\n{_verified(asked, planned.chosen.setting)}")
     if asked.pool:
@@ -187,7 +204,7 @@ def _run(options: argparse.Namespace) -> int | None:
     report = pipeline.run(options.run, display.say, tuple(options.set or ()))
     if report is None:  # of a rank that followed
         return DONE
-    print(text_summary(summarize(RunFolder(Path(options.run)))))
+    display.show(text_summary(summarize(RunFolder(Path(options.run)))))
     display.say(f"\nreport: {report}")
     return DONE
 
@@ -201,7 +218,7 @@ def _select(options: argparse.Namespace) -> None:
     if options.explain is not None:
         from thrifty.row_explanation import explain_row
 
-        print(explain_row(RunFolder(Path(options.run)), options.explain))
+        display.show(explain_row(RunFolder(Path(options.run)), options.explain))
         return
     engine = engine_named(options.engine, options.workers)
     pipeline.select(options.run, display.say, tuple(options.set or ()), engine)
@@ -272,7 +289,16 @@ def _decode(options: argparse.Namespace) -> None:
     if options.json:
         _print_json(facts)
     else:
+        display.show(text)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    facts, text, well = verify_command.answer(options)
+    if options.json:
+        _print_json(facts)
+    else:
         print(text)
+    return DONE if well else BAD_INPUT
 
 
 def _replay(options: argparse.Namespace) -> None:
@@ -422,6 +448,12 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", metavar="RUN")
     report.add_argument("--json", action="store_true", help="print JSON")
     report.set_defaults(do=_report)
+
+    verify = commands.add_parser(
+        "verify", help="whether everything in a run, and what it was planned from, is as it was"
+    )
+    verify_command.add_to(verify)
+    verify.set_defaults(do=_verify)
 
     export = commands.add_parser(
         "export", help="write the chosen rows and the plan for another program"

@@ -82,7 +82,9 @@ def add_to(command: argparse.ArgumentParser) -> None:
         "--fit", action="append", metavar="SAMPLES", help="recorded samples to learn from"
     )
     command.add_argument(
-        "--reward", metavar="MODULE:FUNCTION", help="reward(prompt, text), higher is better"
+        "--reward",
+        metavar="FOLDER",
+        help="of a reward model; or MODULE:FUNCTION(prompt, text), higher is better",
     )
     command.add_argument(
         "-o",
@@ -104,6 +106,7 @@ def answer(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from thrifty.policies import answer_form_named, policy_named
     from thrifty.prompts import read_prompts
     from thrifty.recordings import read_outcomes
+    from thrifty.rewards import reward_named
 
     settings = Settings(
         max_tokens=options.max_tokens,
@@ -120,7 +123,7 @@ def answer(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     policy = "auto" if options.policy == "auto" else policy_named(options.policy)
     prompts = read_prompts(Path(options.prompts))
     fit_on = read_outcomes(options.fit) if options.fit else []
-    reward = _function(options.reward) if options.reward else None
+    reward = reward_named(options.reward) if options.reward else None
     with ExitStack() as stack:
         ledger, folder, models = _place(options, stack)
         backends, bar = _backends(options, models), _Bar(len(prompts))
@@ -141,6 +144,9 @@ def answer(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     for backend in backends:
         for note in backend.notes:
             say(f"note: {backend.model}: {note}")
+    if reward is not None and not callable(reward):
+        for note in reward.notes:
+            say(f"note: {options.reward}: {note}")
     say(f"\nanswers: {folder / 'answers.jsonl'}")
     facts = _facts(decoded)
     return facts, _text(facts)
@@ -153,6 +159,7 @@ def _place(options: argparse.Namespace, stack: Any) -> tuple[Any, Path, list[str
         if not models:
             raise ValueError("nobody to ask\nhint: --model FOLDER, or --endpoint URL --model NAME")
         return None, Path(options.output or "answers"), models
+    from thrifty import publication
     from thrifty.run_folder import RunFolder
 
     if models or options.endpoint:
@@ -167,6 +174,7 @@ def _place(options: argparse.Namespace, stack: Any) -> tuple[Any, Path, list[str
     model = run.model("budget")
     if not model.is_dir():
         raise ValueError(f"{run.path} has no model yet\nhint: thrifty run {run.path}")
+    publication.check(model)
     ledger = stack.enter_context(run.working())
     ledger.set_budget(plan.budget)
     return ledger, Path(options.output or run.path / "decode"), [str(model)]
@@ -262,12 +270,6 @@ def _budget(options: argparse.Namespace) -> Any:
         dollars=read(options.dollars, quantities.parse_dollars),
         seconds=read(options.hours, quantities.parse_hours),
     )
-
-
-def _function(text: str) -> Any:
-    from thrifty.core.named_function import named_function
-
-    return named_function("--reward", text, "--reward package.module:function")
 
 
 class _Bar:

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from thrifty.answering import Answering, Settings
 from thrifty.asked_questions import Answer, Questions
@@ -32,7 +32,11 @@ from thrifty.core.sampling import Outcome
 from thrifty.decode_record import Record
 from thrifty.policies import choose_policy
 from thrifty.prompts import Prompt, prompts_of
+from thrifty.rewards import Function, reward_named, scoring
 from thrifty.run_folder import locked
+
+if TYPE_CHECKING:
+    from thrifty.signals.reward_model import RewardModel
 
 LIMITS = ("concurrency", "max_samples", "mean_samples", "price")
 """Settings that may change when a decoding is gone on with."""
@@ -82,7 +86,7 @@ async def decode_async(
     settings: Settings | None = None,
     folder: str | Path | None = None,
     fit_on: Sequence[Outcome] = (),
-    reward: Callable[[str, str], float] | None = None,
+    reward: Function | RewardModel | str | Path | None = None,
     ledger: Ledger | None = None,
     on_answer: Callable[[Answer, int], None] | None = None,
     on_samples: Callable[[int], None] | None = None,
@@ -91,10 +95,11 @@ async def decode_async(
 
     ``backends``: the models at hand, the cheapest first. ``answer``: how an answer is read in a
     text; None: texts are answers as they stand. ``fit_on``: outcomes with gold answers, for
-    policies that learn. ``reward(prompt, text)``: higher is better. ``folder`` keeps what came;
-    without it a kill loses it. ``ledger``: where it is charged; left out, one of its own in the
-    folder, with ``budget`` as its limits. ``on_answer(answer, finished)`` hears of each answer,
-    ``on_samples(count)`` of each draw that brought some.
+    policies that learn. ``reward(prompt, text)``: higher is better; or a reward model's folder,
+    whose passes are charged. ``folder`` keeps what came; without it a kill loses it. ``ledger``:
+    where it is charged; left out, one of its own in the folder, with ``budget`` as its limits.
+    ``on_answer(answer, finished)`` hears of each answer, ``on_samples(count)`` of each draw that
+    brought some.
 
     Raises ValueError where something cannot be as asked, and ``NobodyAnswers`` where the models
     keep failing.
@@ -102,8 +107,10 @@ async def decode_async(
     form: AnswerForm | None = _resolved("answer", answer)
     if form is not None:
         form.check()
-    asked = Questions(prompts_of(prompts), form, reward)
+    given = prompts_of(prompts)
     settings = settings or Settings()
+    if isinstance(reward, str | Path):
+        reward = reward_named(str(reward))
     why = "as asked"
     if policy == "auto":
         names = [backend.model for backend in backends]
@@ -112,6 +119,9 @@ async def decode_async(
             names, form is not None, reward is not None, fit_on, most, settings.price
         )
     chosen: DecodingPolicy = _resolved("policy", policy)
+    judged = scoring(backends, reward, chosen)
+    why += f"; {judged.unused}" if judged.unused else ""
+    asked = Questions(given, form, judged.function)
     with ExitStack() as stack:
         place = Path(folder) if folder else Path(stack.enter_context(TemporaryDirectory()))
         place.mkdir(parents=True, exist_ok=True)
@@ -122,6 +132,7 @@ async def decode_async(
             "policy": spec_of(chosen),
             "answer": None if form is None else spec_of(form),
             "settings": {k: v for k, v in asdict(settings).items() if k not in LIMITS},
+            "reward": judged.digest,
         }
         record = Record(place, identity)
         stack.callback(record.close)
@@ -130,7 +141,7 @@ async def decode_async(
         stage = stack.enter_context(ledger.stage("decode", name_of(chosen), reopen=True))
         purse = Purse(stage, "decode")
         stack.callback(purse.close)
-        work = Answering(asked, backends, chosen, settings, record, purse)
+        work = Answering(asked, judged.backends, chosen, settings, record, purse)
         work.begin(fit_on)
         stage.decide("decode", name_of(chosen), why)
         answers = await work.run(on_answer, on_samples)

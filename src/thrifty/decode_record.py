@@ -15,8 +15,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from thrifty.core import sums
 from thrifty.core.budget import Cost
-from thrifty.core.durable import write_atomically
+from thrifty.core.durable import make_folder, sync_file
 from thrifty.core.sampling import Asked, Sample
 
 
@@ -25,7 +26,7 @@ class Record:
 
     def __init__(self, folder: Path, asked: Mapping[str, Any]) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self._check(asked)
         self._stream: BinaryIO | None = None
         self._took: dict[str, Cost] = {}
@@ -66,9 +67,15 @@ class Record:
         if not samples:
             return
         self._took[asked.id] = self.took(asked.id) + took
-        share = took * (1 / len(samples))
-        each = {"flops": share.flops, "tokens": share.tokens, "dollars": share.dollars}
-        lines = [{"id": asked.id, **asdict(sample), "took": each} for sample in samples]
+        costs = [took, *[Cost()] * (len(samples) - 1)]  # shares would not quite add up again
+        lines = [
+            {
+                "id": asked.id,
+                **asdict(sample),
+                "took": {"flops": cost.flops, "tokens": cost.tokens, "dollars": cost.dollars},
+            }
+            for sample, cost in zip(samples, costs, strict=True)
+        ]
         if self._stream is None:
             self._stream = self.samples_file.open("ab")
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -76,6 +83,9 @@ class Record:
         self._stream.flush()
 
     def finish(self, answers: Iterable[Mapping[str, Any]]) -> None:
+        """Leave the answers, once the samples that they rest on are on the disk."""
+        if self.samples_file.is_file():
+            sync_file(self.samples_file)
         _write_lines(self.answers_file, answers)
 
     def finish_recording(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -89,8 +99,9 @@ class Record:
         path = self.folder / "decode.json"
         text = json.dumps(asked, indent=1, ensure_ascii=False)
         if not path.is_file():
-            write_atomically(path, text)
+            sums.write(path, text)
             return
+        sums.check(path, "put it back as it was, or answer into another folder (-o)")
         before = json.loads(path.read_text(encoding="utf-8"))
         after = json.loads(text)
         changed = [key for key in after if before.get(key) != after[key]]
@@ -106,4 +117,4 @@ class Record:
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    sums.write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

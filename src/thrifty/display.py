@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from thrifty.core import quantities
+from thrifty.data.inert import for_terminal
 
 
 def say(line: str) -> None:
-    """Talk: goes to standard error, a line at a time."""
-    print(line, file=sys.stderr, flush=True)
+    """Talk: goes to standard error, a line at a time. Where that cannot be written (a log on a full
+    disk, a pipe that is closed) it is lost, and nothing else."""
+    with suppress(OSError):
+        print(for_terminal(line), file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """A result that is for people: goes to standard output."""
+    print(for_terminal(text))
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: str = "") -> str:
@@ -41,12 +50,15 @@ def device_text(facts: Mapping[str, Any]) -> str:
     def shown(value: float | None, form: Callable[[float], str], unit: str = "") -> str:
         return "unknown" if value is None else form(value) + unit
 
-    rates = facts["flops_per_second"].items()
+    rates, factor = facts["flops_per_second"].items(), facts["memory_factor"]
+    more = f"predicted peaks count {factor:.2f} times, since a run ran out"
+    learnt = {} if factor == 1.0 else {"memory needed": more}
     lines = {
         "name": f"{facts['name']} ({facts['kind']})",
         "memory": quantities.format_bytes(facts["memory_bytes"]),
         **{f"peak, {dtype}": f"{quantities.format_flops(rate)}/s" for dtype, rate in rates},
         "bandwidth": f"{quantities.format_bytes(facts['bytes_per_second'])}/s",
+        **learnt,
         "launch": f"{1e6 * facts['operation_seconds']:.3g} µs an operation",
         "power": shown(facts["tdp_watts"], lambda watts: f"{watts:g} W"),
         "price": shown(facts["dollars_per_hour"], quantities.format_dollars, " an hour"),

@@ -30,7 +30,7 @@ from thrifty.exported import DATA, TRAIN, VALIDATION, Exportable, Exporter, Form
 from thrifty.memory_plan import Techniques
 from thrifty.predictions import setting_of
 from thrifty.run_folder import RunFolder
-from thrifty.selected import MANIFEST
+from thrifty.selected import MANIFEST, check_selected
 from thrifty.signals.models import locate
 
 README = "README.txt"
@@ -79,6 +79,7 @@ def export(
             f"{run.path} has no selection yet\nhint: `thrifty select {run.path}` makes it"
         )
     pool = open_store(run.pool)
+    check_selected(selected)
     ids = np.load(selected / "ids.npy", allow_pickle=False)
     form = _one_form(_rows(pool, ids), selected)
     dev, left_out = _dev_stores(run, plan, form)

@@ -2,7 +2,7 @@
 
 As ``torchrun --nproc-per-node N -m thrifty run RUN`` does, which works too; but here the exit code
 is that of rank 0, and after a signal the ranks have the time that finishing a step and saving it
-takes.
+takes. Whether they live, and whether this process does, they see to themselves (``rank_watch.py``).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from thrifty import rank_watch, stop_signals
 from thrifty.core.plan import Plan
 
 _GRACE_SECONDS = 10.0
@@ -33,6 +34,7 @@ def run_ranks(count: int, arguments: Sequence[str]) -> int:
     rank that failed."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    shared[rank_watch.PARENT_VARIABLE] = str(os.getpid())
     # As torchrun does: the ranks share the cores.
     shared["OMP_NUM_THREADS"] = os.environ.get(
         "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count))
@@ -57,6 +59,9 @@ def _ended(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
             return 0
         time.sleep(_LOOK_SECONDS)
     failed = next(one for one in ranks if one.poll() not in (None, 0))
+    if failed.returncode < 0:
+        name = signal.Signals(-failed.returncode).name
+        print(f"rank {ranks.index(failed)} was ended by {name}: so are the others", file=sys.stderr)
     until = time.monotonic() + _GRACE_SECONDS
     for one in ranks:
         try:
@@ -66,11 +71,7 @@ def _ended(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
             one.wait()
     first = ranks[0].returncode
     code = first if first > 0 else failed.returncode
-    return code if code > 0 else _RESUMABLE
-
-
-_RESUMABLE = 5
-"""The exit code of a run that was killed: the same command goes on."""
+    return code if code > 0 else stop_signals.RESUMABLE
 
 
 def _free_port() -> int:
@@ -81,16 +82,17 @@ def _free_port() -> int:
 
 @contextmanager
 def _passing_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """SIGTERM goes to all ranks. An interrupt from the terminal reaches them without us."""
+    """Signals go to all ranks. Of a terminal's they hear twice, within a moment: it counts once."""
 
     def pass_on(number: int, frame: object) -> None:
         for one in ranks:
             if one.poll() is None:
-                one.send_signal(signal.SIGTERM)
+                one.send_signal(number)
 
     before = {
-        signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on),
-        signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None),
+        number: signal.signal(number, pass_on)
+        for number in stop_signals.SIGNALS
+        if signal.getsignal(number) != signal.SIG_IGN
     }
     try:
         yield

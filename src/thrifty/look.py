@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from thrifty.core import sums
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import Models
-from thrifty.core.durable import rename_durably
 from thrifty.core.ledger import Stage
 from thrifty.core.spending import Lease
 from thrifty.data.store import Store
@@ -27,6 +27,8 @@ from thrifty.signals.delift import pairwise_utility, pairwise_utility_flops
 from thrifty.signals.embeddings import row_vectors
 from thrifty.signals.models import local_device
 from thrifty.signals.peak_memory import peak_noted
+
+_AGAIN = "delete it; the same command makes it again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,8 @@ class PoolLook:
             raise ValueError(
                 "no vectors were made\nhint: a method that needs them says needs_vectors"
             )
+        for file in self._files:
+            sums.check(file, _AGAIN)
         held = [np.load(file, mmap_mode="r") for file in self._files]
         borders = np.cumsum([0, *map(len, held)])
         places = np.searchsorted(self._ids, ids)
@@ -70,6 +74,7 @@ class PoolLook:
         """
         file = self.folder / f"utility-{hashlib.sha256(ids.tobytes()).hexdigest()[:12]}.npy"
         if file.is_file():
+            sums.check(file, _AGAIN)
             return np.load(file)
         rows, shape = self.pool.take(ids), self.models.shape
         flops = pairwise_utility_flops(shape, rows.num_tokens.tolist())
@@ -116,4 +121,4 @@ def _save(path: Path, values: NDArray[np.floating]) -> None:
     aside = path.with_suffix(".new")
     with aside.open("wb") as file:
         np.save(file, values)
-    rename_durably(aside, path)
+    sums.keep(aside, path)

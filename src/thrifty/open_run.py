@@ -19,10 +19,9 @@ import numpy as np
 
 from thrifty import notes, ranks
 from thrifty.asked_rows import POOL_AS_TARGET, stats_together
-from thrifty.core import contracts
+from thrifty.core import contracts, sums
 from thrifty.core.budget import PRICED, Budget, Cost, Rates
 from thrifty.core.contracts import Held, Rows
-from thrifty.core.durable import write_atomically
 from thrifty.core.ledger import Ledger
 from thrifty.core.plan import Plan
 from thrifty.costs.hardware import Device, load_device
@@ -31,6 +30,7 @@ from thrifty.data.store import Store, open_store
 from thrifty.data.tokens import load_tokenizer
 from thrifty.frontier_price import frontier_price
 from thrifty.memory_plan import dtype_of
+from thrifty.origins import LARGE_BYTES, check_origins, weights_size
 from thrifty.pair_evaluation import log_probs_flops
 from thrifty.predictions import Predictions, predictions
 from thrifty.preparation import Say, what_was_read
@@ -39,9 +39,6 @@ from thrifty.signals.embeddings import embedding_cost
 from thrifty.signals.energy import energy_counter
 from thrifty.signals.models import LoadedModels, local_device, locate, weights_sha256
 from thrifty.yardstick import Yardstick
-
-LARGE_BYTES = 1e9
-"""Of weights: to hash more takes seconds."""
 
 
 @contextmanager
@@ -122,7 +119,7 @@ class Work:
             from thrifty.reporters import check_reporters
 
             check_reporters(plan.training.report_to)
-        _check_prepared(self.run, plan)
+        marks = _check_prepared(self.run, plan)
         _check_size(plan, self.pool)
         for part in ("signal", "dev", "test"):
             self.stores(part)
@@ -133,6 +130,7 @@ class Work:
         if plan.training.replay_share:
             open_store(self.run.replay)
         _ = self.device, self.shape
+        check_origins(self.run, self.base, marks)
 
     @cached_property
     def base(self) -> Path:
@@ -141,15 +139,16 @@ class Work:
     @cached_property
     def base_sha256(self) -> str:
         """Of the base weights. Raises ValueError where they are not those the run began with."""
-        if sum(f.stat().st_size for f in self.base.glob("*.safetensors")) > LARGE_BYTES:
+        if weights_size(self.base) > LARGE_BYTES:
             self.say("hashing the base model's weights ...")
         found = weights_sha256(self.base)
-        known_file = self.run.path / "base.sha256"
+        known_file = self.run.base_file
         known = self.plan.model.sha256
         if known is None and known_file.is_file():
+            sums.check(known_file, "put it back as it was, or plan a new run")
             known = known_file.read_text(encoding="utf-8").strip()
         if known is None:
-            write_atomically(known_file, found + "\n")
+            sums.write(known_file, found + "\n")
         elif known != found:
             raise ValueError(
                 f"the weights in {self.base} have changed since this run began: {known[:12]}... "
@@ -310,8 +309,10 @@ def _check_ranks(run: RunFolder, devices: int) -> None:
         )
 
 
-def _check_prepared(run: RunFolder, plan: Plan) -> None:
-    """The rows that lie in the folder must be those that the plan names."""
+def _check_prepared(run: RunFolder, plan: Plan) -> dict[str, str] | None:
+    """The rows that lie in the folder must be those that the plan names. Returns what was noted of
+    the model then."""
+    sums.check(run.prepared, "put it back as it was, or `thrifty plan` again")
     try:
         prepared = json.loads(run.prepared.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -336,6 +337,8 @@ def _check_prepared(run: RunFolder, plan: Plan) -> None:
             "hint: undo that and edit max_steps, or `thrifty plan` again with "
             f"--set training.epochs={epochs:g}"
         )
+    marks: dict[str, str] | None = prepared.get("model")
+    return marks
 
 
 def _check_size(plan: Plan, pool: Store) -> None:

@@ -23,10 +23,9 @@ import yaml
 from numpy.typing import NDArray
 
 from thrifty import selection, stages, training
-from thrifty.core import contracts
+from thrifty.core import contracts, sums
 from thrifty.core.budget import Budget, Cost
 from thrifty.core.contracts import Evaluation, Outlook, Scorer, StoppingRule, Verdict
-from thrifty.core.durable import write_atomically
 from thrifty.core.ledger import BudgetExceeded, Stage
 from thrifty.core.marginal import Choice, Estimate
 from thrifty.core.plan import Selection, Training
@@ -62,7 +61,7 @@ def pilot(work: Work) -> None:
     weighed = choice if choice.options else None  # else nothing was measured
     work.ledger.decide(DECISION, winner.name, choice.reason, choice=weighed, detail=run.detail())
     text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
-    write_atomically(work.run.pilot_file, text)
+    sums.write(work.run.pilot_file, text)
     work.say(f"pilot: {winner.name} ({choice.reason})")
     work.follow_pilot()
 

@@ -83,6 +83,9 @@ def add_to(plan: argparse.ArgumentParser) -> None:
         "none; default: 0.1 where the planner cannot tell and the budget carries it)",
     )
     plan.add_argument("--control", action="store_true", help="also train on a uniform choice")
+    plan.add_argument(
+        "--strict", action="store_true", help="refuse rows that cannot be used, not set them aside"
+    )
     plan.add_argument("-o", "--output", metavar="RUN", help="the run folder to make")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.add_argument(
@@ -126,6 +129,7 @@ def asked(options: argparse.Namespace) -> Asked:
         device=options.device,
         dollars_per_hour=options.price,
         control=options.control,
+        strict=options.strict,
         techniques=tuple(options.using or ()),
         num_devices=options.devices,
         fixed=fixed,

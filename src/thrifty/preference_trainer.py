@@ -27,8 +27,8 @@ import torch
 from trl import DPOConfig, DPOTrainer
 
 from thrifty.checkpoints import Checkpoint
+from thrifty.core.arrays import load_arrays, save_arrays
 from thrifty.core.contracts import Meter
-from thrifty.core.durable import save_arrays
 from thrifty.core.ledger import Stage
 from thrifty.core.plan import Preference
 from thrifty.data.pairs import collate
@@ -118,8 +118,7 @@ class PreferenceTrainer(BudgetedTrainer, DPOTrainer):  # type: ignore[misc]
 
     def _known(self, file: Path) -> Mapping[str, Any]:
         try:
-            with np.load(file, allow_pickle=False) as saved:
-                return dict(saved)
+            return load_arrays(file)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"what the reference model said is not in {file}: {error}\n"
@@ -159,13 +158,15 @@ class PreferenceTrainer(BudgetedTrainer, DPOTrainer):  # type: ignore[misc]
 
     def _measure(self, meter: Meter) -> Measured:
         job = self.job
-        found = log_probs_of(
-            self.model, self._shape, job.dev, meter, job.training.micro_batch_tokens
-        )
+        found = log_probs_of(self.model, self._shape, job.dev, meter, self._most_tokens)
         if self._losses is None:  # before the first step the model is the reference
             self._losses = PairLosses(self._preference.beta, found)
             save_arrays(self._dev_file, found)
         return self._losses.measured(found, job.weights)
+
+    def num_rows(self, batch: Any) -> int:
+        """Pairs: chosen answers and rejected ones lie in two halves."""
+        return len(batch["input_ids"]) // 2
 
     # -- the loss ----------------------------------------------------------------------------------
 

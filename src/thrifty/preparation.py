@@ -15,14 +15,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from thrifty import notes, planner
-from thrifty.asked_rows import Stores, read_asked, stats_together
+from thrifty import notes, origins, planner
+from thrifty.asked_rows import Stores, check_masked, check_nothing_aside, read_asked, stats_together
 from thrifty.choices import sequence_of
 from thrifty.core import plan as plans
-from thrifty.core import quantities
+from thrifty.core import quantities, sums
 from thrifty.core.budget import Budget
+from thrifty.core.durable import make_folder, rename_durably
 from thrifty.core.ledger import Ledger, Rates
 from thrifty.core.plan import ModelSource, Objective, Plan, PoolSource, Target
+from thrifty.core.redaction import redact
+from thrifty.core.target_names import check_target_name
 from thrifty.costs.hardware import Device, dollars_per_hour, load_device
 from thrifty.costs.shape import ModelShape, read_config, read_shape
 from thrifty.in_sequence import in_sequence
@@ -53,6 +56,8 @@ class Asked:
     device: str | None = None
     dollars_per_hour: float | None = None
     control: bool = False
+    strict: bool = False
+    """Whether a row that cannot be used is an error; else it is set aside."""
     techniques: tuple[str, ...] = ()
     """Memory techniques that the plan must have."""
     num_devices: int = 1
@@ -99,7 +104,8 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
         raise ValueError(
             f"{folder} exists already\nhint: {goes_on}choose another -o, or delete it first"
         )
-    objective = _check_fixed(asked).objective
+    skeleton = _check_fixed(asked)
+    objective = skeleton.objective
     asked = _with_own_questions(asked, objective)
     model_folder, revision = locate(asked.model, asked.revision, weights=False)
     shape = read_shape(model_folder)
@@ -109,12 +115,17 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
         say(note)
     folder = folder.absolute()
     new_parents = [parent for parent in folder.parents if not parent.exists()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     draft = RunFolder(folder.with_name(f".{folder.name}.draft"))
     shutil.rmtree(draft.path, ignore_errors=True)
     draft.path.mkdir()
     try:
+        files = origins.files_of_rows(skeleton)
         stores = read_asked(asked, objective, shape, model_folder, draft, say)
+        origins.note_sources(draft, files)
+        check_masked(stores.pool, skeleton.pool.most_masked)
+        if asked.strict:
+            check_nothing_aside(draft)
         if asked.device in (None, "local"):
             from thrifty.calibration import measure_once
 
@@ -128,15 +139,17 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
         told = in_sequence(piloted.planned, request).text
         planned = replace(piloted.planned, why={**piloted.planned.why, "joint": told})
         plan = _plan(asked, revision, planned, request, stores, piloted.pilot)
-        draft.plan_file.write_text(plans.dump(plan), encoding="utf-8")
+        sums.write(draft.plan_file, plans.dump(plan))
         prepared = {**what_was_read(plan), "training.epochs": plan.training.epochs}
-        draft.prepared.write_text(json.dumps(prepared), encoding="utf-8")
+        prepared["model"] = origins.model_marks(model_folder)
+        sums.write(draft.prepared, json.dumps(prepared))
+        origins.note_weights(draft, model_folder)
         rates = request.on(plan.training.devices).rates
         with Ledger.create(draft.ledger_file, asked.budget, rates) as ledger:
             _write_decisions(ledger, plan, planned)
         if folder.exists():
             folder.rmdir()
-        draft.path.rename(folder)
+        rename_durably(draft.path, folder)
     except BaseException:
         shutil.rmtree(draft.path, ignore_errors=True)
         with contextlib.suppress(OSError):  # the error itself is what matters
@@ -179,6 +192,8 @@ def _rows_of(target: Mapping[str, Any]) -> dict[str, Any]:
 def _check_fixed(asked: Asked) -> Plan:
     """The plan as far as the user set it. Raises ValueError for keys that are set to what no plan
     can have, before all else."""
+    for name in asked.targets:
+        check_target_name(name)
     fixed = dict(asked.fixed)
     fixed.setdefault("training.max_steps", 10**9)
     fixed.setdefault("training.save_steps", fixed.get("training.eval_steps", 1))
@@ -285,7 +300,21 @@ def _plan(
         # Of which the candidates were made, and what a pilot tries.
         if not key.startswith(("training.memory.", "pilot")):
             plans.put(values, key, value)
-    return plans.from_dict(values)
+    return plans.from_dict(_without_secrets(values))
+
+
+def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
+    """A plan's values with no password in the sources: their rows were read, and are kept."""
+    holders = [(values["pool"], "sources"), (values["training"], "replay")]
+    holders += [(values["guard"], "sources")] if values.get("guard") else []
+    holders += [
+        (target, part)
+        for target in values["targets"].values()
+        for part in ("signal", "dev", "test")
+    ]
+    for holder, key in holders:
+        holder[key] = [redact(source) for source in holder[key] or ()]
+    return values
 
 
 def _write_decisions(ledger: Ledger, plan: Plan, planned: planner.Planned) -> None:

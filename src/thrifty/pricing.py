@@ -107,7 +107,12 @@ class Request:
     @property
     def most_allocated(self) -> float:
         """Bytes that tensors may take on the device."""
-        return allocatable(self.memory_limit / MEMORY_MARGIN, self.device.kind)
+        return allocatable(self.memory_limit / self.memory_margin, self.device.kind)
+
+    @property
+    def memory_margin(self) -> float:
+        """Times a predicted peak that has to fit."""
+        return MEMORY_MARGIN * self.device.memory_factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,11 +346,11 @@ class Pricing:
                 "hint: a shorter turn (its options), another technique, or a larger budget"
             )
             return None
-        if steps < 1 or peak * MEMORY_MARGIN > request.memory_limit:
+        if steps < 1 or peak * request.memory_margin > request.memory_limit:
             least = reserved(request, once + costs.watching(evaluations, saves) + step)
             return Refused(
                 name=held.describe(f"{micro_batch}x{accumulation}"),
-                least=replace(least, peak_memory_bytes=peak * MEMORY_MARGIN),
+                least=replace(least, peak_memory_bytes=peak * request.memory_margin),
                 setting=replace(setting, gradient_accumulation_steps=accumulation),
                 scoring_bytes=scoring.peak_memory_bytes,
             )

@@ -9,7 +9,8 @@ import shutil
 from pathlib import Path
 
 from thrifty import checkpoints
-from thrifty.core.durable import rename_durably
+from thrifty.core import sums
+from thrifty.core.durable import make_folder, replace_folder
 
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md")
 _NOT_MODEL = ("trainer_state.json", checkpoints.MANIFEST)
@@ -22,15 +23,16 @@ def publish(checkpoint: Path, folder: Path, *, mark: str, step: int) -> None:
         checkpoint /= checkpoints.FOR_OTHERS
     draft = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    make_folder(folder.parent)
+    draft.mkdir()
     for pattern in _MODEL_FILES:
         for file in checkpoint.glob(pattern):
             if file.name not in _NOT_MODEL:
                 shutil.copy2(file, draft / file.name)
     note = json.dumps({"settings": mark, "step": step})
     (draft / _NOTE).write_text(note, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    rename_durably(draft, folder)
+    sums.note_all(draft)
+    replace_folder(draft, folder)
 
 
 def is_done(model: Path, mark: str) -> bool:
@@ -41,9 +43,19 @@ def is_done(model: Path, mark: str) -> bool:
     note = model / _NOTE
     if not note.is_file():
         return False
+    sums.check(note, _hint(model))
     if json.loads(note.read_text(encoding="utf-8"))["settings"] != mark:
         raise ValueError(
             f"{model} was trained under other settings, or on other rows, than plan.yaml now has\n"
             f"hint: delete {model} and the checkpoints beside it to train anew, or undo the edit"
         )
     return True
+
+
+def check(model: Path) -> None:
+    """Raise ValueError where a file of a model that was left is not as it was written."""
+    sums.check_all(model, _hint(model))
+
+
+def _hint(model: Path) -> str:
+    return f"delete {model}; `thrifty run` leaves it again, from the checkpoints"

@@ -19,13 +19,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from thrifty import rank_watch, stop_signals
 from thrifty.core.budget import Cost
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _PATIENCE = timedelta(days=7)
-"""That a rank waits for the others: scoring may take hours on one of them."""
+"""That a rank waits for the others: scoring may take hours on one of them. Whether they still live
+is looked at meanwhile (``rank_watch.py``)."""
+
+
+class RankLost(RuntimeError):
+    """Another rank has ended, or its connection; the run can be resumed."""
 
 
 class Order(Protocol):
@@ -55,9 +61,17 @@ def together() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     torch.distributed.init_process_group(backend, timeout=_PATIENCE)
     try:
-        yield
-        if rank() == 0:
-            tell(None)
+        with rank_watch.watched(rank(), world()):
+            yield
+            if rank() == 0:
+                tell(None)
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
+            raise
+        raise RankLost(
+            f"rank {rank()} has lost the others: one of them has ended, or its connection\n"
+            "hint: the same command goes on from the last checkpoint"
+        ) from error
     finally:
         torch.distributed.destroy_process_group()
 
@@ -70,10 +84,15 @@ def led(job: Callable[P, R]) -> Callable[P, R | None]:
         with together():
             if rank() == 0:
                 return job(*args, **kwargs)
-            _follow()
+            with stop_signals.heeded(_passed_on):
+                _follow()
             return None
 
     return on_every_rank
+
+
+def _passed_on(reason: str) -> None:
+    """Rank 0 hears of a signal to this one, and decides for all."""
 
 
 def _follow() -> None:

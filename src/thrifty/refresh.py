@@ -31,9 +31,9 @@ from numpy.typing import NDArray
 
 from thrifty import selection
 from thrifty.core import contracts
+from thrifty.core.arrays import load_arrays, save_arrays
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import Candidates, Scorer, Worth
-from thrifty.core.durable import save_arrays
 from thrifty.core.ledger import Stage
 from thrifty.core.marginal import Choice
 from thrifty.core.plan import Refresh
@@ -142,13 +142,11 @@ class Refresher:
         file = self._file(len(choices))
         if not file.is_file():
             return
-        with np.load(file, allow_pickle=False) as saved:
-            self._beliefs = Beliefs(saved["scores"], int(saved["reversals"]))
-            self._chosen_at, self._looked_at = int(saved["step"]), float(saved["looked_at"])
-            if "probe" in saved.files:
-                self._probe_then = saved["probe"]
-            if "direction" in saved.files:
-                self._direction_then = saved["direction"]
+        saved = load_arrays(file)
+        self._beliefs = Beliefs(saved["scores"], int(saved["reversals"]))
+        self._chosen_at, self._looked_at = int(saved["step"]), float(saved["looked_at"])
+        self._probe_then = saved.get("probe", self._probe_then)
+        self._direction_then = saved.get("direction", self._direction_then)
 
     def consider(self, step: int, running: Running, outlook: Outlook) -> NDArray[np.int64] | None:
         """The rows to train on from now on, by id and in order; None: as before."""
@@ -202,11 +200,10 @@ class Refresher:
         for drift is between two looks of one scorer."""
         if self._probe_then is not None or not self._looks.can_probe:
             return
-        if not self._file(0).is_file():
-            look = self._looks.probe(running)
-            self._probe_then, self._direction_then = look.scores, look.direction
-            self._save()
-        self.restore([])
+        # Also where a killed process did, whose look is booked as lost with the training before it.
+        look = self._looks.probe(running)
+        self._probe_then, self._direction_then = look.scores, look.direction
+        self._save()
 
     def _is_due(self, step: int) -> bool:
         settings, number = self.settings, step // self._eval_steps

@@ -8,12 +8,13 @@ import math
 import numpy as np
 import pyarrow.parquet as pq
 
+from thrifty.core import sums
 from thrifty.core.plan import Plan
 from thrifty.core.quantities import show
 from thrifty.data.shard import Shard
 from thrifty.data.store import Store, open_store
 from thrifty.run_folder import RunFolder
-from thrifty.selected import MANIFEST, OUTCOMES
+from thrifty.selected import MANIFEST, OUTCOMES, check_selected
 
 _SHOWN_CHARACTERS = 200
 
@@ -29,6 +30,7 @@ def explain_row(run: RunFolder, row: str) -> str:
         raise ValueError(
             f"{run.path} has no selection yet\nhint: `thrifty select {run.path}` makes it"
         )
+    check_selected(folder)
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     found = _find(pool, row)
     at = found.ids[0]
@@ -74,10 +76,11 @@ def _find(pool: Store, row: str) -> Shard:
 
 def _scores(run: RunFolder, name: str, pool: Store) -> np.ndarray:
     """[num_examples, num_targets]"""
-    tables = [
-        pq.read_table(run.scores("budget") / name / f"shard-{i:05d}.parquet").drop_columns("id")
-        for i in range(pool.num_shards)
-    ]
+    folder = run.scores("budget") / name
+    files = [folder / f"shard-{i:05d}.parquet" for i in range(pool.num_shards)]
+    for file in files:
+        sums.check(file, "put it back, or plan anew")
+    tables = [pq.read_table(file).drop_columns("id") for file in files]
     return np.concatenate(
         [np.stack([c.to_numpy() for c in table.columns], axis=1) for table in tables]
     )

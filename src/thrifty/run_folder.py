@@ -1,7 +1,8 @@
 """A run is a folder: where its parts lie, and who may work on it.
 
-    plan.yaml  prepared.json  ledger.sqlite  pool/  targets/NAME/{signal,dev,test}/
-    guard/  pilot/  scores/  selected/  online/  checkpoints/  model/  control/  report.html
+    plan.yaml  prepared.json  sources.json  base.sha256  ledger.sqlite  pool/
+    targets/NAME/{signal,dev,test}/  guard/  pilot/  scores/  selected/  online/  checkpoints/
+    model/  control/  report.html  SHA256SUMS
 
 One process at a time works on a run; another is refused with the holder's name. Reading (a report)
 needs no lock.
@@ -18,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from thrifty.core import plan as plans
+from thrifty.core import sums
 from thrifty.core.ledger import Ledger
 from thrifty.core.plan import Plan
+from thrifty.core.target_names import check_target_name
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,16 @@ class RunFolder:
     @property
     def prepared(self) -> Path:
         return self.path / "prepared.json"
+
+    @property
+    def sources(self) -> Path:
+        """Hashes of the files that rows were read from."""
+        return self.path / "sources.json"
+
+    @property
+    def base_file(self) -> Path:
+        """The hash of the base model's weights."""
+        return self.path / "base.sha256"
 
     @property
     def ledger_file(self) -> Path:
@@ -62,7 +75,8 @@ class RunFolder:
         return self.path / "guard"
 
     def target(self, name: str, part: str) -> Path:
-        """``part`` is signal, dev or test."""
+        """``part`` is signal, dev or test. Raises ValueError for a name that leads elsewhere."""
+        check_target_name(name)
         return self.path / "targets" / name / part
 
     def scores(self, branch: str) -> Path:
@@ -103,6 +117,7 @@ class RunFolder:
         """The keys of plan.yaml that a finished pilot set otherwise."""
         if not self.pilot_file.is_file():
             return {}
+        sums.check(self.pilot_file, "put it back as it was, or plan anew")
         return plans.read_values(self.pilot_file)["settings"]
 
     @contextmanager

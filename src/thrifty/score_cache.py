@@ -5,7 +5,8 @@
 The name hashes all that scores depend on: the method with its options and its code, the rows and
 how they were split, the target's rows, the weights looked at. ``cost.json`` says what they cost and
 where they came from, so that a run that takes them over can say so. Entries appear by a rename,
-whole. They are small, 4 bytes a row and target; ``THRIFTY_ROWS_CACHE_GIB=0`` switches this off too.
+whole, and are checked against their hashes on the way out. They are small, 4 bytes a row and
+target; ``THRIFTY_ROWS_CACHE_GIB=0`` switches this off too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from thrifty.core.durable import rename_durably, write_atomically
+from thrifty.core import sums
+from thrifty.core.best_effort import keeping
+from thrifty.core.durable import rename_durably
 from thrifty.costs.hardware import cache_folder
 from thrifty.data.store_cache import most_bytes
 
@@ -32,6 +35,9 @@ def fetch(folder: Path) -> dict[str, Any] | None:
     shutil.rmtree(draft, ignore_errors=True)
     try:
         shutil.copytree(entry, draft)
+        if any(sums.faults(draft)):
+            shutil.rmtree(entry, ignore_errors=True)
+            raise ValueError
         found: dict[str, Any] = json.loads((draft / COST).read_text(encoding="utf-8"))
         shutil.rmtree(folder, ignore_errors=True)
         rename_durably(draft, folder)
@@ -42,18 +48,16 @@ def fetch(folder: Path) -> dict[str, Any] | None:
 
 
 def keep(folder: Path, cost: dict[str, Any]) -> None:
-    """Note what the finished scores in ``folder`` cost, and keep a copy of both. A full disk is no
-    reason to stop."""
-    write_atomically(folder / COST, json.dumps(cost))
+    """Note what the finished scores in ``folder`` cost, and keep a copy of both, if possible."""
+    sums.write(folder / COST, json.dumps(cost))
     if most_bytes() == 0:
         return
     home = cache_folder() / "scores"
     draft = home / f".{folder.name}.{uuid4().hex}"
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(folder, draft)
-        rename_durably(draft, home / folder.name)
-    except OSError:  # or another run was first
-        pass
+        with keeping(home):
+            home.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(folder, draft)
+            rename_durably(draft, home / folder.name)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

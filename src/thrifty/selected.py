@@ -3,7 +3,8 @@
 selected/data/  selected/selected.jsonl  the rows in order: a ``datasets`` folder and a jsonl
 selected/outcomes.parquet                of every row of the pool: its place, or why it is out
 selected/histogram.json  examples.json   for the report
-selected/manifest.json                   written last: the selection is done
+selected/manifest.json                   the selection is done
+selected/SHA256SUMS                      of all of them
 
 Rows lie in the pool in another order than they were picked in, so they are put into blocks of
 places first, on the disk, and a block at a time is sorted: as many rows as are picked, a block of
@@ -28,8 +29,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from thrifty.core import sums
 from thrifty.core.contracts import Candidates, Picked
-from thrifty.core.durable import rename_durably, write_atomically
+from thrifty.core.durable import make_folder, replace_folder, write_atomically
 from thrifty.data.remote import shown, tried
 from thrifty.data.store import Store
 
@@ -55,8 +57,8 @@ def write_selected(
     """
     draft = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(draft, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.mkdir(parents=True)
+    make_folder(folder.parent)
+    draft.mkdir()
     at = np.searchsorted(candidates.ids, picked.ids)
     scores = candidates.scores[at]
     _write_rows(draft, _rows(pool, picked, scores, candidates.targets))
@@ -73,7 +75,13 @@ def write_selected(
         "dropped": dict(Counter(_reason_class(reason) for reason in dropped.values())),
     }
     _write_json(draft / MANIFEST, manifest)
-    rename_durably(draft, folder)
+    sums.note_all(draft)
+    replace_folder(draft, folder)
+
+
+def check_selected(folder: Path) -> None:
+    """Raise ValueError where a file of a finished selection is not as it was written."""
+    sums.check_all(folder, f"delete {folder}; the same command selects again")
 
 
 # -- the rows -----------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from thrifty import score_cache, scorers, signals
+from thrifty.core import sums
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import (
     Candidates,
@@ -34,7 +35,7 @@ from thrifty.core.contracts import (
     Rows,
     Scorer,
 )
-from thrifty.core.durable import rename_durably
+from thrifty.core.durable import make_folder
 from thrifty.core.ledger import Stage
 from thrifty.core.plan import Plan
 from thrifty.core.resolve import name_of, parse_spec, resolve
@@ -44,7 +45,7 @@ from thrifty.group_quotas import labels_of, pick_by_group
 from thrifty.look import PoolLook
 from thrifty.memory_plan import dtype_of
 from thrifty.scoring_engines import MARGIN, Engine, Scored, ShardScoring
-from thrifty.selected import MANIFEST, write_selected
+from thrifty.selected import MANIFEST, check_selected, write_selected
 from thrifty.signals.models import local_device, locate, num_threads, weights_sha256
 from thrifty.signals.peak_memory import peak_noted
 
@@ -75,11 +76,12 @@ class SelectionJob:
 def is_done(selected: Path, mark: str) -> bool:
     """Whether a selection under the settings of ``mark`` lies in ``selected``.
 
-    Raises ValueError where one under other settings does.
+    Raises ValueError where one under other settings does, or where it is damaged.
     """
     manifest = selected / MANIFEST
     if not manifest.is_file():
         return False
+    check_selected(selected)
     found = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
     if found != mark:
         raise ValueError(
@@ -253,7 +255,7 @@ def _look(job: SelectionJob, stage: Stage) -> PoolLook:
 
 def _score(job: SelectionJob, scorer: Scorer, folder: Path, stage: Stage) -> None:
     files = [folder / f"shard-{i:05d}.parquet" for i in range(job.pool.num_shards)]
-    todo = [i for i, file in enumerate(files) if not file.is_file()]
+    todo = _to_be_scored(files, stage)
     if not todo:
         return
     if len(todo) == len(files) and (known := score_cache.fetch(folder)) is not None:
@@ -265,14 +267,17 @@ def _score(job: SelectionJob, scorer: Scorer, folder: Path, stage: Stage) -> Non
             detail=known,
         )
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     signals = job.signals if scorer.needs_target else {}
     # A scoring that does not fit is refused before its first row.
     stage.require(job.predicted * (len(todo) / len(files)), "scoring")
+    after = len(files)  # past all shards: what a process made ready went with it
+    if _charges(stage, "load", "prepare"):
+        stage.roll_back(after - 1, "scoring is made ready again")
     if scorer.needs_model:
-        with stage.spending("load", job.load):
+        with stage.spending("load", job.load, step=after):
             job.models.other(scorer.model).base()
-    with stage.spending("prepare", Cost()) as lease, peak_noted(lease, local_device()):
+    with stage.spending("prepare", Cost(), step=after) as lease, peak_noted(lease, local_device()):
         state = scorer.prepare(job.pool, signals, job.models, lease)
     each = _of_a_shard(job.predicted, lease.used, len(files))
     elsewhere: Iterator[Scored] = iter(())
@@ -302,6 +307,23 @@ def _score(job: SelectionJob, scorer: Scorer, folder: Path, stage: Stage) -> Non
     score_cache.keep(folder, _what_it_cost(job, scorer, stage))
 
 
+def _to_be_scored(files: list[Path], stage: Stage) -> list[int]:
+    """Shards without a file, and those whose charge says that their work was lost: killed between
+    leaving the file and settling, they count as what the ledger has."""
+    charges = _charges(stage, "score")
+    lost = {c["step_from"] for c in charges} - {c["step_from"] for c in charges if not c["lost"]}
+    return [i for i, file in enumerate(files) if i in lost or not file.is_file()]
+
+
+def _charges(stage: Stage, *activities: str) -> list[dict[str, Any]]:
+    """What the stage was charged for these."""
+    return [
+        charge
+        for charge in stage.ledger.charges()
+        if charge["stage_id"] == stage.id and charge["activity"] in activities
+    ]
+
+
 def _of_a_shard(predicted: Cost, prepared: Cost, num_shards: int) -> Cost:
     """Its part of what was predicted of all scoring, less what preparing took of it: some scorers
     do all their work there. A tenth at least, for predictions are not that sure."""
@@ -316,11 +338,7 @@ def _of_a_shard(predicted: Cost, prepared: Cost, num_shards: int) -> Cost:
 
 def _what_it_cost(job: SelectionJob, scorer: Scorer, stage: Stage) -> dict[str, Any]:
     """And where the scores came from."""
-    charges = [
-        charge
-        for charge in stage.ledger.charges()
-        if charge["stage_id"] == stage.id and charge["activity"] in ("load", "prepare", "score")
-    ]
+    charges = [c for c in _charges(stage, "load", "prepare", "score") if not c["lost"]]
     return {
         "method": name_of(scorer),
         "models": [path or job.plan.model.path for path in scorer.looks_at],
@@ -343,13 +361,15 @@ def _keep(
     columns = {f"score_{t}": scores[:, t] for t in range(scores.shape[1])}
     aside = file.with_suffix(".new")
     pq.write_table(pa.table({"id": shard.ids, **columns}), aside)
-    rename_durably(aside, file)
+    sums.keep(aside, file)
 
 
 def _candidates(job: SelectionJob, scorer: Scorer, folder: Path, look: PoolLook) -> Candidates:
     ids, scores, tokens, prints = [], [], [], []
     for i, shard in enumerate(job.pool.shards()):
-        table = pq.read_table(folder / f"shard-{i:05d}.parquet")
+        file = folder / f"shard-{i:05d}.parquet"
+        sums.check(file, "delete it; the same command scores those rows again")
+        table = pq.read_table(file)
         columns = [table.column(name).to_numpy() for name in table.column_names if name != "id"]
         if not np.array_equal(table.column("id").to_numpy(), shard.ids):
             raise ValueError(

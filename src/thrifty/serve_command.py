@@ -66,7 +66,9 @@ def add_to(serve: argparse.ArgumentParser) -> None:
         "--fit", action="append", metavar="SAMPLES", help="recorded samples to learn from"
     )
     serve.add_argument(
-        "--reward", metavar="MODULE:FUNCTION", help="reward(prompt, text), higher is better"
+        "--reward",
+        metavar="FOLDER",
+        help="of a reward model; or MODULE:FUNCTION(prompt, text), higher is better",
     )
     serve.add_argument(
         "--max-samples", type=int, default=8, metavar="8", help="of a request, of any policy"

@@ -12,7 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from thrifty import checkpoints, ranks, refreshes, selection, training, training_rows
+from thrifty import (
+    checkpoints,
+    disk_space,
+    publication,
+    ranks,
+    refreshes,
+    selection,
+    training,
+    training_rows,
+)
+from thrifty.core import sums
 from thrifty.core.budget import Budget, Cost
 from thrifty.core.contracts import Rows
 from thrifty.core.ledger import BudgetExceeded, Ledger, Stage
@@ -51,7 +61,10 @@ def select(work: Work, branch: Branch, engine: Engine | None = None) -> None:
         name, method, predicted=predicted, account=branch.account, limit=branch.limit
     ) as stage:
         engine = on_ranks if engine is None and ranks.world() > 1 else engine
-        selection.select(selection_job(work, branch, predicted, engine), stage)
+        scores = work.run.scores(branch.folder)
+        needs = partial(disk_space.selection_needs, plan, work.pool, work.shape, scores)
+        with disk_space.room(work.run.path, "selecting", needs):
+            selection.select(selection_job(work, branch, predicted, engine), stage)
         stage.detail = json.loads((folder / selection.MANIFEST).read_text(encoding="utf-8"))
     detail = stage.detail
     work.say(
@@ -103,12 +116,20 @@ def train(work: Work, branch: Branch) -> None:
     ) as stage:
         if done:  # killed between leaving the model and saying so
             return
-        job = training_job(work, branch, stage, predicted)
-        work.models.release()  # training loads its own
-        training.train(job, stage)
+        with disk_space.room(work.run.path, "training", partial(_disk_needs, work, branch)):
+            job = training_job(work, branch, stage, predicted)
+            work.models.release()  # training loads its own
+            training.train(job, stage)
         if plan.training.online != Training().online:
             each = job.choosing_flops * plan.training.gradient_accumulation_steps
             training_rows.note_savings(stage, job.rounds, costs.step, each)
+
+
+def _disk_needs(work: Work, branch: Branch) -> tuple[float, str]:
+    """Of the training that is still to be done."""
+    settings, saved = branch.plan.training, work.run.checkpoints(branch.folder)
+    setting = setting_of(settings, work.shape, work.device)
+    return disk_space.training_needs(settings, work.shape, setting, work.base, saved)
 
 
 def training_job(work: Work, branch: Branch, stage: Stage, predicted: Cost) -> training.TrainingJob:
@@ -153,6 +174,7 @@ def training_job(work: Work, branch: Branch, stage: Stage, predicted: Cost) -> t
         checkpoints=work.run.checkpoints(branch.folder),
         model=work.run.model(branch.folder),
         device=local_device(),
+        device_name=plan.device,
         say=work.say,
     )
 
@@ -213,7 +235,8 @@ def _training_mark(work: Work, branch: Branch) -> str:
     """A hash of what decides the weights. The learning rate may be lowered on the way, and the
     sequences of a step may be dealt to other devices."""
     plan = branch.plan.training
-    free = ("learning_rate", "report_to", "devices", "parallel", "gradient_accumulation_steps")
+    dealt = ("devices", "parallel", "gradient_accumulation_steps")
+    free = ("learning_rate", "report_to", "rewinds", *dealt)
     settings = {**asdict(plan), **dict.fromkeys(free), "step_sequences": plan.step_sequences}
     chosen = json.loads(
         (work.run.selected(branch.folder) / selection.MANIFEST).read_text(encoding="utf-8")
@@ -262,11 +285,14 @@ def test(work: Work, branch: Branch) -> None:
 
 
 def _test(work: Work, branch: Branch, stage: Stage, part: str, upper: Cost) -> None:
+    name = branch.stage_name("test")
+    if work.ledger.spent(stage=name, account=branch.account).flops:
+        stage.roll_back(-1, "measured anew")  # a process that was killed had not said what it found
     rows, most = work.rows(part), branch.plan.training.micro_batch_tokens
     weights, kept = work.weights(rows), work.run.path / "test_losses.npz"
     which = "the base and the trained model" if branch is work.main else "its model"
     num_rows = sum(len(some.ids) for some in rows.values())
-    work.say(f"{branch.stage_name('test')}: measuring {which} on {num_rows:,} {part} rows")
+    work.say(f"{name}: measuring {which} on {num_rows:,} {part} rows")
     more: dict[str, float] = {}
     with stage.spending("test", upper) as lease, peak_noted(lease, local_device()):
         model = _trained(work, branch)
@@ -289,7 +315,9 @@ def _test(work: Work, branch: Branch, stage: Stage, part: str, upper: Cost) -> N
                     before = measure(base)
     stage.detail = {"rows": part, "after": after.objective, "by_target": after.losses(), **more}
     if branch is work.main:
-        after.save(kept)
+        aside = kept.with_name(f".{kept.name}")
+        after.save(aside)
+        sums.keep(aside, kept)
         stage.detail |= {
             "before": before.objective,
             "change_stderr": after.stderr(before),
@@ -312,6 +340,7 @@ def _own_losses(
 ) -> Measured:
     """The run's own model's losses on the rows that its control is measured on."""
     if kept.is_file():
+        sums.check(kept, "put it back as it was; without it the control is measured on no rows")
         return Measured.load(kept, weights)
     best = checkpoints.best(work.run.checkpoints("budget"))
     assert best is not None, "a control follows its run"
@@ -320,6 +349,7 @@ def _own_losses(
 
 def _trained(work: Work, branch: Branch) -> Any:
     folder, memory = work.run.model(branch.folder), branch.plan.training.memory
+    publication.check(folder)
     if not (folder / "adapter_config.json").is_file():
         return load_model(folder, dtype_of(memory), local_device())
     from peft import PeftModel

@@ -101,6 +101,19 @@ class StepLeases:
         self._seconds_booked = self._lease.used.seconds
         self._num_left -= 1
 
+    def lose(self, used: Cost) -> None:
+        """Charge what a step took that did not come to its end, with its seconds, as lost."""
+        if self._lease is None:
+            return
+        whole, before, step = self._lease.used, self._seconds_booked, self._lease.step
+        self._lease.timed = False
+        self._lease.count(_for_seconds(whole, whole, before))
+        self.end()
+        lost = self.stage.lease("train", Cost(), step=step)  # it is spent, whether it fits or not
+        lost.timed = False
+        lost.count(_for_seconds(used, whole, whole.seconds - before))
+        lost.settle(lost=True)
+
     def end(self) -> None:
         """Settle what is open; harmless to call again."""
         if self._lease is not None:
@@ -118,3 +131,9 @@ class StepLeases:
 
     def _note_peak(self, lease: Lease) -> None:
         lease.tick(Cost(peak_memory_bytes=peak_memory_bytes(self._device)))
+
+
+def _for_seconds(used: Cost, whole: Cost, seconds: float) -> Cost:
+    """``used`` in so many of the seconds of ``whole``, with their share of its joules."""
+    joules = None if whole.joules is None else whole.joules * seconds / max(whole.seconds, 1e-9)
+    return replace(used, seconds=seconds, joules=joules)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
     PrinterCallback,
-    Trainer,
     TrainerControl,
     TrainingArguments,
     default_data_collator,
@@ -23,8 +22,9 @@ from thrifty.agreement import AgreeingCallback
 from thrifty.budget_callback import BudgetCallback
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import Meter
-from thrifty.core.ledger import Stage
+from thrifty.core.ledger import Lease, Stage
 from thrifty.costs.flops import forward_flops
+from thrifty.costs.hardware import learn_memory_factor
 from thrifty.costs.shape import read_shape
 from thrifty.data.packed_attention import attention_of, check_isolation
 from thrifty.divergence import NonFiniteGradient
@@ -33,15 +33,18 @@ from thrifty.frontier_price import frontier_price
 from thrifty.governor import Governor
 from thrifty.grad_freeze import freezing
 from thrifty.guarding import Guarding
+from thrifty.in_pieces import OutOfMemory, ran_out
 from thrifty.interruption import PauseCallback
 from thrifty.larger_batch import LargerBatch
 from thrifty.memory_plan import Techniques
 from thrifty.memory_switch import Holding
+from thrifty.piecewise_trainer import PiecewiseTrainer
 from thrifty.refreshing import Refreshing
 from thrifty.reporters import Fenced, is_reporter
 from thrifty.sampling_price import SamplingPrice
 from thrifty.schedule import WarmupStableDecay
 from thrifty.signals.models import ModelInTraining
+from thrifty.signals.peak_memory import peak_memory_bytes, release_free_memory
 from thrifty.step_choice import StepChoice
 from thrifty.switching import Switching
 from thrifty.training_arguments import arguments_of
@@ -54,10 +57,11 @@ from thrifty.yardstick import in_nats
 
 ACTIVITY_MARGIN = 1.5
 """Reserved for an evaluation or a checkpoint over what the last one took."""
-_KEPT_CHECKPOINTS = 2
+
+Found = TypeVar("Found")
 
 
-class BudgetedTrainer(Trainer):
+class BudgetedTrainer(PiecewiseTrainer):
     """The one Trainer of this project. Its own: the objective, the schedule, committed saves."""
 
     control: TrainerControl
@@ -126,6 +130,7 @@ class BudgetedTrainer(Trainer):
         self._trained, seed = self._techniques.trained, job.training.seed
         turns = TurnCallback(self._trained, self._shape, job.setting, self.budget, seed)
         super().__init__(
+            folder=job.checkpoints,
             model=self._techniques.build(job.base, self._shape, job.device, seed),
             args=self._settings(arguments_of(job, resumed=newest is not None)),
             **self._batches(),
@@ -138,7 +143,10 @@ class BudgetedTrainer(Trainer):
         self._check()
         job.rounds.renew = self._renew
         handler = self.callback_handler
-        handler.callbacks = [Fenced(c, job.say) if is_reporter(c) else c for c in handler.callbacks]
+        handler.callbacks = [
+            Fenced(callback, job.say, self._note) if is_reporter(callback) else callback
+            for callback in handler.callbacks
+        ]
 
     def _settings(self, arguments: dict[str, Any]) -> TrainingArguments:
         return TrainingArguments(**arguments)
@@ -156,6 +164,18 @@ class BudgetedTrainer(Trainer):
     def _check(self) -> None:
         """Raise ValueError where the model does not do for such batches."""
         check_isolation(self._inner())
+
+    def _note(self, line: str) -> None:
+        """What a reporter could not be told, in the ledger."""
+        self._stage.decide("reporting", None, line, step=self.state.global_step)
+
+    def close(self) -> None:
+        """However training ended: settle what is open, and wait for reporters, within bounds."""
+        self.progress.close()
+        self.budget.close()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, Fenced):
+                callback.close()
 
     @property
     def over(self) -> bool:
@@ -293,10 +313,11 @@ class BudgetedTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """As ever, or on the rows of the batch that the online method chooses."""
+        """As ever, in as many pieces as it takes; or on the rows of the batch that the online
+        method chooses; or not at all where the step is skipped."""
         rounds, step = self.job.rounds, self.state.global_step
-        if estimate := getattr(self._inner_optimizer, "estimate", None):
-            return self._estimated(estimate, self._prepare_inputs(inputs), num_items_in_batch)
+        if step + 1 in self.job.skipped:
+            return torch.zeros((), device=self.args.device)
         if not rounds.method.chooses:
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
@@ -304,15 +325,48 @@ class BudgetedTrainer(Trainer):
             inputs, share = LargerBatch(self._inner(), rounds).smaller(inputs, step)
             self.budget.count(Cost(flops=self.job.choosing_flops))
             counted = num_items_in_batch
-            return super().training_step(
-                model, inputs, None if counted is None else counted * share
-            )
+            return self.make_pass(model, inputs, None if counted is None else counted * share)
         loss = self._choice.step(inputs, num_items_in_batch, step)
         batch, sequence = inputs["input_ids"].shape
         once = self.job.predicted_step.flops / self.args.gradient_accumulation_steps
         seen = batch * forward_flops(self._shape, 1, sequence)  # as passes of no training
         self.budget.count(Cost(flops=once - seen, tokens=float(batch * sequence)))
         return loss
+
+    def make_pass(self, model: Any, inputs: Any, num_items: Any) -> Any:
+        """As ever, or what the optimizer needs of it where that is the loss alone."""
+        if estimate := getattr(self._inner_optimizer, "estimate", None):
+            return self._estimated(estimate, self._prepare_inputs(inputs), num_items)
+        return super().make_pass(model, inputs, num_items)
+
+    def begin_anew(self) -> None:
+        self._inner_optimizer.zero_grad()
+        self.budget.throw_away(self.args, self.state)
+
+    def shrink(self, where: str, why: str, *, even_so: bool = False) -> None:
+        """As asked for, and written down; raises OutOfMemory also where other ranks wait for this
+        one."""
+        job, step = self.job, self.state.global_step
+        held, predicted = peak_memory_bytes(job.device), job.predicted_step.peak_memory_bytes
+        whole = job.rounds.method.chooses or job.setting.in_backward
+        rows = 1 if whole else job.training.per_device_train_batch_size
+        release_free_memory()
+        self.pieces.again(where, why, rows, even_so=even_so)
+        learnt = learn_memory_factor(job.device_name, held, predicted)
+        each = -(-rows // self.pieces.count)
+        self._stage.decide(
+            "in how many pieces to make a pass",
+            str(self.pieces.count),
+            f"{where} ran out of memory: {why.strip().partition(chr(10))[0]}",
+            detail={"held_bytes": held, "predicted_bytes": predicted, "memory_factor": learnt},
+            step=step,
+        )
+        job.say(f"{where} ran out of memory: again, {each} rows at a time")
+        if ranks.world() > 1:
+            raise OutOfMemory(
+                f"rank {ranks.rank()} ran out of memory at {where}, and the others wait for it\n"
+                f"hint: the same command goes on from the last checkpoint, {each} rows at a time"
+            )
 
     @property
     def _inner_optimizer(self) -> Any:
@@ -353,9 +407,7 @@ class BudgetedTrainer(Trainer):
         upper = self._cost_of("evaluate", self.job.predicted_evaluation)
         if step == 0:  # the first line of a run that may otherwise be long in coming
             self.job.say(f"  evaluating the base model on {self._num_dev():,} dev rows ...")
-        with self.budget.activity("evaluate", upper, step=step) as lease:
-            found = self._measure(lease)
-            self._seconds["evaluate"] = lease.used.seconds
+        found = self._spend("evaluate", upper, self._measure)
         before, self._measured = self._measured, found
         stderr = found.stderr(before)
         spent = self._stage.spent()
@@ -376,7 +428,8 @@ class BudgetedTrainer(Trainer):
                 self.control.should_save = True
         self.model.eval()
         self._refreshing.after_evaluation(step, ModelInTraining(self.model, self._shape))
-        self.next_holding = self._switching.after_evaluation(step)
+        if self.pieces.count == 1:  # or else it is known to hold no more
+            self.next_holding = self._switching.after_evaluation(step)
         if self.next_holding is not None:
             self.control.should_training_stop = self.control.should_save = True
         metrics = self._reported(found, stderr)
@@ -401,11 +454,33 @@ class BudgetedTrainer(Trainer):
                 metrics[f"eval_{name}_{objective.name}"] = objective.shown(loss)
         return metrics | {f"eval_{name}_loss": loss for name, loss in losses.losses().items()}
 
+    def _spend(self, activity: str, upper: Cost, do: Callable[[Lease], Found]) -> Found:
+        """``do`` it on a lease of its own; once more where memory runs out, and what was spent
+        until then is lost."""
+        step = self.state.global_step
+        while True:
+            try:
+                with self.budget.activity(activity, upper, step=step) as lease:
+                    found = do(lease)
+                    self._seconds[activity] = lease.used.seconds
+                    return found
+            except Exception as error:
+                if not ran_out(error):
+                    raise
+                why = str(error)
+            self.shrink(f"to {activity} at step {step}", why, even_so=activity == "checkpoint")
+
     def _measure(self, meter: Meter) -> Measured:
         job = self.job
-        return job.yardstick.measure(
+        yardstick = replace(job.yardstick, max_tokens=self._most_tokens)
+        return yardstick.measure(
             self.model, job.dev, job.weights, meter, guarded=True, together=True
         )
+
+    @property
+    def _most_tokens(self) -> int:
+        """Of a pass of an evaluation, which keeps within one of training."""
+        return max(self.job.training.micro_batch_tokens // self.pieces.count, 1)
 
     def _num_dev(self) -> int:
         return sum(len(rows.ids) for rows in self.job.dev.values())
@@ -437,31 +512,34 @@ class BudgetedTrainer(Trainer):
             shutil.rmtree(folder)
         ranks.wait()
         upper = self._cost_of("checkpoint", self.job.predicted_checkpoint)
-        with self.budget.activity("checkpoint", upper, step=step) as lease:
-            super()._save_checkpoint(model, trial)
-            ranks.wait()
-            if ranks.rank():
-                return
-            self._trained.save(self.model, folder / checkpoints.FOR_OTHERS)
-            details = {
-                "step": step,
-                "base_sha256": self.job.base_sha256,
-                "settings": self.job.mark,
-                "over": self.over,
-                "dev_loss": None,
-            }
-            if (holding := self.next_holding or self.job.holding) is not None:
-                details["held"] = holding.facts
-            if self._measured is not None:
-                self._measured.save(folder / "dev_losses.npz")
-                history = self.governor.history()
-                if history and history[-1].step == step:
-                    details["dev_loss"] = self._measured.objective
-                    details["broken"] = self._guarding.broken
-            if self.job.rounds.remembers:
-                self.job.rounds.save(folder)
-            for freeze in self._freeze:
-                freeze.save(folder)
-            checkpoints.commit(folder, details)
-            checkpoints.retain(self.job.checkpoints, newest=_KEPT_CHECKPOINTS)
-            self._seconds["checkpoint"] = lease.used.seconds
+        self._spend("checkpoint", upper, lambda lease: self._commit(folder, model, trial))
+
+    def _commit(self, folder: Path, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        ranks.wait()
+        if ranks.rank():
+            return
+        step = self.state.global_step
+        self._trained.save(self.model, folder / checkpoints.FOR_OTHERS)
+        details = {
+            "step": step,
+            "base_sha256": self.job.base_sha256,
+            "settings": self.job.mark,
+            "over": self.over,
+            "last_charge": self._stage.ledger.last_charge,
+            "dev_loss": None,
+        }
+        if (holding := self.next_holding or self.job.holding) is not None:
+            details["held"] = holding.facts
+        if self._measured is not None:
+            self._measured.save(folder / "dev_losses.npz")
+            history = self.governor.history()
+            if history and history[-1].step == step:
+                details["dev_loss"] = self._measured.objective
+                details["broken"] = self._guarding.broken
+        if self.job.rounds.remembers:
+            self.job.rounds.save(folder)
+        for freeze in self._freeze:
+            freeze.save(folder)
+        checkpoints.commit(folder, details)
+        checkpoints.retain(self.job.checkpoints, newest=checkpoints.KEPT)

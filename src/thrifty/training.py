@@ -16,10 +16,12 @@ from thrifty import checkpoints, ranks
 from thrifty.core.budget import Budget
 from thrifty.core.ledger import BudgetExceeded, Ledger, Stage
 from thrifty.divergence import NonFiniteGradient
+from thrifty.in_pieces import ran_out
 from thrifty.interruption import Interrupted, signals_asking
 from thrifty.memory_plan import trained_name
 from thrifty.memory_switch import held_as
 from thrifty.publication import is_done, publish
+from thrifty.rewinding import NOT_FINITE, rewind, skipped_steps
 from thrifty.signals.peak_memory import memory_bytes, release_free_memory
 from thrifty.trainer import BudgetedTrainer
 from thrifty.training_job import TrainingJob
@@ -31,7 +33,8 @@ def train(job: TrainingJob, stage: Stage) -> None:
     """Train, or go on from the newest whole checkpoint; leave the best evaluated model in
     ``job.model``, unless it is to pause on the way.
 
-    Raises Interrupted after a signal, BudgetExceeded where not one step fits, NonFiniteGradient.
+    Raises Interrupted after a signal, BudgetExceeded where not one step fits, NonFiniteGradient and
+    Diverged after more than ``training.rewinds``, OutOfMemory where no smaller pass fits either.
     """
     newest, torn = checkpoints.newest_whole(job.checkpoints)
     for note in torn:
@@ -41,6 +44,8 @@ def train(job: TrainingJob, stage: Stage) -> None:
             f"{newest.path} was trained from another base model than {job.base}\n"
             f"hint: its hash was {newest.manifest.get('base_sha256')}, it is now {job.base_sha256}"
         )
+    if newest is not None and "last_charge" in newest.manifest:
+        stage.ledger.require_charge(newest.manifest["last_charge"], str(newest.path))
     if newest is not None and newest.manifest.get("settings") != job.mark:
         raise ValueError(
             f"the checkpoints in {job.checkpoints} were trained under other settings, or on other "
@@ -49,6 +54,7 @@ def train(job: TrainingJob, stage: Stage) -> None:
             "weights training.learning_rate alone may change on the way, and training.devices if "
             "gradient_accumulation_steps makes up for it"
         )
+    job = replace(job, skipped=skipped_steps(stage))
     there = newest is not None and (newest.manifest.get("over") or newest.step == job.pause_at)
     if newest is not None and job.switch is not None and "held" in newest.manifest:
         facts = newest.manifest["held"]
@@ -72,6 +78,8 @@ def _go_on(
     lost = stage.roll_back(step, goes_on)
     if newest is not None:
         job.say(f"resuming from step {step}")
+    elif lost.flops:
+        job.say("no whole checkpoint is left: training starts over from the base model")
     if lost.flops:
         job.say(f"lost with the interruption, and charged: {lost}")
     job.say("  loading the model ...")
@@ -82,16 +90,27 @@ def _go_on(
         stage.detail["level_bytes"] = memory_bytes(job.device)  # training's rise is above it
     try:
         _take_steps(trainer, newest)
-    except FloatingPointError as error:  # of an optimizer that no gradient is shown to before
-        raise NonFiniteGradient(str(error)) from error
+    except NOT_FINITE as error:
+        saved, most = _last_step(job), job.training.rewinds
+        if rewind(stage, error, trainer.state.global_step, saved, most):
+            job.say(f"not finite: {str(error).partition(chr(10))[0]}")
+            return replace(job, skipped=skipped_steps(stage))
+        if isinstance(error, FloatingPointError):  # of an optimizer that is shown no gradient first
+            raise NonFiniteGradient(str(error)) from error
+        raise
     except BudgetExceeded as refusal:
         if all(c.dev_loss is None for c in checkpoints.committed(job.checkpoints)):
             raise
         # Lost work used up what the rest of the run needed: end here, with what there is.
         stage.decide("train on or stop", "stop now", str(refusal).partition("\n")[0], step=step)
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        # Not where its passes are made, which begin anew by themselves: in an update, say.
+        trainer.shrink(f"step {trainer.state.global_step + 1}", str(error), even_so=True)
+        return job
     finally:
-        trainer.progress.close()
-        trainer.budget.close()
+        trainer.close()
     if trainer.pause.asked and not trainer.over:
         raise Interrupted(
             f"stopped after step {trainer.state.global_step}, which is saved\n"
@@ -106,6 +125,12 @@ def _trainer_of(job: TrainingJob) -> type[BudgetedTrainer]:
     from thrifty.preference_trainer import PreferenceTrainer
 
     return PreferenceTrainer
+
+
+def _last_step(job: TrainingJob) -> int:
+    """Of the last checkpoint; 0 where there is none."""
+    found = checkpoints.committed(job.checkpoints)
+    return found[-1].step if found else 0
 
 
 def _take_steps(trainer: BudgetedTrainer, newest: checkpoints.Checkpoint | None) -> None:
@@ -130,8 +155,10 @@ class SameTraining:
             trainer = _trainer_of(self.job)(self.job, stage, self.newest)
             try:
                 _take_steps(trainer, self.newest)
+            except NOT_FINITE:
+                pass  # as on rank 0, which says how to go on
             finally:
-                trainer.budget.close()
+                trainer.close()
 
 
 def _unsaid(line: str) -> None:

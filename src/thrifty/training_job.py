@@ -70,11 +70,16 @@ class TrainingJob:
     model: Path
     """Where the best evaluated model is left."""
     device: str
+    device_name: str
+    """As the plan has it."""
     say: Any
     """Takes a line for the user."""
     pause_at: int | None = None
     """The step after which it pauses, saved, to be gone on with: a pilot's. No model is left then,
     and what is evaluated on the way is not saved."""
+
+    skipped: frozenset[int] = frozenset()
+    """Steps that are passed over without an update."""
 
     def held_as(self, holding: Holding) -> TrainingJob:
         """The same, its steps held otherwise."""

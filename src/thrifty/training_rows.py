@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thrifty.core import contracts
+from thrifty.core.arrays import load_arrays, save_arrays
 from thrifty.core.budget import Cost, PoolStats
 from thrifty.core.contracts import Chosen, OnlineMethod, Tokens
-from thrifty.core.durable import save_arrays
 from thrifty.core.ledger import Stage
 from thrifty.core.ordering import best_first, fill
 from thrifty.core.plan import Training
@@ -129,8 +129,7 @@ def _prepared(
         ):
             found = method.prepare(chosen, work.rows("signal"), work.models, lease)
         save_arrays(file, found)
-    with np.load(file, allow_pickle=False) as saved:
-        return dict(saved)
+    return load_arrays(file)
 
 
 def predicted_preparation(work: Work, branch: Branch, chosen: Chosen, method: OnlineMethod) -> Cost:

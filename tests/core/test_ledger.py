@@ -574,5 +574,5 @@ def test_a_locked_ledger_charges_nothing_and_can_be_asked_again(ledger, path):
 
 def test_meta_is_plain_json(ledger, path):
     with closing(sqlite3.connect(path)) as db:
-        meta = dict(db.execute("SELECT * FROM meta"))
+        meta = dict(db.execute("SELECT key, value FROM meta"))
     assert json.loads(meta["budget"])["flops"] == 1000.0

@@ -1,14 +1,20 @@
-"""The ledger under real processes: killed at random instants, and four spending at once."""
+"""The ledger under real processes: killed at random instants, and sixteen spending at once."""
 
+import multiprocessing
+import os
 import random
 import subprocess
 import sys
 import time
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
-from thrifty.core.budget import Budget, Cost
-from thrifty.core.ledger import Ledger
+from thrifty.core import ledger as ledger_module
+from thrifty.core.budget import Budget, Cost, Rates
+from thrifty.core.ledger import BudgetExceeded, Ledger
 
 
 def start(code, *arguments):
@@ -57,46 +63,90 @@ def test_killed_at_any_instant_nothing_is_forgotten_or_counted_twice(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["diary", "ledger.sqlite"]
 
 
-SPENDER = """
-import random, sys
-from thrifty.core.budget import Cost
-from thrifty.core.ledger import BudgetExceeded, Ledger
-path, name, seed = sys.argv[1:]
-draw = random.Random(seed).randint
-spent = 0
-with Ledger(path) as ledger, ledger.stage(name, "x") as stage:
-    while True:
-        upper = draw(1, 9)
-        try:
-            lease = stage.lease("work", Cost(flops=upper))
-        except BudgetExceeded:
-            if upper == 1:
-                break
-            continue
-        used = draw(0, upper)
-        lease.tick(Cost(flops=used), steps=1)
-        lease.settle()
-        spent += used
-print(spent)
-"""
+NUM_SPENDERS, NUM_KILLS = 16, 20
+LIMIT = Budget(flops=2000.0, dollars=200.0)
+UNIT = Cost(flops=1.0, dollars=0.1)  # ten cents are no binary fraction
 
 
-def test_four_processes_never_pass_a_limit_together(tmp_path):
-    path = tmp_path / "ledger.sqlite"
-    Ledger.create(path, Budget(flops=400.0)).close()
-    names = ("a", "b", "c", "d")
-    spenders = [start(SPENDER, path, name, seed) for seed, name in enumerate(names)]
-    with Ledger(path, read_only=True) as reader:
-        while any(spender.poll() is None for spender in spenders):
-            # Spent first: what is settled between the two questions is then missed, not doubled.
-            spent = reader.spent().flops
-            assert spent + reader.reserved().flops <= 400
-            time.sleep(0.01)
-        claims = [int(spender.communicate()[0]) for spender in spenders]
-        assert all(spender.returncode == 0 for spender in spenders)
-        assert reader.reserved() == Cost()
-        assert [reader.spent(stage=name).flops for name in names] == claims
-        assert sum(claims) == 400  # the last one went on until not even one FLOP fitted
+def spend(path, number, seed):
+    """Reserve, tick, settle until not even one unit fits; the diary counts what was ticked."""
+    draw = random.Random(seed)
+    # The time of day jumps: forty years back, ten years on.
+    ledger_module._now = lambda: draw.choice(("1986-11-27", "2026-11-27", "2036-11-27"))
+    diary = os.open(f"{path}.diary-{number}", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    with Ledger(path) as ledger, ledger.stage(f"{number}", "x") as stage:
+        while True:
+            upper = draw.randint(1, 9)
+            try:
+                lease = stage.lease("work", UNIT * upper)
+            except BudgetExceeded:
+                if upper == 1:
+                    return
+                continue
+            for _ in range(draw.randint(0, upper)):
+                lease.tick(UNIT, steps=1)
+                os.write(diary, b".")
+            lease.settle()
+
+
+def taken(reader):
+    """Spent and reserved at one instant."""
+    reader._journal._db.execute("BEGIN")
+    total = reader.spent() + reader.reserved()
+    reader._journal._db.execute("ROLLBACK")
+    return total
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, to start at once")
+def test_sixteen_processes_that_are_killed_never_pass_a_limit_together():
+    """Each goes on in another process; what it had reserved stays so until it is recovered."""
+    memory = Path("/dev/shm")  # to sync there takes no time
+    draw, kills = random.Random(9), Counter()
+    start = time.monotonic()
+    with TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        path = Path(folder, "ledger.sqlite")
+        Ledger.create(path, LIMIT, Rates(dollars_per_second=0.0)).close()
+
+        def started(number):
+            process = multiprocessing.get_context("fork").Process(
+                target=spend, args=(path, number, f"{number}-{kills[number]}")
+            )
+            process.start()
+            return process
+
+        spenders = {number: started(number) for number in range(NUM_SPENDERS)}
+        with Ledger(path, read_only=True) as reader:
+            while any(spender.is_alive() for spender in spenders.values()):
+                time.sleep(draw.uniform(0, 0.01))
+                assert LIMIT.exceeded_by(taken(reader)) is None
+                number = draw.randrange(NUM_SPENDERS)
+                if kills.total() < NUM_KILLS and spenders[number].is_alive():
+                    spenders[number].kill()
+                    spenders[number].join()
+                    kills[number] += 1
+                    spenders[number] = started(number)
+        assert [spender.exitcode for spender in spenders.values()] == [0] * NUM_SPENDERS
+        assert kills.total() == NUM_KILLS
+        with Ledger(path) as ledger:
+            orphaned = ledger.reserved().flops
+            assert ledger.spent().flops + orphaned == LIMIT.flops  # not one more would have fitted
+            ledger.recover()
+            assert ledger.reserved() == Cost()
+            for number in range(NUM_SPENDERS):
+                # A kill may fall between a tick and the diary's dot; it cannot fall anywhere else.
+                ticks = Path(f"{path}.diary-{number}").stat().st_size
+                assert ticks <= ledger.spent(stage=f"{number}").flops <= ticks + kills[number]
+            with ledger.stage("last", "x") as stage:
+                rest = stage.everything().flops
+                with stage.spending("work", UNIT * rest) as lease:
+                    lease.tick(UNIT * rest, steps=1)
+                with pytest.raises(BudgetExceeded):
+                    stage.lease("work", Cost(flops=1))
+            assert ledger.spent().flops == LIMIT.flops
+            (micro,) = ledger._journal.rows("SELECT SUM(microdollars) AS all_of_it FROM charges")
+            assert micro["all_of_it"] == 200_000_000  # to the last millionth of a dollar
+            longest = time.monotonic() - start  # whatever the time of day was said to be
+            assert all(0 <= charge["seconds"] <= longest for charge in ledger.charges())
 
 
 @pytest.mark.slow

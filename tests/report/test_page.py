@@ -84,7 +84,7 @@ def test_one_file_on_its_own(finished: RunFolder, text: str) -> None:
     path = write_report(finished)
     assert path == finished.path / "report.html"
     assert path.read_text(encoding="utf-8") == text  # the same run, the same bytes
-    assert {p.name for p in finished.path.iterdir()} == before | {"report.html"}
+    assert {p.name for p in finished.path.iterdir()} == before | {"report.html", "SHA256SUMS"}
     assert text.startswith("<!DOCTYPE html>")
     assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in text
     assert set(re.findall(r"https?://[\w./-]+", text)) == {

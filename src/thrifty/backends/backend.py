@@ -42,6 +42,8 @@ class Completion:
     """By the model itself, rather than at a limit."""
     confidence: float | None = None
     """exp(mean log-probability of its tokens); None: unknown."""
+    reward: float | None = None
+    """What a reward model said of it; None: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from thrifty.costs.token_settings import TokenSettings, refusal
 from thrifty.data.tokens import load_tokenizer, tokenizer_fingerprint
 from thrifty.signals.early_exit import EarlyExits
 from thrifty.signals.generation_batch import Way, WholePasses
+from thrifty.signals.model_folder import ADAPTER, base_of_adapter
 from thrifty.signals.models import load_model, local_device, locate
 from thrifty.signals.speculative import Speculative
 
@@ -144,17 +144,11 @@ def _base_folder(folder: Path) -> Path:
     """Of an adapter the folder of the model that it is on; else the folder itself."""
     if not _is_adapter(folder):
         return locate(str(folder), weights=True)[0]
-    file = folder / "adapter_config.json"
-    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(
-            f"{file} names no base model\nhint: base_model_name_or_path says what it is put on"
-        )
-    return locate(base, weights=True)[0]
+    return locate(base_of_adapter(folder), weights=True)[0]
 
 
 def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file()
+    return (folder / ADAPTER).is_file()
 
 
 def _with_tokenizer(folder: Path, base: Path) -> Path:

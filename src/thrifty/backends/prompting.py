@@ -72,10 +72,7 @@ class Prompting:
         try:
             turns = [dict(message) for message in messages]
             if self._tokenizer.chat_template is not None:
-                text = self._tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=True
-                )
-                return text + asking.prefix, False
+                return chat.prompt(turns, self._tokenizer) + asking.prefix, False
             said = {"role": "assistant", "content": asking.prefix}
             text, spans, special = chat.render([*turns, said], len(turns), self._tokenizer)
         except Exception as error:  # a template is a foreign program: it may raise anything

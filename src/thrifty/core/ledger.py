@@ -30,8 +30,10 @@ from typing import Any
 
 from thrifty.core.budget import CONSUMED, HELD, RESOURCES, Budget, Cost, Rates
 from thrifty.core.counter import Counter, read_counter
+from thrifty.core.headroom import Headroom
 from thrifty.core.journal import Journal
 from thrifty.core.marginal import Choice
+from thrifty.core.redaction import redact
 from thrifty.core.spending import BudgetExceeded, Lease, Stage
 
 __all__ = ["BudgetExceeded", "Lease", "Ledger", "Rates", "Stage"]
@@ -47,7 +49,14 @@ class Ledger:
 
     def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False) -> None:
         self.path = Path(path)
-        self._journal = Journal(self.path, read_only=read_only)
+        self._headroom = Headroom(self.path)
+        if self.path.is_file():
+            self._headroom.check() if read_only else self._headroom.hold()
+        try:
+            self._journal = Journal(self.path, read_only=read_only)
+        except BaseException:
+            self._headroom.release()
+            raise
         self._counters: dict[int, Counter] = {}  # of the leases that are open here
         self._open_stages: set[int] = set()
         self.budget = Budget(**json.loads(self._journal.meta["budget"]))
@@ -73,6 +82,7 @@ class Ledger:
         for counter in self._counters.values():
             counter.close()
         self._counters.clear()
+        self._headroom.release()
         self._journal.close()
 
     def __enter__(self) -> Ledger:
@@ -147,15 +157,16 @@ class Ledger:
             yield stage
         except BaseException as error:
             state = "stopped"
-            stage.detail["reason"] = f"{type(error).__name__}: {error}"
+            stage.detail["reason"] = redact(f"{type(error).__name__}: {error}")
             raise
         finally:
             self._open_stages.discard(stage_id)
             stage.settle_open()
-            self._journal.execute(
-                "UPDATE stages SET state = ?, detail = ?, ended_at = ? WHERE id = ?",
-                (state, json.dumps(stage.detail), _now(), stage_id),
-            )
+            with self._headroom.for_last_words():
+                self._journal.execute(
+                    "UPDATE stages SET state = ?, detail = ?, ended_at = ? WHERE id = ?",
+                    (state, json.dumps(stage.detail), _now(), stage_id),
+                )
 
     def _share(self, name: str, limit: Budget) -> Budget:
         """The budget, where stages of that name may take no more of it than ``limit``."""
@@ -195,7 +206,7 @@ class Ledger:
         used = self.rates.of(used)
         micro = None if used.dollars is None else round(used.dollars * 1e6)
         amounts = (used.flops, used.tokens, used.seconds, used.joules, micro)
-        with self._journal.transaction():
+        with self._headroom.for_last_words(), self._journal.transaction():
             before = self._journal.rows("SELECT lost FROM charges WHERE lease_id = ?", (lease_id,))
             if not before:  # a lease is charged once, whoever asks again
                 self._journal.execute(
@@ -317,7 +328,7 @@ class Ledger:
             step=step,
             name=name,
             chosen=chosen,
-            reason=reason,
+            reason=redact(reason),
             choice=None if choice is None else json.dumps(choice.to_dict()),
             detail=None if detail is None else json.dumps(detail),
             decided_at=_now(),
@@ -356,6 +367,27 @@ class Ledger:
             row["dollars"] = None if micro is None else micro / 1e6
             row["lost"] = bool(row.pop("is_lost"))
         return rows
+
+    @property
+    def last_charge(self) -> dict[str, Any]:
+        """Its id and its seal, which hangs on those of all before it: for what is saved beside the
+        journal, to be shown to ``require_charge``."""
+        return self._journal.last_charge
+
+    def require_charge(self, charge: Mapping[str, Any], whose: str) -> None:
+        """Raise ValueError where the journal does not go on from ``charge``, which was the last one
+        when ``whose`` was written: it was put back to an older state."""
+        if not self._journal.has_charge(charge):
+            raise ValueError(
+                f"{self.path} is older than {whose}: it has not the charge {charge['id']} that was "
+                "made before\nhint: put the newer ledger back, with its -wal file; without it what "
+                "was spent is not known"
+            )
+
+    def faults(self) -> list[str]:
+        """What is wrong in rows that are never read again, and between tables: for a check of
+        everything. What is read was looked at when the journal was opened."""
+        return list(self._journal.faults())
 
     def decisions(self) -> list[dict[str, Any]]:
         """Every decision, in order; ``marginal.replay(row["choice"])`` decides it again."""

@@ -57,6 +57,9 @@ class PoolSource:
     sources: tuple[str, ...]
     fingerprint: str | None = None
     """Of the content; a pool that changed since is refused."""
+    most_masked: float = 0.25
+    """Share of the rows that may have nothing to learn (an empty answer, a prompt that fills
+    ``training.max_length``); with more there is no plan. They are set aside in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +158,9 @@ class Training:
     switch: Literal["never", "governed"] = "never"
     """Whether the steps may be held otherwise from some evaluation on (another micro-batch, more or
     less recomputed) where that takes less of what is scarce."""
+    rewinds: int = 0
+    """Times that training may go back to its last checkpoint, and on without the batch that a loss
+    or gradient was not finite of; then, and with 0 at once, it stops there."""
     grad_freeze: GradFreeze | None = None
     """Matrices that learn no more are frozen; None: all are trained to the end."""
     preference: Preference | None = None

@@ -33,9 +33,11 @@ def contradictions(plan: Plan) -> Iterator[str]:
     for name in positive:
         if not getattr(training, name) > 0:
             yield f"training.{name} must be more than zero, not {getattr(training, name)}"
-    for name in ("warmup_steps", "cooldown_steps", "weight_decay", "max_grad_norm"):
+    for name in ("warmup_steps", "cooldown_steps", "weight_decay", "max_grad_norm", "rewinds"):
         if getattr(training, name) < 0:
             yield f"training.{name} cannot be negative"
+    if not 0 <= plan.pool.most_masked <= 1:
+        yield f"pool.most_masked is a share, between 0 and 1, not {plan.pool.most_masked}"
     if training.warmup_steps + training.cooldown_steps > training.max_steps:
         yield (
             f"training.warmup_steps {training.warmup_steps} + cooldown_steps "

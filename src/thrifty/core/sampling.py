@@ -123,7 +123,8 @@ class Means:
     price: float = 0.0
     """Of a unit of the resource in expected correct answers: what it would buy elsewhere."""
     past: Sequence[Asked] = ()
-    """The run's questions as they stand, to learn from: open, answered and given up."""
+    """The run's questions, to learn from: open, answered and given up; copies that stay as they
+    are."""
     learnt: Mapping[str, Any] = field(default_factory=dict)
     """What ``fit`` made of outcomes with gold answers; empty: nothing was fitted."""
 

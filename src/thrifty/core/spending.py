@@ -57,12 +57,14 @@ class Stage:
 
     @contextmanager
     def spending(self, activity: str, upper: Cost, *, step: int = 0) -> Iterator[Lease]:
-        """A lease for a block; settled at its end, also when the block raises."""
+        """A lease for a block; settled at its end. What a block that raises had spent is lost."""
         lease = self.lease(activity, upper, step=step)
         try:
             yield lease
-        finally:
-            lease.settle()
+        except BaseException:
+            lease.settle(lost=True)
+            raise
+        lease.settle()
 
     def renew(self, charged: Cost, held: Cost) -> Lease:
         """Charge ``charged`` of the open lease, and go on with one on all that is then left, of

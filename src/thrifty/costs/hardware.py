@@ -13,13 +13,14 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from thrifty.core.best_effort import keeping
 from thrifty.core.durable import write_atomically
 
 GIB = 2.0**30
@@ -57,6 +58,8 @@ class Device:
     """dtype -> of the roofline's terms (matrix products, memory-bound, launches, optimizer), as
     fitted to real steps; ones where they were not."""
     num_threads: int | None = None
+    memory_factor: float = 1.0
+    """Times a predicted peak that a run turned out to need, where one ran out of memory."""
     calibrated: bool = False
     machine_busy: bool = False
     """Repeats of the measurement differed by more than 10%."""
@@ -134,13 +137,13 @@ def load_device(name: str | None = None) -> Device:
     Raises ValueError for an unknown name, with the nearest known one or all of them.
     """
     if name is None or name == "local":
-        return _local()
+        return _as_learnt(_local(), "local")
     own = _own_devices()
     key = _plain(name)
     aliases = {alias: DEVICES[known] for alias, known in ALIASES.items()}
     for known, device in (*own.items(), *DEVICES.items(), *aliases.items()):
         if _plain(known) == key:
-            return device
+            return _as_learnt(device, device.name)
     names = sorted({*DEVICES, *ALIASES, *own})
     if key in HERE:
         raise ValueError(
@@ -200,17 +203,52 @@ def _own_devices() -> dict[str, Device]:
 
 
 def cache_folder() -> Path:
-    """Where measurements and the user's prices are kept: THRIFTY_CACHE, or the platform's place."""
+    """Where measurements and the user's prices are kept: THRIFTY_CACHE, or the platform's place;
+    nowhere for a user who has no home."""
     given = os.environ.get("THRIFTY_CACHE")
     if given:
         return Path(given)
-    if sys.platform == "win32":
-        parent = Path(os.environ.get("LOCALAPPDATA") or Path.home())
-    elif sys.platform == "darwin":
-        parent = Path.home() / "Library" / "Caches"
-    else:
-        parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        if sys.platform == "win32":
+            parent = Path(os.environ.get("LOCALAPPDATA") or Path.home())
+        elif sys.platform == "darwin":
+            parent = Path.home() / "Library" / "Caches"
+        else:
+            parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        parent = Path(os.devnull)  # in which nothing lies, and nothing can be put
     return parent / "thrifty"
+
+
+def learn_memory_factor(name: str | None, needed: float, predicted: float) -> float:
+    """A run on the device of that name held ``needed`` bytes when it ran out of memory, where
+    ``predicted`` were to be its peak: plans count on so much more from now on, at most twice.
+    Returns the factor that holds then; it is kept beside the device's measurements."""
+    key = "local" if name in (None, "local") else load_device(name).name
+    known = _memory_factors()
+    found = max(known.get(key, 1.0), min(needed / predicted, 2.0) if predicted > 0 else 1.0)
+    if found != known.get(key, 1.0):
+        with keeping(cache_folder()):
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            write_atomically(_memory_file(), json.dumps({**known, key: found}, indent=1))
+    return found
+
+
+def _as_learnt(device: Device, key: str) -> Device:
+    factor = _memory_factors().get(key, 1.0)
+    return device if factor == 1.0 else replace(device, memory_factor=factor)
+
+
+def _memory_factors() -> dict[str, float]:
+    try:
+        values = json.loads(_memory_file().read_text(encoding="utf-8"))
+        return {str(name): float(value) for name, value in values.items() if float(value) >= 1}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}  # nothing learnt, or nothing that can be read
+
+
+def _memory_file() -> Path:
+    return cache_folder() / "memory.json"
 
 
 def _calibration_file() -> Path:
@@ -257,9 +295,10 @@ def _installed_memory() -> float:
 def keep(device: Device) -> None:
     """Cache the local device's measurements."""
     folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"version": CACHE_VERSION, **asdict(device)}, indent=1)
-    write_atomically(_calibration_file(), text)
+    with keeping(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(_calibration_file(), text)
 
 
 @lru_cache
@@ -298,6 +337,7 @@ def device_facts(device: Device) -> dict[str, Any]:
         "tdp_watts": device.tdp_watts,
         "dollars_per_hour": dollars_per_hour(device),
         "num_threads": device.num_threads,
+        "memory_factor": device.memory_factor,
         "calibrated": device.calibrated,
         "machine_busy": device.machine_busy,
         "measured_at": device.measured_at,

@@ -13,6 +13,8 @@ and end-of-turn token, never a header. Three ways, in this order:
 3. No template: the plain one below, ``role: content``, a turn a line, the end-of-sequence token
    after each answer; the space before an answer belongs to it, so a prompt ends "assistant:".
 
+A template is a foreign program, and runs in a process of its own (``template_process.py``).
+
 Limits: a template that writes today's date gives other tokens tomorrow. Tools are not rendered.
 Marks and prefixes cost 1 and 1 + 2 per answer renderings.
 """
@@ -21,15 +23,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from thrifty.data.faults import Fault
 from thrifty.data.formats import Message
+from thrifty.data.template_process import Template, process
 
 Span = tuple[int, int]
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MAX_TRIES = 100
+
+
+class Rendering(Protocol):
+    """Runs a template (``template_child.py``)."""
+
+    template: Template
+
+    def text(self, turns: list[Message], prompt: bool = False) -> str:
+        """``prompt``: with what makes a model answer behind it."""
+
+    def marked(self, turns: list[Message]) -> tuple[str, list[Span]]:
+        """And the spans that the template marks."""
 
 
 def render(
@@ -39,15 +54,30 @@ def render(
     tokenizer must add its special tokens (a template writes its own)."""
     if tokenizer.chat_template is None:
         return *_plain(turns, first_answer, tokenizer.eos_token or ""), True
+    asked = {"turns": list(turns), "first_answer": first_answer}
+    found = _asked(tokenizer, asked, turns)
+    return found["text"], [(start, end) for start, end in found["spans"]], False
+
+
+def prompt(turns: Sequence[Message], tokenizer: Any) -> str:
+    """What the tokenizer's template asks a model with."""
+    text: str = _asked(tokenizer, {"turns": list(turns)}, turns)["text"]
+    return text
+
+
+def _asked(tokenizer: Any, request: dict[str, Any], turns: Sequence[Message]) -> dict[str, Any]:
     try:
-        if _MARKED.search(tokenizer.get_chat_template()):
-            return *_marked(turns, first_answer, tokenizer), False
-        return *_by_prefixes(turns, first_answer, tokenizer), False
-    except Fault:
-        raise
-    except Exception as error:  # a template is a foreign program: it may raise anything
-        detail = f"the chat template refused the row: {type(error).__name__}: {error}"
-        raise Fault("chat_template", detail[:300], turns[0]["content"]) from error
+        return process.ask(Template.of(tokenizer), request)
+    except Fault as fault:
+        detail = fault.reason.partition(": ")[2]
+        raise Fault(fault.code, detail, turns[0]["content"] if turns else "") from None
+
+
+def placed(turns: list[Message], first_answer: int, rendering: Rendering) -> tuple[str, list[Span]]:
+    """Text and spans, where there is a template."""
+    if _MARKED.search(rendering.template.source):
+        return _marked(turns, first_answer, rendering)
+    return _by_prefixes(turns, first_answer, rendering)
 
 
 def _plain(turns: Sequence[Message], first_answer: int, eos: str) -> tuple[str, list[Span]]:
@@ -65,37 +95,29 @@ def _plain(turns: Sequence[Message], first_answer: int, eos: str) -> tuple[str, 
     return text, spans
 
 
-def _marked(turns: Sequence[Message], first_answer: int, tokenizer: Any) -> tuple[str, list[Span]]:
+def _marked(
+    turns: list[Message], first_answer: int, rendering: Rendering
+) -> tuple[str, list[Span]]:
     # ``apply_chat_template`` turns these spans into a token mask itself, but from a span whose
     # first or last character has no token it masks nothing or all of the rest.
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    texts, marks = render_jinja_template(
-        conversations=[list(turns)],
-        chat_template=tokenizer.get_chat_template(),
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
+    text, spans = rendering.marked(turns)
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-    spans: list[Span] = [(int(start), int(end)) for start, end in marks[0]]
     if len(spans) != len(answers):
         detail = f"the template marks {len(spans)} answers of {len(answers)}"
         raise Fault("chat_template", detail, turns[0]["content"])
     kept = [(a, b) for i, (a, b) in zip(answers, spans, strict=True) if i >= first_answer]
-    return texts[0], kept
+    return text, kept
 
 
 def _by_prefixes(
-    turns: Sequence[Message], first_answer: int, tokenizer: Any
+    turns: list[Message], first_answer: int, rendering: Rendering
 ) -> tuple[str, list[Span]]:
     def rendered(count: int, prompt: bool = False) -> str:
-        return tokenizer.apply_chat_template(
-            list(turns[:count]), tokenize=False, add_generation_prompt=prompt
-        )
+        return rendering.text(turns[:count], prompt)
 
     full = rendered(len(turns))
     spans: list[Span] = []
-    ends = tuple({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""})
+    ends = tuple(rendering.template.ends)
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant" or i < first_answer:
             continue

@@ -34,6 +34,7 @@ REASONS: Mapping[str, str] = {
 }
 
 MAX_EXCERPT = 120
+MAX_DETAIL = 400
 
 
 class Fault(Exception):
@@ -41,7 +42,7 @@ class Fault(Exception):
 
     def __init__(self, code: str, detail: str = "", raw: str | bytes = "") -> None:
         self.code = code
-        self.reason = f"{code}: {detail or REASONS[code]}"
+        self.reason = f"{code}: {excerpt(detail or REASONS[code], MAX_DETAIL)}"
         self.excerpt = excerpt(raw)
         super().__init__(self.reason)
 

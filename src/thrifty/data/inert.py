@@ -2,27 +2,27 @@
 
 Rows, file names and error messages come from data sets. Control characters, terminal escapes and
 invisible or direction-changing marks are written as Python escapes (``\\x1b``, ``\\u202e``), long
-text is cut, and passwords inside URLs are masked. Escaping HTML is left to the template, which does
-it for everything.
+text is cut, and secrets are masked (``core/redaction.py``). Escaping HTML is left to the template,
+which does it for everything.
 """
 
 from __future__ import annotations
 
-import re
 import unicodedata
 
 from markupsafe import Markup, escape
 
+from thrifty.core.redaction import redact
+
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 """Unicode categories of what is not seen, or moves what is."""
-_CREDENTIALS = re.compile(r"://[^/\s@]*@")
 _LOOKAHEAD = 1000
 """Characters past the limit that are looked at, so that no password is cut in half and missed."""
 
 
-def redact(text: str) -> str:
-    """``text`` with the user and password of every URL in it masked."""
-    return _CREDENTIALS.sub("://***@", text)
+def for_terminal(text: str) -> str:
+    """Lines of talk as they may be shown: no escape, no secret, whatever they quote."""
+    return visible(text, 100_000, lines=True)
 
 
 def visible(text: object, limit: int = 600, *, lines: bool = False) -> str:

@@ -20,6 +20,7 @@ across documents and fail it.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -161,6 +162,11 @@ def check_isolation(model: Any) -> None:
             "hint: train this model without packing"
         )
     leak, shift = isolation_errors(model)
+    if math.isnan(leak + shift):
+        raise ValueError(
+            "the base model's logits are not finite\n"
+            "hint: are its weights damaged, or too large for the dtype of training.memory.weights?"
+        )
     if not (leak <= 1e-4 and shift <= (1e-4 if model.dtype == torch.float32 else 5e-2)):
         raise ValueError(
             f"{model.config.model_type} lets packed documents see each other (logits move by "

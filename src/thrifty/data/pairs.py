@@ -3,8 +3,9 @@
 Item: the two sequences of a pair (``tokens.Tokens.sides``) and, where it is known, what the
 reference gives their answers. Items follow one another through as many epochs as they take, each in
 its own order, and ``batch`` of them next to each other are of like lengths: within a window of the
-order they are sorted by their longer side, and the batches come by their first pair. What is left
-over of an epoch begins the next. All of it is a function of the orders, so that a run that resumes
+order they are sorted by their longer side, and the batches come by their first pair; the longest of
+all begins, so that one that does not fit shows at once. What is left over of an epoch begins the
+next. All of it is a function of the orders, so that a run that resumes
 at item k sees the item k it would have seen.
 
 ``collate`` pads a batch to its longest sequence: chosen answers in the first half, rejected ones in
@@ -43,6 +44,7 @@ class PairedDataset:
         """[n, 2]: log-probabilities of the chosen and the rejected answers under the reference."""
         self._lengths = np.array([longer_side(each) for each in examples], dtype=np.int64)
         self._batch, self._num_items, self._order = batch, num_items, order
+        self._exact = exact
         self._window = batch if exact else max(window // batch, 1) * batch
         self._rows: list[int] = []
         self._waiting: list[int] = []
@@ -61,6 +63,7 @@ class PairedDataset:
 
     def _arrange_an_epoch(self) -> None:
         rows = [*self._waiting, *map(int, self._order(self._num_epochs))]
+        first = not self._num_epochs
         self._num_epochs += 1
         whole = len(rows) // self._batch * self._batch
         for start in range(0, whole, self._window):
@@ -69,6 +72,15 @@ class PairedDataset:
             for members in sorted(sorted(batch) for batch in places.tolist()):
                 self._rows += [part[place] for place in members]
         self._waiting = rows[whole:]
+        if first and self._rows and not self._exact:
+            self._longest_first()
+
+    def _longest_first(self) -> None:
+        """The batch with the longest pair comes first: what does not fit shows at once."""
+        longest = int(np.argmax(self._lengths[self._rows])) // self._batch * self._batch
+        moved = self._rows[longest : longest + self._batch]
+        del self._rows[longest : longest + self._batch]
+        self._rows[:0] = moved
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         row = self.row(item)

@@ -23,6 +23,8 @@ from thrifty.data.formats import TASKS, Kind, convert, flat
 from thrifty.data.sources import SourceFile, expand
 
 MAX_LINE_BYTES = 16 << 20
+MOST_BAD = 100_000
+"""Records of a file, none of which can be used, after which its rest is not looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +118,17 @@ def read_rows(
 def _rows(files: list[SourceFile], task: str, max_bytes: int) -> Iterator[Row | BadRow]:
     row_id = 0
     for file in files:
-        number = 0
+        number = num_read = 0
+        only_bad = True
         try:
             for number, record in readers.read(file, max_bytes):
-                yield _row(row_id, file.name, number, record, task, max_bytes)
+                row = _row(row_id, file.name, number, record, task, max_bytes)
+                yield row
                 row_id += 1
+                num_read += 1
+                only_bad = only_bad and isinstance(row, BadRow)
+                if only_bad and num_read == MOST_BAD:
+                    raise OSError(f"none of its first {MOST_BAD:,} records can be used")
         except readers.BROKEN as error:
             detail = str(error).splitlines()[0] if str(error) else type(error).__name__
             fault = Fault("unreadable", detail[:200])

@@ -6,7 +6,6 @@ tokens: each column is read when it is first asked for, and kept as long as the 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from thrifty.core.sums import is_as, sha256_of
 from thrifty.data.pool import Row
 from thrifty.data.tokens import Tokens
 
@@ -90,10 +90,13 @@ def _lists(arrays: list[NDArray[Any]], value_type: pa.DataType) -> pa.ListArray:
     return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(arrays), value_type))
 
 
-def read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """A shard's file, or a ``ValueError`` where it is not what was written."""
+def read_shard(path: Path, columns: list[str] | None = None, sha256: str | None = None) -> pa.Table:
+    """A shard's file, or a ``ValueError`` where it is not what was written, which ``sha256``
+    tells."""
     try:
-        return pq.read_table(path, columns=columns)
+        if sha256 is None or is_as(path, [sha256]):
+            return pq.read_table(path, columns=columns)
+        what = "is damaged: it is not as it was written"
     except FileNotFoundError:
         what = "is missing"
     except (pa.ArrowException, OSError) as error:
@@ -103,16 +106,13 @@ def read_shard(path: Path, columns: list[str] | None = None) -> pa.Table:
     raise ValueError(f"{str(path)!r} {what}\nhint: put it back, or `thrifty plan` again")
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class Shard:
     """Some rows of a store, column by column (``core.contracts.Rows``)."""
 
-    def __init__(self, source: Path | pa.Table) -> None:
+    def __init__(self, source: Path | pa.Table, sha256: str | None = None) -> None:
+        """``sha256``: of the file, where it is known."""
         self._source = source
+        self._sha256 = sha256
         self._read: dict[str, Any] = {}
 
     def __len__(self) -> int:
@@ -120,8 +120,7 @@ class Shard:
 
     def where(self, mask: NDArray[np.bool_]) -> Shard:
         """Some of its rows, in their order."""
-        table = read_shard(self._source) if isinstance(self._source, Path) else self._source
-        return Shard(table.filter(mask))
+        return Shard(self._table().filter(mask))
 
     @property
     def ids(self) -> NDArray[np.int64]:
@@ -167,9 +166,12 @@ class Shard:
         return self._read[name]
 
     def _column(self, name: str) -> pa.ChunkedArray:
+        return self._table([name]).column(name)
+
+    def _table(self, columns: list[str] | None = None) -> pa.Table:
         if isinstance(self._source, Path):
-            return read_shard(self._source, [name]).column(name)
-        return self._source.column(name)
+            return read_shard(self._source, columns, self._sha256)
+        return self._source
 
     def _numbers(self, name: str) -> NDArray[np.int64]:
         return self._column(name).to_numpy().astype(np.int64)

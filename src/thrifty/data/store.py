@@ -18,7 +18,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,10 @@ from numpy.typing import NDArray
 
 from thrifty.core.budget import PoolStats
 from thrifty.core.durable import write_atomically
+from thrifty.core.sealed import read_values, sealed, unsealed
+from thrifty.core.sums import is_as, sha256_of
 from thrifty.data.pool import BadRow, Row
-from thrifty.data.shard import SCHEMA, Shard, ShardFile, read_shard, sha256_of, write_shard
+from thrifty.data.shard import SCHEMA, Shard, ShardFile, read_shard, write_shard
 from thrifty.data.tokens import Tokens, tokenize_rows
 
 FORMAT = 3
@@ -72,6 +74,8 @@ class StoreManifest:
     lengths: dict[str, int] = field(default_factory=dict)
     """Histogram: "128" -> examples of 65 to 128 tokens."""
     shards: tuple[ShardFile, ...] = ()
+    quarantine_sha256: str | None = None
+    """None: an older thrifty's, which did not note it."""
 
     @property
     def stats(self) -> PoolStats:
@@ -88,7 +92,8 @@ class StoreManifest:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StoreManifest:
         known = {f.name for f in fields(cls)}
-        if values.get("format") != FORMAT or set(values) != known:
+        missing = known - set(values) - {"quarantine_sha256"}
+        if values.get("format") != FORMAT or missing or set(values) - known:
             raise ValueError(
                 f"the store's manifest has format {values.get('format')!r}, not {FORMAT}\n"
                 "hint: it was written by another version; `thrifty plan` again"
@@ -159,7 +164,8 @@ def write_store(
     if not shards:
         raise ValueError(totals.nothing_valid(task))
     manifest = totals.manifest(tuple(shards), tokenizer_fingerprint, max_length)
-    write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1))
+    manifest = replace(manifest, quarantine_sha256=sha256_of(folder / QUARANTINE))
+    write_atomically(folder / MANIFEST, json.dumps(sealed(asdict(manifest)), indent=1))
     return manifest
 
 
@@ -167,16 +173,16 @@ def open_store(directory: str | Path) -> Store:
     """A finished store, or a ``ValueError``."""
     path = Path(directory) / MANIFEST
     try:
-        values = json.loads(path.read_bytes())
+        values = read_values(path)
+        if values.get("format") == FORMAT:
+            values = unsealed(values, path)
     except FileNotFoundError:
         raise ValueError(
             f"{str(directory)!r} holds no finished store: it has no {MANIFEST}\n"
             "hint: put it back, or `thrifty plan` again"
         ) from None
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} is damaged: {error}\nhint: `thrifty plan` again") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{str(path)!r} is damaged: no manifest\nhint: `thrifty plan` again")
+        raise ValueError(f"{error}\nhint: `thrifty plan` again") from None
     return Store(Path(directory), StoreManifest.from_dict(values))
 
 
@@ -271,7 +277,7 @@ class Store:
         return self.manifest.num_examples
 
     def shard(self, index: int) -> Shard:
-        return Shard(self.directory / self.manifest.shards[index].name)
+        return Shard(*self._file(self.manifest.shards[index]))
 
     def shards(self) -> Iterator[Shard]:
         return (self.shard(index) for index in range(self.num_shards))
@@ -285,7 +291,8 @@ class Store:
         taken = 0
         for home in np.unique(homes):
             where = np.flatnonzero(homes == home)
-            table = read_shard(self.directory / self.manifest.shards[max(home, 0)].name)
+            path, sha256 = self._file(self.manifest.shards[max(home, 0)])
+            table = read_shard(path, sha256=sha256)
             known = table.column("id").to_numpy()
             places = np.searchsorted(known, wanted[where])
             missing = known[np.minimum(places, len(known) - 1)] != wanted[where]
@@ -299,6 +306,9 @@ class Store:
             taken += len(where)
         return Shard(pa.concat_tables(tables).take(positions))
 
+    def _file(self, shard: ShardFile) -> tuple[Path, str]:
+        return self.directory / shard.name, shard.sha256
+
     def quarantine(self) -> Iterator[BadRow]:
         """The rows that were set aside."""
         with (self.directory / QUARANTINE).open("rb") as file:
@@ -306,9 +316,17 @@ class Store:
                 yield BadRow(**orjson.loads(line))
 
     def verify(self) -> None:
-        """A ``ValueError`` that names the first shard whose bytes are not those written."""
-        for shard in self.manifest.shards:
-            path = self.directory / shard.name
-            if not path.is_file() or sha256_of(path) != shard.sha256:
-                what = "changed since it was written" if path.is_file() else "is missing"
-                raise ValueError(f"{str(path)!r} {what}\nhint: `thrifty plan` again")
+        """A ``ValueError`` that names the first file whose bytes are not those written."""
+        for fault in self.faults():
+            raise ValueError(f"{fault}\nhint: `thrifty plan` again")
+
+    def faults(self) -> Iterator[str]:
+        """The files whose bytes are not those written, in words."""
+        files = [self._file(shard) for shard in self.manifest.shards]
+        if (noted := self.manifest.quarantine_sha256) is not None:
+            files.append((self.directory / QUARANTINE, noted))
+        for path, sha256 in files:
+            if not path.is_file():
+                yield f"{str(path)!r} is missing"
+            elif not is_as(path, [sha256]):
+                yield f"{str(path)!r} changed since it was written"

@@ -29,6 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from uuid import uuid4
 
+from thrifty.core.best_effort import keeping
 from thrifty.core.durable import rename_durably
 from thrifty.costs.hardware import GIB, cache_folder
 from thrifty.data.sources import expand, is_url
@@ -79,31 +80,35 @@ def fetch(key: str | None, directory: Path) -> StoreManifest | None:
         return None
     try:
         shutil.copytree(entry, draft)
+    except OSError:  # taken away half-way, or there is no room for it here
+        shutil.rmtree(draft, ignore_errors=True)
+        return None
+    try:
         store = open_store(draft)
         store.verify()
-        os.utime(entry)
-        rename_durably(draft, directory)
-    except (OSError, ValueError):  # taken away half-way, or damaged
+    except (OSError, ValueError):  # damaged
         shutil.rmtree(draft, ignore_errors=True)
         _remove(entry)
         return None
+    with suppress(OSError):  # of a cache that can be read alone
+        os.utime(entry)
+    rename_durably(draft, directory)
     return store.manifest
 
 
 def keep(key: str | None, directory: Path) -> None:
-    """Keep a copy of the finished store in ``directory``. A full disk is no reason to stop."""
+    """Keep a copy of the finished store in ``directory``, if possible."""
     most = most_bytes()
     if key is None or _size(directory) > most:
         return
     folder = _folder()
     draft = folder / f".{key}.{uuid4().hex}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(directory, draft)
-        os.utime(draft)  # used now, whenever the store was made
-        rename_durably(draft, folder / key)
-    except OSError:  # or another plan was first
-        pass
+        with keeping(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(directory, draft)
+            os.utime(draft)  # used now, whenever the store was made
+            rename_durably(draft, folder / key)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     _trim(folder, most)

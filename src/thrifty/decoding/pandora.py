@@ -82,8 +82,7 @@ class Pandora(DecodingPolicy):
         return self.decide_all([asked], means)[0]
 
     def decide_all(self, questions: Sequence[Asked], means: Means) -> list[Action]:
-        num_samples = sum(len(asked.samples) for asked in means.past)
-        scale = _scale(tuple(means.past), num_samples)
+        scale = _scale(tuple(means.past))
         return [self._decide(asked, means, scale) for asked in questions]
 
     def close(self, asked: Asked, means: Means, reason: str) -> Finish:
@@ -140,9 +139,8 @@ def rewards_of(asked: Asked) -> list[float]:
 
 
 @lru_cache(maxsize=2)
-def _scale(past: tuple[Asked, ...], num_samples: int) -> Scale | None:
-    """``scale_of``, for the many decisions between two looks at the same questions, which are told
-    apart by who they are and by how many samples they have."""
+def _scale(past: tuple[Asked, ...]) -> Scale | None:
+    """``scale_of``, for the many decisions between two looks at all questions."""
     return scale_of(past)
 
 

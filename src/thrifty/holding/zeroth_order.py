@@ -60,6 +60,11 @@ class ZerothOrder(torch.optim.Optimizer):
         self._slope += slope
         return (up + down) / 2
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """What was estimated since the last step is forgotten."""
+        self._slope, self._seen = 0.0, set()
+        super().zero_grad(set_to_none)
+
     def _at(self, distance: float, loss: Callable[[], Any]) -> Any:
         named = {name: weight for name, weight, _ in self._weights()}
         with Moved(named, self.seed, self._steps, distance) as moved:
@@ -69,10 +74,10 @@ class ZerothOrder(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Along the direction of this step. Raises ValueError for a weight that no function was
-        given."""
+        """Along the direction of this step, where anything was estimated. Raises ValueError for a
+        weight that no function was given."""
         loss = None if closure is None else self.estimate(closure)
-        for name, weight, group in self._weights():
+        for name, weight, group in self._weights() if self._seen else ():
             if name not in self._seen:
                 raise ValueError(
                     f"{name} was not used by functions of torch\n"

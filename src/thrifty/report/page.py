@@ -17,9 +17,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import thrifty
-from thrifty.core import quantities
+from thrifty.core import quantities, sums
 from thrifty.core.budget import RESOURCES
-from thrifty.core.durable import write_atomically
 from thrifty.data.faults import REASONS
 from thrifty.data.inert import marked, visible
 from thrifty.report import figures, words
@@ -39,7 +38,7 @@ def write_report(run: RunFolder) -> Path:
 
     Raises ValueError where the folder holds no plan or no ledger that can be used.
     """
-    write_atomically(run.report, render(run))
+    sums.write(run.report, render(run))
     return run.report
 
 

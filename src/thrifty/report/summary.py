@@ -14,9 +14,9 @@ from typing import Any
 from thrifty.core.budget import HELD, RESOURCES, Budget, Cost
 from thrifty.core.contracts import MEMORY_KINDS
 from thrifty.core.plan import Plan
+from thrifty.core.redaction import redact
 from thrifty.core.resolve import parse_spec
 from thrifty.costs.shape import read_shape
-from thrifty.data.inert import redact
 from thrifty.memory_plan import dtype_of, trained_name
 from thrifty.report.facts import Facts, amounts, difference, gain_per
 from thrifty.report.files import Files

@@ -14,13 +14,13 @@ from thrifty.backends.retries import Retries
 from thrifty.backends.secret import secret_of
 from thrifty.backends.usage import Tariff
 from thrifty.core import quantities
-from thrifty.core.named_function import named_function
 from thrifty.core.quantities import format_tokens, show
 from thrifty.core.resolve import name_of, resolve
 from thrifty.costs.shape import read_shape
 from thrifty.display import say
 from thrifty.policies import answer_form_named, choose_policy, policy_named
 from thrifty.recordings import read_outcomes
+from thrifty.rewards import reward_named, scoring
 from thrifty.serving.front_door import LOOPBACK
 from thrifty.serving.key_budgets import Client, KeyBudgets, KeyLimits, read_keys
 from thrifty.serving.metrics import ServeMetrics
@@ -136,9 +136,7 @@ def improver(
 ) -> Improver | None:
     """What answers by the policy; None where the policy is to hand on."""
     form = None if options.answer == "none" else answer_form_named(options.answer)
-    reward = None
-    if options.reward is not None:
-        reward = named_function("--reward", options.reward, "--reward package.module:function")
+    reward = None if options.reward is None else reward_named(options.reward)
     fit_on = read_outcomes(options.fit) if options.fit else []
     policy = policy_named(options.policy) if options.policy != "auto" else None
     if policy is None:
@@ -151,19 +149,25 @@ def improver(
     if policy.needs == "rewards" and reward is None:
         raise ValueError(
             f"the policy {options.policy} needs rewards\n"
-            "hint: --reward MODULE:FUNCTION, or a policy that goes by answers, marginal for one"
+            "hint: --reward FOLDER, or a policy that goes by answers, marginal for one"
         )
     if form is not None:
         form.check()
     tariffs = [upstream.tariff for upstream in upstreams]
     priced = all(tariff.completion_price is not None for tariff in tariffs)
+    backends = _backends(options, upstreams, timeout)
+    judged = scoring(list(backends.values()), reward, policy)
+    if judged.unused:
+        say(f"  {judged.unused}")
+    elif reward is not None and not callable(reward):
+        reward.load()
     return Improver(
         policy=policy,
         form=form,
-        reward=reward,
+        reward=judged.function,
         worth=options.worth,
         fit_on=fit_on,
-        backends=_backends(options, upstreams, timeout),
+        backends={backend.model: backend for backend in judged.backends},
         max_samples=at_least("--max-samples", options.max_samples, 1),
         knows_flops=all(tariff.shape is not None for tariff in tariffs),
         resource="dollars" if priced else "tokens",

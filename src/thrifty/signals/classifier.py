@@ -10,7 +10,7 @@ and no remote code is run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,27 +49,36 @@ class Classifier(TextModel):
         import torch
         from transformers import AutoModelForSequenceClassification
 
-        from thrifty.signals.models import check_index, weights_sha256
+        from thrifty.signals.model_folder import check_index, check_no_adapter
+        from thrifty.signals.models import weights_sha256
 
         check_index(self.folder)
-        weights_sha256(self.folder)  # says where there are none
+        check_no_adapter(self.folder)
+        if not list(self.folder.glob("*.safetensors")):
+            weights_sha256(self.folder)  # says what is missing
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(
+            model, found = AutoModelForSequenceClassification.from_pretrained(
                 self.folder,
                 dtype=getattr(torch, self.dtype),
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
+                output_loading_info=True,
             )
         except (OSError, KeyError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"the classifier in {self.folder} cannot be loaded: {error}\n"
                 "hint: are the files complete, and of the architecture that config.json names?"
             ) from None
+        if missing := sorted(found["missing_keys"]):  # it would be drawn at random
+            raise ValueError(
+                f"the classifier in {self.folder} has no weights for {', '.join(missing[:5])}\n"
+                "hint: it was not trained as one, or its files are not complete"
+            )
         return model.to(self.device).eval()
 
     @cached_property
-    def _tokenizer(self) -> Any:
+    def tokenizer(self) -> Any:
         from thrifty.data.tokens import load_tokenizer  # with pyarrow, which no plan waits for
 
         return load_tokenizer(str(self.folder))
@@ -93,32 +102,45 @@ class Classifier(TextModel):
     def scores(self, texts: Sequence[str], place: int, meter: Meter) -> NDArray[np.float64]:
         """[n], higher = more of the label at ``place``. Ticks ``meter`` with the FLOPs of every
         batch as padded."""
-        import torch
-
         if not texts:
             return np.zeros(0)
-        model, tokenizer = self.base(), self._tokenizer
+        tokenizer = self.tokenizer
         found = tokenizer(
             list(texts), truncation=True, max_length=max_length(self.folder, tokenizer)
         )
+
+        def tick(batch: int, sequence: int) -> None:
+            meter.tick(Cost(flops=self.encoder.flops(batch, sequence)))
+
+        several = self.base().config.problem_type == "multi_label_classification"
+        return _score(self.logits(found, tick), place, several)
+
+    def logits(
+        self, found: Mapping[str, Sequence[Any]], on_batch: Callable[[int, int], None]
+    ) -> NDArray[np.float64]:
+        """[n, labels], of texts as ``tokenizer`` splits them, each key a list of them. ``on_batch``
+        hears of the rows and tokens of every batch, padding included, before it is computed."""
+        import torch
+
+        model, tokenizer = self.base(), self.tokenizer
         lengths = [max(len(ids), 1) for ids in found["input_ids"]]
-        # Decoders find a row's last token by its padding; without a padding token, one at a time.
-        padded = tokenizer.pad_token is not None and model.config.pad_token_id is not None
-        most = max(BATCH_TOKENS, max(lengths, default=1))
+        # Decoders find a row's last token by its padding; without a padding token that both agree
+        # on, one at a time.
+        padding = tokenizer.pad_token_id
+        padded = padding is not None and padding == model.config.pad_token_id
+        most = max(BATCH_TOKENS, *lengths)
         batches = padded_batches(lengths, most) if padded else [[i] for i in range(len(lengths))]
-        scores = np.empty(len(texts))
-        several = model.config.problem_type == "multi_label_classification"
+        logits = np.empty((len(lengths), model.config.num_labels))
         for batch in batches:
             rows = {name: [values[i] for i in batch] for name, values in found.items()}
             if padded:
                 inputs = tokenizer.pad(rows, return_tensors="pt").to(self.device)
             else:
                 inputs = {k: torch.tensor(v, device=self.device) for k, v in rows.items()}
-            meter.tick(Cost(flops=self.encoder.flops(*inputs["input_ids"].shape)))
+            on_batch(*inputs["input_ids"].shape)
             with torch.inference_mode():
-                logits = model(**inputs).logits.double().cpu().numpy()
-            scores[batch] = _score(logits, place, several)
-        return scores
+                logits[batch] = model(**inputs).logits.double().cpu().numpy()
+        return logits
 
 
 def _score(logits: NDArray[np.float64], place: int, several: bool) -> NDArray[np.float64]:

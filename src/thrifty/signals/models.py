@@ -7,7 +7,6 @@ are read and no remote code is run.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -18,7 +17,9 @@ import numpy as np
 
 from thrifty.costs.shape import read_shape
 from thrifty.signals.classifier import Classifier, is_classifier
+from thrifty.signals.model_folder import check_folder, check_index, check_no_adapter
 from thrifty.signals.sentence_vectors import SentenceModel, is_sentence_model
+from thrifty.signals.weight_files import stored_tensors
 
 if TYPE_CHECKING:
     from thrifty.core.contracts import Models, Tokens
@@ -35,6 +36,7 @@ def locate(path: str, revision: str | None = None, *, weights: bool) -> tuple[Pa
     """
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file() or is_sentence_model(folder):
+        check_folder(folder)
         return folder, None
     if folder.exists():
         raise ValueError(
@@ -84,6 +86,7 @@ def _download(name: str, revision: str | None, *, weights: bool) -> tuple[Path, 
         ) from None
     if not (folder / "config.json").is_file():
         raise ValueError(f"{name} has no config.json\nhint: is it a transformers model?")
+    check_folder(folder)
     return folder, folder.name
 
 
@@ -104,19 +107,6 @@ def weights_sha256(folder: Path) -> str:
             while block := stream.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def check_index(folder: Path) -> None:
-    """Refuse a weight index that names files outside its folder."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    names = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
-    for name in names:
-        if Path(name).name != name:
-            raise ValueError(
-                f"{index} points outside its folder: {name!r}\nhint: do not use this model"
-            )
 
 
 @dataclass(frozen=True)
@@ -226,9 +216,12 @@ def load_model(folder: Path, dtype: str, device: str, quantization: Any = None) 
     """A ``transformers`` causal LM from safetensors, on ``device``; ``quantization``: the library's
     configuration of how its linears are stored in few bits as they are read."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     check_index(folder)
+    check_no_adapter(folder)
+    stored_tensors(folder)  # says what is damaged
     # Families that transformers gives no SDPA: capped scores (gemma2), attention sinks (gpt-oss).
     attention = "eager" if read_shape(folder).attention == "eager" else "sdpa"
     if not list(folder.glob("*.safetensors")):
@@ -244,7 +237,7 @@ def load_model(folder: Path, dtype: str, device: str, quantization: Any = None) 
             quantization_config=quantization,
             device_map=None if quantization is None else {"": device},
         )
-    except (OSError, KeyError, RuntimeError) as error:
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"the weights in {folder} cannot be loaded: {error}\n"
             "hint: are the files complete, and of the architecture that config.json names?"

@@ -58,6 +58,9 @@ def peak_noted(lease: Meter, device: str) -> Iterator[None]:
 def release_free_memory() -> None:
     """Give back what the allocator keeps of earlier work, so that it is not counted again."""
     gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
             ctypes.CDLL(None).malloc_trim(0)

@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from thrifty.costs.shape import ModelShape
@@ -29,7 +30,18 @@ transformers leaves them out."""
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.(.+)")
 _EXPERTS = re.compile(r"(?:^|\.)experts\.")
 _EXPERT = re.compile(r"(?:^|\.)experts\.(?:(\d+)\.)?(?:gate_proj|w1|gate_up_proj)(?:\.weight)?$")
-_MOST_HEADER_BYTES = 100_000_000
+_MOST_HEADER_BYTES = 16 << 20
+"""Of a file of 100,000 tensors."""
+_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8"), 8),
+    **dict.fromkeys(("F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+"""Of an element, by the header's name of its kind."""
 _COMPARED_BYTES = 1 << 16
 
 
@@ -199,12 +211,28 @@ def _header(file: Path) -> list[Stored]:
                 for name, entry in header.items()
                 if name != "__metadata__"
             ]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             raise _damaged(file, "its header cannot be read") from None
     last = max((tensor.end for tensor in tensors), default=8 + length)
     if last > size:
         raise _damaged(file, f"{last:,} bytes are announced, {size:,} are there")
+    _check_places(file, tensors, 8 + length)
     return tensors
+
+
+def _check_places(file: Path, tensors: list[Stored], begin: int) -> None:
+    """Each tensor has the bytes that its kind and shape take, one behind another."""
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
+        bits = _BITS.get(tensor.dtype)
+        if bits is None:
+            raise _damaged(file, f"{tensor.name!r:.100} is of a kind that there is not")
+        if min(tensor.shape, default=0) < 0 or 8 * (tensor.end - tensor.begin) != bits * prod(
+            tensor.shape
+        ):
+            raise _damaged(file, f"{tensor.name!r:.100} has not the bytes that its shape takes")
+        if tensor.begin != begin:
+            raise _damaged(file, f"{tensor.name!r:.100} does not begin where another ends")
+        begin = tensor.end
 
 
 def _damaged(file: Path, why: str) -> ValueError:

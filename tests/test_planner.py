@@ -117,6 +117,16 @@ def test_named_techniques_are_taken(planned):
         planned(flops=1e18, using=("nf5",))
 
 
+def test_an_optimizer_that_cannot_accumulate_is_none_where_that_is_asked_for(planned):
+    fixed = {"training.gradient_accumulation_steps": 4}
+    with pytest.raises(ValueError, match="used up at once cannot be accumulated"):
+        planned(SMALL, flops=1e18, using=("lomo",), fixed=fixed)
+    found, _ = planned(SMALL, flops=1e18, using=("lomo",))
+    assert found.chosen.gradient_accumulation_steps == 1
+    found, _ = planned(SMALL, flops=1e18, using=("adamw",), fixed=fixed)
+    assert found.chosen.gradient_accumulation_steps == 4
+
+
 def test_what_refuses_what_is_told_with_its_reason(planned):
     found, _ = planned(flops=1e18)
     reasons = found.combinations.refused

@@ -15,6 +15,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +118,8 @@ def _set_aside(path: Path) -> None:
     """Kept for a look, two at the most, so that repeated kills do not fill the disk."""
     for old in sorted(path.parent.glob("torn-*"), key=lambda p: p.stat().st_mtime)[:-1]:
         shutil.rmtree(old, ignore_errors=True)
-    for attempt in range(1000):
-        aside = path.with_name(f"torn-{path.name}" + (f"-{attempt}" if attempt else ""))
-        if not aside.exists():
-            path.rename(aside)
-            return
-    raise AssertionError("a thousand torn checkpoints of one step")
+    names = (f"torn-{path.name}" + (f"-{number}" if number else "") for number in count())
+    path.rename(next(aside for name in names if not (aside := path.with_name(name)).exists()))
 
 
 def retain(folder: Path, *, newest: int) -> None:

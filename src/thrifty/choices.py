@@ -60,6 +60,7 @@ def combinations_of(request: Request, sequence: int) -> Combinations:
         wanted=wanted,
         micro_batches=[sides * rows for rows in (MICRO_BATCHES if size is None else [int(size)])],
         runs_only=runs_only,
+        accumulated=int(fixed.get("training.gradient_accumulation_steps", 1)),
         generated_context=request.generated_context,
     )
     if not found.blocks:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -193,14 +193,15 @@ def price_all(
     wanted: Mapping[str, Sequence[MemoryTechnique]] | None = None,
     micro_batches: Sequence[int] = MICRO_BATCHES,
     runs_only: bool = False,
+    accumulated: int = 1,
     generated_context: int = 0,
 ) -> Combinations:
     """Price every combination on a device.
 
     ``layouts``: fields of the setting that say how sequences are laid out, and on how many devices.
-    ``wanted``: kind ->
-    techniques to take; a kind that is missing takes all. ``runs_only``: those alone that a run can
-    train with. ``generated_context``: tokens that an evaluation holds in its cache.
+    ``wanted``: kind -> techniques to take; a kind that is missing takes all. ``runs_only``: those
+    alone that a run can train with. ``accumulated``: micro-batches that a step must be able to add
+    up. ``generated_context``: tokens that an evaluation holds in its cache.
     """
     kinds = [
         [
@@ -216,7 +217,7 @@ def price_all(
     for fields in layouts:
         start = MemorySetting(sequence=sequence, device_kind=device.kind, **fields)
         for techniques, setting in _settings(start, kinds[:-1], refused):
-            states = _states(setting, kinds[-1], refused)
+            states = _states(setting, kinds[-1], accumulated, refused)
             if states:
                 block = _block(
                     shape, device, techniques, states, tuple(micro_batches), generated_context
@@ -259,11 +260,14 @@ def _settings(
 
 
 def _states(
-    setting: MemorySetting, techniques: Sequence[MemoryTechnique], refused: Counter[str]
+    setting: MemorySetting,
+    techniques: Sequence[MemoryTechnique],
+    accumulated: int,
+    refused: Counter[str],
 ) -> list[tuple[MemoryTechnique, MemorySetting]]:
-    found = []
+    found, as_asked = [], replace(setting, gradient_accumulation_steps=accumulated)
     for technique in techniques:
-        reason = technique.refuses(setting)
+        reason = technique.refuses(as_asked)
         if reason is None:
             found.append((technique, technique.rewrite(setting)))
         else:

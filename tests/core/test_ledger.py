@@ -340,6 +340,8 @@ with ledger.stage("train", "full") as stage:
     with Ledger(path) as ledger:
         assert ledger.recover().flops == 100
         assert counters(path) == []
+        (charge,) = ledger.charges()
+        assert charge["step_from"] == charge["step_to"]  # no step is known to have been done
 
 
 def test_recovering_leaves_ones_own_leases_alone(ledger, path):
@@ -351,6 +353,23 @@ def test_recovering_leaves_ones_own_leases_alone(ledger, path):
         assert len(counters(path)) == 1
     assert ledger.spent(lost=False).flops == 2
     assert counters(path) == []
+
+
+def test_recovering_goes_on_past_ones_own_leases(ledger, path):
+    with ledger.stage("train", "full") as stage:
+        lease = stage.lease("train", Cost(flops=10))
+        killed(
+            path,
+            """
+with ledger.stage("select", "less") as stage:
+    stage.lease("score", Cost(flops=100)).tick(Cost(flops=7), steps=1)
+    die()
+""",
+        )
+        assert ledger.recover().flops == 7
+        assert ledger.reserved().flops == 10
+        lease.tick(Cost(flops=1), steps=1)
+    assert [charge["flops"] for charge in ledger.charges()] == [7, 1]
 
 
 def test_a_lease_booked_by_another_process_is_reported(ledger, path):
@@ -382,8 +401,12 @@ def test_a_torn_store_leaves_the_one_before(tmp_path):
     newest = 6 % 2 * 128  # the sixth store: one was made at the start
     counter._map[newest + 20] ^= 1
     assert read_counter(file) == (4, Cost(flops=4, seconds=8, joules=None, dollars=0.5))
-    counter.remove()
-    assert read_counter(file) is None
+    counter.write(7, Cost(joules=2.5, dollars=None, peak_memory_bytes=3), 1.0)
+    unknown = Cost(seconds=1, joules=2.5, dollars=None, peak_memory_bytes=3)
+    assert read_counter(file) == (7, unknown)
+    for _ in range(2):  # another process that recovered may have removed it
+        counter.remove()
+        assert read_counter(file) is None
 
 
 # -- rolling back ---------------------------------------------------------------------------------

@@ -105,16 +105,14 @@ class TogetherMachine(RuleBasedStateMachine):
         then_flops = self.model.flops + sum(h.flops for h in all_held) + flops
         then_cents = self.model.cents + sum(h.cents for h in all_held) + cents
         fits = then_flops <= FLOPS and then_cents <= CENTS
-        try:
-            lease = self.stages[who].lease("work", cost(flops, cents))
-        except BudgetExceeded as refusal:
-            assert not fits
-            assert refusal.resource == ("flops" if then_flops > FLOPS else "dollars")
-        else:
-            assert fits
-            now = self.model.now
-            self.leases[who] = lease.id
-            self.model.held[lease.id] = Held(flops, cents, lease, now, ticked_at=now)
+        if not fits:
+            with pytest.raises(BudgetExceeded) as refusal:
+                self.stages[who].lease("work", cost(flops, cents))
+            assert refusal.value.resource == ("flops" if then_flops > FLOPS else "dollars")
+            return
+        lease, now = self.stages[who].lease("work", cost(flops, cents)), self.model.now
+        self.leases[who] = lease.id
+        self.model.held[lease.id] = Held(flops, cents, lease, now, ticked_at=now)
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data(), more=st.sampled_from([0, 0, 0, 0, 50]))

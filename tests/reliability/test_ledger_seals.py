@@ -334,6 +334,8 @@ def test_a_ledger_of_the_version_before_is_sealed_and_kept_as_it_was(closed, tmp
     assert everything(kept) == what_it_says
     with closing(sqlite3.connect(kept)) as db:
         assert db.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone() == ("1",)
+    with Ledger(kept, read_only=True) as ledger:
+        assert ledger.faults() == []  # of itself it says nothing
     with Ledger(older) as ledger:
         assert ledger._journal.meta["schema"] == str(SCHEMA_VERSION)
         assert ledger.faults() == []

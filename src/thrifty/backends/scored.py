@@ -36,7 +36,7 @@ class Scored(Backend):
 
     def upper(self, asking: Asking) -> Cost:
         most = self._inner.upper(asking)
-        return most
+        return most + self._most(asking) if most.flops else most
 
     async def ask(self, asking: Asking) -> Answered:
         loop = asyncio.get_running_loop()

@@ -73,7 +73,7 @@ def sync_file(path: Path) -> None:
 
 def sync_folder(folder: Path) -> None:
     """The names in it."""
-    if os.name == "nt":
+    if os.name == "nt":  # pragma: no cover: of another platform
         return  # a folder cannot be opened there; NTFS journals its entries
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from thrifty.data.faults import Fault
 from thrifty.data.formats import Message
@@ -50,27 +51,56 @@ class Rendering(Protocol):
 def render(
     turns: Sequence[Message], first_answer: int, tokenizer: Any
 ) -> tuple[str, list[Span], bool]:
-    """Text, character spans of the answers from turn ``first_answer`` on, and whether the
-    tokenizer must add its special tokens (a template writes its own)."""
+    """The text, the spans of the answers from message ``first_answer`` on, and whether the
+    tokenizer must add its special tokens (a template writes its own). Raises a ``Fault`` where the
+    template has none for it."""
+    (found,) = render_all([(turns, first_answer)], tokenizer)
+    if isinstance(found, Fault):
+        raise found
+    return found
+
+
+def render_all(
+    conversations: Sequence[tuple[Sequence[Message], int]], tokenizer: Any
+) -> list[tuple[str, list[Span], bool] | Fault]:
+    """The same of many, (turns, first_answer) each, at once."""
     if tokenizer.chat_template is None:
-        return *_plain(turns, first_answer, tokenizer.eos_token or ""), True
-    asked = {"turns": list(turns), "first_answer": first_answer}
-    found = _asked(tokenizer, asked, turns)
-    return found["text"], [(start, end) for start, end in found["spans"]], False
+        eos = tokenizer.eos_token or ""
+        return [(*_plain(turns, first, eos), True) for turns, first in conversations]
+    asked = [{"turns": list(turns), "first_answer": first} for turns, first in conversations]
+    found: list[tuple[str, list[Span], bool] | Fault] = []
+    replies = process.ask_all(_template_of(tokenizer), asked)
+    for (turns, _), reply in zip(conversations, replies, strict=True):
+        if isinstance(reply, Fault):
+            found.append(_of_turns(reply, turns))
+        else:
+            found.append((reply["text"], [(start, end) for start, end in reply["spans"]], False))
+    return found
 
 
 def prompt(turns: Sequence[Message], tokenizer: Any) -> str:
     """What the tokenizer's template asks a model with."""
-    text: str = _asked(tokenizer, {"turns": list(turns)}, turns)["text"]
+    try:
+        text: str = process.ask(_template_of(tokenizer), {"turns": list(turns)})["text"]
+    except Fault as fault:
+        raise _of_turns(fault, turns) from None
     return text
 
 
-def _asked(tokenizer: Any, request: dict[str, Any], turns: Sequence[Message]) -> dict[str, Any]:
-    try:
-        return process.ask(Template.of(tokenizer), request)
-    except Fault as fault:
-        detail = fault.reason.partition(": ")[2]
-        raise Fault(fault.code, detail, turns[0]["content"] if turns else "") from None
+def _of_turns(fault: Fault, turns: Sequence[Message]) -> Fault:
+    detail = fault.reason.partition(": ")[2]
+    return Fault(fault.code, detail, turns[0]["content"] if turns else "")
+
+
+def _template_of(tokenizer: Any) -> Template:
+    """Gathered once, for a vocabulary takes its time."""
+    known = _templates.get(tokenizer)
+    if known is None or known[0] != tokenizer.chat_template:
+        known = _templates[tokenizer] = tokenizer.chat_template, Template.of(tokenizer)
+    return known[1]
+
+
+_templates: WeakKeyDictionary[Any, tuple[Any, Template]] = WeakKeyDictionary()
 
 
 def placed(turns: list[Message], first_answer: int, rendering: Rendering) -> tuple[str, list[Span]]:

@@ -15,8 +15,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import IO, Any
 
 import orjson
 
@@ -27,6 +28,8 @@ MOST_LOST = 3
 _KEPT = ("PATH", "PYTHONPATH", "PYTHONHOME", "HOME", "LANG", "LC_ALL", "TZ", "SYSTEMROOT", "TEMP")
 """Of the environment, what Python and the clock need."""
 _OWN = "THRIFTY_TEMPLATE_SECONDS"
+_WHY_ENDLESS = "the chat template does not come to an end, or takes all memory"
+_ENDLESS = Fault("chat_template", _WHY_ENDLESS)
 
 
 @dataclass(frozen=True)
@@ -60,27 +63,58 @@ class TemplateProcess:
     def ask(self, template: Template, request: Mapping[str, Any]) -> dict[str, Any]:
         """What ``template_child`` answers. Raises a ``Fault`` where the template refuses the row or
         does not come to an end, ValueError where it does so again and again."""
+        (found,) = self.ask_all(template, [request])
+        if isinstance(found, Fault):
+            raise found
+        return found
+
+    def ask_all(
+        self, template: Template, requests: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Any] | Fault]:
+        """The same of many, at the price of few waits."""
+        found: list[dict[str, Any] | Fault] = []
         with self._lock:
             if template != self._template:
                 self._lost = 0
-            child = self._running()
-            lines = [] if template == self._template else [asdict(template)]
-            self._template = template
-            reply = _asked(child, [*lines, request])
-            if reply is None:
-                self._lost += 1
-                self.stop()
-        if reply is None:
-            why = "the chat template does not come to an end, or takes all memory"
-            if self._lost >= MOST_LOST:
-                raise ValueError(
-                    f"{why}: so with {self._lost} rows\n"
-                    "hint: this is the model's own program, and may be meant to do so"
-                )
-            raise Fault("chat_template", why)
-        if "fault" in reply:
-            raise Fault("chat_template", reply["fault"])
-        return reply
+            while len(found) < len(requests):
+                found += self._answers(template, requests[len(found) :])
+                if len(found) < len(requests) or found[-1] is _ENDLESS:
+                    self._count_loss()
+        return found
+
+    def _answers(
+        self, template: Template, requests: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Any] | Fault]:
+        """As far as the process comes; the one at which it ends is a fault."""
+        child = self._running()
+        lines = [] if template == self._template else [asdict(template)]
+        self._template = template
+        assert child.stdin is not None
+        assert child.stdout is not None
+        # From another thread, or both ends might wait for the other to read.
+        writing = threading.Thread(target=_write, args=(child.stdin, [*lines, *requests]))
+        writing.start()
+        found: list[dict[str, Any] | Fault] = []
+        for _ in requests:
+            reply = child.stdout.readline()
+            if not reply.endswith(b"\n"):
+                found.append(_ENDLESS)
+                child.kill()  # so that nobody waits to write to it
+                break
+            answer = orjson.loads(reply)
+            refused = "fault" in answer
+            found.append(Fault("chat_template", answer["fault"]) if refused else answer)
+        writing.join()
+        return found
+
+    def _count_loss(self) -> None:
+        self.stop()
+        self._lost += 1
+        if self._lost >= MOST_LOST:
+            raise ValueError(
+                f"{_WHY_ENDLESS}: so with {self._lost} rows\n"
+                "hint: this is the model's own program, and may be meant to do so"
+            )
 
     def stop(self) -> None:
         child, self._child = self._child, None
@@ -108,17 +142,11 @@ class TemplateProcess:
         return self._child
 
 
-def _asked(child: subprocess.Popen[bytes], lines: Sequence[Mapping[str, Any]]) -> Any:
-    """The answer to the last line; None where the process ended without one."""
-    assert child.stdin is not None
-    assert child.stdout is not None
-    try:
-        child.stdin.write(b"".join(orjson.dumps(line) + b"\n" for line in lines))
-        child.stdin.flush()
-    except BrokenPipeError:
-        return None
-    reply = child.stdout.readline()
-    return orjson.loads(reply) if reply.endswith(b"\n") else None
+def _write(stream: IO[bytes], lines: Sequence[Mapping[str, Any]]) -> None:
+    with suppress(OSError, ValueError):  # it has ended: its answers tell
+        for line in lines:
+            stream.write(orjson.dumps(line) + b"\n")
+        stream.flush()
 
 
 process = TemplateProcess()

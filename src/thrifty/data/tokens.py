@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -141,11 +141,9 @@ def tokenize_rows(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[
     texts: list[_Text] = []
     owners: list[int] = []
     faults: dict[int, Fault] = {}
-    for i, row in enumerate(rows):
-        try:
-            pieces = _texts(row, tokenizer)
-        except Fault as fault:
-            faults[i] = fault
+    for i, pieces in enumerate(_texts(rows, tokenizer)):
+        if isinstance(pieces, Fault):
+            faults[i] = pieces
             continue
         texts += pieces
         owners += [i] * len(pieces)
@@ -182,28 +180,42 @@ def _checked(
     )
 
 
-def _texts(row: Row, tokenizer: Any) -> list[_Text]:
-    """One text; of a preference row, two."""
+def _texts(rows: Sequence[Row], tokenizer: Any) -> Iterator[list[_Text] | Fault]:
+    """Of each row one text; of a preference row, two."""
+    parts = [_parts(row) for row in rows]
+    talks = [part for of_row in parts for part in of_row if not isinstance(part, _Text)]
+    rendered = iter(chat.render_all(talks, tokenizer) if talks else ())
+    for of_row in parts:
+        texts: list[_Text] = []
+        faults: list[Fault] = []
+        for part in of_row:
+            found = part if isinstance(part, _Text) else next(rendered)
+            if isinstance(found, Fault):
+                faults.append(found)
+            elif isinstance(found, _Text):
+                texts.append(found)
+            else:
+                texts.append(_Text(*found, append_eos=False))
+        yield faults[0] if faults else texts
+
+
+def _parts(row: Row) -> list[_Text | tuple[list[dict[str, str]], int]]:
+    """Texts, and conversations with their first answer's place, which a template renders."""
     content = row.content
     if row.kind == "text":
         return [_Text(content["text"], [(0, len(content["text"]))], True, True)]
     if row.kind == "messages":
-        return [_conversation(content["messages"], 0, tokenizer)]
+        return [(content["messages"], 0)]
     prompt = content["prompt"]
     answers = ("chosen", "rejected") if row.kind == "preference" else ("completion",)
-    texts = []
+    parts: list[_Text | tuple[list[dict[str, str]], int]] = []
     for answer in (content[name] for name in answers):
         if isinstance(answer, str):
             text = prompt + answer
-            texts.append(_Text(text, [(len(prompt), len(text))], True, True))
+            parts.append(_Text(text, [(len(prompt), len(text))], True, True))
         else:
-            texts.append(_conversation([*prompt, *answer], len(prompt), tokenizer))
-    return texts
-
-
-def _conversation(turns: list[dict[str, str]], first_answer: int, tokenizer: Any) -> _Text:
-    text, spans, special_tokens = chat.render(turns, first_answer, tokenizer)
-    return _Text(text, spans, special_tokens, append_eos=False)
+            parts.append(([*prompt, *answer], len(prompt)))
+    return parts
 
 
 def _encode_beginnings(texts: list[_Text], tokenizer: Any, max_length: int) -> list[Encoded]:

@@ -17,6 +17,7 @@ import httpcore2
 import httpx2
 
 from thrifty.backends.connections import is_here
+from thrifty.serving.plain_stream import PlainBackend
 
 _LET_GO_SECONDS = 2.0
 """Of a connection that nothing asks on: before a server would, which would look like a failure."""
@@ -29,12 +30,13 @@ def upstream_pool(url: str) -> httpcore2.AsyncConnectionPool:
         "max_connections": None,
         "max_keepalive_connections": _MAX_IDLE,
         "keepalive_expiry": _LET_GO_SECONDS,
-        "network_backend": _Gathering(),
     }
     parts = urlsplit(url)
     if parts.scheme == "https":
         settings["ssl_context"] = httpx2.create_ssl_context()
     proxy = None if is_here(url) or proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
+    tls = parts.scheme == "https" or (proxy or "").startswith("https://")
+    settings["network_backend"] = _Gathering() if tls else PlainBackend()
     if not proxy:
         return httpcore2.AsyncConnectionPool(**settings)
     at = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
@@ -48,7 +50,7 @@ def upstream_pool(url: str) -> httpcore2.AsyncConnectionPool:
 
 
 class _Gathering(httpcore2.AsyncNetworkBackend):
-    """anyio's connections, each with its writes gathered."""
+    """anyio's connections, each with its writes gathered: where there is TLS."""
 
     def __init__(self) -> None:
         self._inner = httpcore2.AnyIOBackend()

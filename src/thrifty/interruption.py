@@ -38,7 +38,7 @@ class PauseCallback(TrainerCallback):
         self._pace = _Pace()
 
     def ask(self, reason: str) -> None:
-        """To end after this step. Before the first there is nothing to save, and nothing lost."""
+        """To end after this step; at once while what comes before the first is not done."""
         if ranks.rank():
             return  # rank 0 hears of it (``rank_watch.py``), and decides for all
         if not self._began:
@@ -50,8 +50,8 @@ class PauseCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if not self._began:
-            self._began = True
+        self._began = True
+        if not self.step:
             self._pace.mark()
         rank_watch.step_begins()
 
@@ -81,6 +81,7 @@ class PauseCallback(TrainerCallback):
         self._pace.evaluate()
         if self.asked and self._began:
             self._end(control)
+        self._began = True  # what was measured before the first step is worth that step, saved
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -79,6 +79,29 @@ def test_a_file_without_a_wal_in_its_header_is_refused(path):
     assert faults(path) == []
 
 
+def test_a_structure_that_is_damaged_is_refused(path):
+    """A row that its own table could not hold, as after a write to a wrong place."""
+    said, made_so = "activity TEXT NOT NULL", "activity TEXT"
+    for before, after in ((said, made_so), (made_so, said)):
+        with closing(sqlite3.connect(path, isolation_level=None)) as db:
+            db.execute("PRAGMA writable_schema = ON")
+            edit = "UPDATE sqlite_master SET sql = replace(sql, ?, ?) WHERE name = 'leases'"
+            db.execute(edit, (before, after))
+        with closing(sqlite3.connect(path, isolation_level=None)) as db:
+            if after == made_so:
+                db.execute("UPDATE leases SET activity = NULL WHERE id = 1")
+    with pytest.raises(ValueError, match=r"cannot be read as a ledger: NULL value in leases"):
+        Ledger(path)
+
+
+def test_a_version_that_was_edited_is_refused(path):
+    """As if the rows had no seals yet."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("UPDATE meta SET value = '1' WHERE key = 'schema'")
+    with pytest.raises(ValueError, match="its version was edited"):
+        Ledger(path)
+
+
 def test_a_row_that_is_missing_is_named(path):
     sealed_by_hand(path, "DELETE FROM charges WHERE id = 1")
     with pytest.raises(ValueError, match="charges has no row 1, though one 2"):
@@ -88,6 +111,16 @@ def test_a_row_that_is_missing_is_named(path):
 # -- the number beside it -------------------------------------------------------------------------
 
 
+def test_a_number_that_cannot_be_written_stops_no_transaction(path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("thrifty.core.journal.write_head", full)
+    with Ledger(path) as ledger:
+        ledger.decide("x", None, "y")
+        assert len(ledger.decisions()) == 1
+
+
 def test_how_far_it_had_come(tmp_path):
     path = tmp_path / "head"
     assert read_head(path) is None
@@ -95,6 +128,7 @@ def test_how_far_it_had_come(tmp_path):
         write_head(path, number)
         assert read_head(path) == number
         assert path.stat().st_size == 12
+    assert not path.stat().st_mode & 0o111
     whole = path.read_bytes()
     assert whole[:8] == struct.pack("<q", 3)
     for damaged in (b"", whole[:8], whole[:11], whole + b"x", b"\1" + whole[1:], whole[::-1]):

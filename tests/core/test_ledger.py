@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing, suppress
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
@@ -180,6 +181,16 @@ def test_an_unfinished_stage_is_resumed_in_its_row(ledger):
     with ledger.stage("train", "full"):
         pass
     assert len(ledger.stages()) == 2  # a finished one is not taken up again
+
+
+def test_a_stage_is_open_until_it_ends_at_times_in_utc(ledger):
+    before = datetime.now(UTC).replace(microsecond=0)
+    with ledger.stage("train", "full"):
+        (row,) = ledger.stages()
+        assert (row["state"], row["account"], row["ended_at"]) == ("open", "budget", None)
+    (row,) = ledger.stages()
+    started, ended = (datetime.fromisoformat(row[name]) for name in ("started_at", "ended_at"))
+    assert before <= started <= ended <= datetime.now(UTC)
 
 
 def test_another_method_or_a_fresh_start_is_another_stage(ledger):
@@ -379,8 +390,12 @@ def test_a_lease_booked_by_another_process_is_reported(ledger, path):
         with Ledger(path) as other:
             other.recover()
         lease.tick(Cost(flops=3), steps=1)
-        with pytest.raises(RuntimeError, match="two processes work on one run"):
+        with pytest.raises(RuntimeError) as refusal:
             lease.settle()
+    assert str(refusal.value) == (
+        f"lease 1 of {path} was booked as lost while it was being used\n"
+        "hint: two processes work on one run; stop one of them"
+    )
     assert ledger.spent(lost=True).flops == 3  # charged once
 
 
@@ -391,10 +406,17 @@ def test_recovering_removes_stale_counters_only(ledger, path):
     assert counters(path) == ["other-1.counter"]
 
 
+def test_a_stale_counter_that_another_process_removes_first(ledger, path, monkeypatch):
+    gone = path.with_name("ledger-9.counter")
+    monkeypatch.setattr("pathlib.Path.glob", lambda *_: iter([gone]))
+    assert ledger.recover() == Cost()
+
+
 def test_a_torn_store_leaves_the_one_before(tmp_path):
     file = tmp_path / "a.counter"
     counter = Counter(file)
     assert read_counter(file) == (0, Cost())
+    assert file.stat().st_size == 2 * 128
     for n in range(1, 6):
         counter.write(n, Cost(flops=n, joules=None, dollars=0.5), 2.0 * n)
     assert read_counter(file) == (5, Cost(flops=5, seconds=10, joules=None, dollars=0.5))
@@ -576,7 +598,7 @@ def test_a_full_disk_is_an_oserror_and_nothing_is_half_written(ledger):
         ledger._journal._db.execute(f"PRAGMA max_page_count = {pages}")
         with pytest.raises(OSError, match="No space left") as full:
             stage.evaluate(1, 1.0, 1.0, 1.0, {"x": "y" * 100_000})
-        assert full.value.errno == errno.ENOSPC
+        assert (full.value.errno, full.value.filename) == (errno.ENOSPC, str(ledger.path))
         ledger._journal._db.execute("PRAGMA max_page_count = 100000")
     assert ledger.spent().flops == 5
 
@@ -599,3 +621,5 @@ def test_meta_is_plain_json(ledger, path):
     with closing(sqlite3.connect(path)) as db:
         meta = dict(db.execute("SELECT key, value FROM meta"))
     assert json.loads(meta["budget"])["flops"] == 1000.0
+    assert json.loads(meta["rates"]) == {"dollars_per_second": None, "watts": None}
+    assert set(meta) == {"schema", "transactions", "budget", "rates", "created_at"}

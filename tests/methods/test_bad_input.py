@@ -16,6 +16,7 @@ from tests.conftest import write_jsonl
 from tests.methods.conftest import Tally, briefly, build, usual
 from tests.runs import planned, silent
 from thrifty import stages
+from thrifty.core import sums
 from thrifty.core.contracts import Candidates, Held
 from thrifty.core.resolve import all_names, method_class, resolve
 from thrifty.run_folder import RunFolder
@@ -276,6 +277,7 @@ def selected(tiny_model, tiny_data, tmp_path):
                     table = pq.read_table(file)
                     made_up = pa.array(np.full(len(table), value, dtype=np.float32))
                     pq.write_table(pa.table({"id": table["id"], "score_0": made_up}), file)
+                    sums.note_all(file.parent)
                 shutil.rmtree(run.selected("budget"))
             stages.select(work, work.main)
         return json.loads((run.selected("budget") / "manifest.json").read_text())

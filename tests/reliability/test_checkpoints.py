@@ -186,7 +186,7 @@ def test_what_was_never_committed_is_set_aside_with_why(home):
 
 def test_two_are_kept_for_a_look(home):
     left = []
-    for number, step in enumerate((5, 5, 6, 5)):
+    for number, step in enumerate((5, 5, 6, 4, 7)):
         torn = save(home, step)
         os.utime(torn, (1000 + number, 1000 + number))
         assert checkpoints.newest_whole(home)[0] is None
@@ -195,8 +195,20 @@ def test_two_are_kept_for_a_look(home):
         ["torn-checkpoint-5"],
         ["torn-checkpoint-5", "torn-checkpoint-5-1"],
         ["torn-checkpoint-5-1", "torn-checkpoint-6"],
-        ["torn-checkpoint-5", "torn-checkpoint-6"],
+        ["torn-checkpoint-4", "torn-checkpoint-6"],
+        ["torn-checkpoint-4", "torn-checkpoint-7"],  # not by their names: by their age
     ]
+
+
+def test_what_cannot_be_removed_stops_nothing(home, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "rmdir", denied)
+    for step in (1, 2, 3):
+        save(home, step)
+        assert checkpoints.newest_whole(home)[0] is None
+    assert names(home) == ["torn-checkpoint-1", "torn-checkpoint-2", "torn-checkpoint-3"]
 
 
 # -- which are kept -------------------------------------------------------------------------------

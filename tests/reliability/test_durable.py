@@ -31,17 +31,18 @@ def test_a_text_is_synced_then_named(events, tmp_path):
     assert names(tmp_path) == ["a.json"]
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("step", ["pathlib.Path.open", "os.fsync", "os.replace"])
 def test_a_text_that_cannot_be_written_leaves_the_old_one(step, tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text("old")
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, step, full)
-    with pytest.raises(OSError, match="No space left"):
-        durable.write_atomically(path, "new")
+    with monkeypatch.context() as patch:
+        patch.setattr(step, full)
+        with pytest.raises(OSError, match="No space left"):
+            durable.write_atomically(path, "new")
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a.json"]  # and nothing that fills the disk
 

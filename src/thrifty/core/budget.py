@@ -20,6 +20,8 @@ HELD = ("peak_memory_bytes",)
 RESOURCES = CONSUMED + HELD
 PRICED = ("joules", "dollars")
 """What follows from the seconds and their rates."""
+_MOST_A_SECOND = {"dollars_per_second": 1e4, "watts": math.inf}
+"""More is a slip; thirty years of it would not fit the ledger's integers of micro-dollars."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,15 @@ class Rates:
 
     dollars_per_second: float | None = None
     watts: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, most = getattr(self, field.name), _MOST_A_SECOND[field.name]
+            if value is not None and not 0 <= value < most:
+                raise ValueError(
+                    f"{field.name} must be at least zero and less than {most:,.0f}, not {value!r}\n"
+                    "hint: None where it is not known"
+                )
 
     @classmethod
     def hourly(cls, dollars: float | None, watts: float | None = None) -> Rates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -212,7 +213,7 @@ class Lease:
         if not steps and (cost.flops or cost.tokens):
             self._check(total)
         # Written so that NaN is caught too; a sum that it got into would never pass a limit.
-        if not (total.flops >= self._ticked.flops and total.tokens >= self._ticked.tokens):
+        if not all(0 <= amount < math.inf for amount in _amounts(cost)):
             raise ValueError(
                 f"{self.activity} reports a cost that is negative or no number: {cost!r}\n"
                 "hint: a cost is what was used, at least zero"
@@ -248,6 +249,11 @@ class Lease:
             self.stage.ledger._settle(self.id, used, steps=self._steps, lost=lost)
             self._settled = used
         return self._settled
+
+
+def _amounts(cost: Cost) -> tuple[float, ...]:
+    """What is consumed but for seconds, where it is known."""
+    return cost.flops, cost.tokens, cost.joules or 0.0, cost.dollars or 0.0
 
 
 def _refusal(activity: str, needs: Cost, held: Cost, budget: Budget, over: str) -> str:

@@ -44,7 +44,7 @@ FIXED = {
 @pytest.fixture(scope="module")
 def plan_of(tiny_model, tiny_data):
     def plan(folder: Path, **fixed) -> Path:
-        budget = Budget(flops=1e12)
+        budget = Budget(flops=1e13)
         planned(folder, tiny_model, tiny_data, budget=budget, fixed={**FIXED, **fixed})
         return folder
 
@@ -227,7 +227,8 @@ def short_leaving(monkeypatch):
 
 @pytest.mark.slow
 def test_training_ends_before_the_job_does(short_leaving, plan_of, tmp_path):
-    folder = plan_of(tmp_path / "run", **{"training.max_steps": 3000})
+    rarely = {"training.eval_steps": 1000, "training.save_steps": 1000}  # no rule ends it before
+    folder = plan_of(tmp_path / "run", **{"training.max_steps": 3000, **rarely})
     began = time.monotonic()
     process = start("run", str(folder), **job_ends_in(40))
     ended_as_asked(process, folder)

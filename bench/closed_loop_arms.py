@@ -93,7 +93,7 @@ WHERE_MEMORY_BINDS = ("data alone", "compute alone", SEQUENCE, "loop less memory
 """Arms for cells in which it does. There the planner holds a step as it sees fit, so that uniform
 is memory alone; LoRA is the habit that the others stand for."""
 ARMS_NOT_BUILT = {
-    "loop with decoding": "FLOPs are not shared with answers yet",
+    "loop with decoding": "the cell for it is not there",
 }
 
 

@@ -218,9 +218,10 @@ CELLS = (
 
 NOT_BUILT = {
     "switch": "the target mix switches mid-run: a plan's targets are fixed for the run",
-    "both, with decoding": "FLOPs are shared with answers: there is no decoding in a plan yet",
+    "both, with decoding": "objective.serving shares FLOPs with answers, and models of this size "
+    "give none that is right: every vote would be worth nothing",
 }
-"""Cells that the protocol asks for and the product cannot run, and why."""
+"""Cells that the protocol asks for and that are not run, and why."""
 
 
 # -- drawing them ---------------------------------------------------------------------------------

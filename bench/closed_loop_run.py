@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from closed_loop_arms import CLEAN, Run, settings
+from closed_loop_cells import PARTS
 
 
 def asked(
@@ -24,10 +25,7 @@ def asked(
     def part(target: str, name: str) -> tuple[str, ...]:
         return (str(folder / f"{target}-{name}.parquet"),)
 
-    targets = {
-        t: Target(signal=part(t, "signal"), dev=part(t, "dev"), test=part(t, "test"))
-        for t in facts["targets"]
-    }
+    targets = {t: Target(**{name: part(t, name) for name in PARTS}) for t in facts["targets"]}
     return Asked(
         model=str(home / "bases" / facts["base"]),
         pool=(str(folder / f"{pool}.parquet"),),

@@ -2,7 +2,7 @@
 with exact cosines.
 
     OMP_NUM_THREADS=1 python bench/gradients.py [--rounds 3] [--width 256] [--rows 256] [--full]
-        [--dtype float32] [--peer NAME=PYTHON ...] [--without NAME,...]
+        [--dtype float32] [--peer NAME=PYTHON ...] [--without "NAME;..."] [--memory]
 
 A Llama of 4 layers (``--width`` 256: heads 4, inner 704, vocabulary 4,096), random weights and a
 LoRA of rank 8 on every linear, warmed up for 40 steps; ``--full``: no adapter, all weights of the
@@ -16,6 +16,10 @@ the exact one, and which share of the best tenth is the same.
 ``--peer``: another library (``gradient_peers.py``) under the Python that has it, in turn with the
 rest, in a process of its own whose loading does not count: traker, kronfluence, dattri, bergson and
 bergson-exact. Pythons that are not there are left out.
+
+``--memory``: instead of speed the most bytes at a time for one batch, of training and of the hooks,
+as the allocator reports them, weights (and AdamW's states, of training) included: the same on a
+busy machine.
 """
 
 from __future__ import annotations
@@ -273,6 +277,38 @@ def of_peer(job: Job, name: str, python: str, folder: Path, compare: bool) -> tu
     return speed, agreement(cosines, job.exact)
 
 
+def peaks(job: Job, names: list[str]) -> list[tuple[str, ...]]:
+    """Of a batch: each way's rise above what is held, both together, and beside training."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests" / "costs"))
+    from tracing import allocated_peak
+
+    ids = job.rows[:BATCH]
+    optimizer = torch.optim.AdamW(job.weights, lr=0.0)
+
+    def step() -> None:
+        for weight in job.weights:
+            weight.requires_grad_(True)
+        job.loss(ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    weights = sum(weight.nbytes for weight in job.model.parameters())
+    states = sum(each.nbytes for of in optimizer.state.values() for each in of.values())
+    rises = {"training": allocated_peak(step)}
+    plain = rises["training"] + weights + states
+    for name in names:
+        if name.startswith("hooks"):
+            way = WAYS[name][0]
+            rises[name] = allocated_peak(lambda way=way: way(job, ids))
+    rows = []
+    for name, rise in rises.items():
+        total = rise + weights + (states if name == "training" else 0)
+        rows.append((name, f"{rise / 2**20:.1f}", f"{total / 2**20:.1f}", f"{total / plain:.2f}"))
+        print(*rows[-1], sep="  ", file=sys.stderr, flush=True)
+    return rows
+
+
 def _line(name: str, speeds: list[float], training: list[float], agrees: str) -> tuple[str, ...]:
     middle = statistics.median(speeds)
     shares = [one / other for one, other in zip(speeds, training, strict=True)]
@@ -294,15 +330,23 @@ def main() -> None:
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
-    parser.add_argument("--without", default="", metavar="NAME,...")
+    parser.add_argument("--without", default="", metavar="NAME;...")
+    parser.add_argument("--memory", action="store_true")
     options = parser.parse_args()
     display.quiet_libraries()
     job = Job(options.width, options.rows, full=options.full, dtype=options.dtype)
-    without = options.without.split(",")
+    without = options.without.split(";")  # names have commas
     peers = dict(peer.split("=", 1) for peer in options.peer)
     for name in [name for name, python in peers.items() if not Path(python).exists()]:
         print(f"{name}: no {peers.pop(name)}, left out", file=sys.stderr)
     names = [name for name in WAYS if name not in without]
+    of_what = "all weights of the layers' linears" if options.full else "LoRA of rank 8"
+    what = f"{options.width} wide, {of_what} ({job.sketch.num_elements:,} elements), "
+    if options.memory:
+        print(heading(f"Gradients of examples, {what}{BATCH} rows of {SEQUENCE}, {options.dtype}"))
+        headers: tuple[str, ...] = ("way", "rise, MiB", "with weights", "of training")
+        print(display.table(headers, peaks(job, names), right="lrrr"))
+        return
     speeds: dict[str, list[float]] = {name: [] for name in [*names, *peers]}
     agrees: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -317,8 +361,6 @@ def main() -> None:
                 speeds[name].append(speed)
                 agrees.setdefault(name, told)
                 print(f"{name}  {speed:.2f}  {told}", file=sys.stderr, flush=True)
-    of_what = "all weights of the layers' linears" if options.full else "LoRA of rank 8"
-    what = f"{options.width} wide, {of_what} ({job.sketch.num_elements:,} elements), "
     what += f"{options.rows} rows, {options.dtype}, {options.rounds} rounds in turns"
     print(heading(f"Gradients of examples, {what}"))
     spread = f"{job.exact.mean(1).min():.2f} to {job.exact.mean(1).max():.2f}"

@@ -16,6 +16,8 @@ second run goes on with.
 
 with the standard error of a bootstrap over subsets and target rows. 'seeds against seeds' is the
 same between the drops of one half of the seeds and those of the other: how much there is to say.
+'datamodel of the retrainings' is the linear model of scorer ``datamodel`` on these retrainings
+themselves, each subset's drop predicted from those of the other four fifths.
 AUROC: the probability that a row with another's answer ranks above another row, by its negative
 mean score, and by its score for itself (``grand``: its score), which is asked of the methods in
 ``--by-itself`` alone, for it takes as many targets as there are rows.
@@ -53,6 +55,7 @@ from thrifty.costs.operations import Adapter
 from thrifty.data.pool import Row, read_rows
 from thrifty.data.store import Store, build_store, open_store
 from thrifty.data.tokens import load_tokenizer, tokenizer_fingerprint
+from thrifty.scorers.gradients.datamodel import subset_weights
 from thrifty.signals.forward import example_losses
 from thrifty.signals.models import LoadedModels
 from thrifty.signals.proxy_run import proxy_run
@@ -252,6 +255,19 @@ def with_error(predicted: Floats, measured: Floats) -> str:
     return f"{correlations(predicted, measured).mean():+.3f} ± {np.std(found):.3f}"
 
 
+def of_other_subsets(subsets: list[NDArray[np.intp]], num_rows: int, drop: Floats) -> Floats:
+    """[subsets, targets]: a datamodel's, of a fifth of the subsets from the others."""
+    chosen = np.zeros((len(subsets), num_rows))
+    for number, subset in enumerate(subsets):
+        chosen[number, subset] = 1.0
+    found = np.zeros_like(drop)
+    for fold in range(5):
+        out = np.arange(len(subsets)) % 5 == fold
+        weights = subset_weights(chosen[~out], drop[~out])
+        found[out] = (chosen[out] - chosen[~out].mean(0)) @ weights + drop[~out].mean(0)
+    return found
+
+
 def auroc(score: Floats, damaged: NDArray[np.bool_]) -> str:
     """Probability that a damaged row ranks above another."""
     n, m = int(damaged.sum()), int((~damaged).sum())
@@ -268,6 +284,8 @@ def table(
         half = losses.shape[1] // 2
         other = with_error(losses[:, :half].mean(1), losses[:, half : 2 * half].mean(1))
         yield "(seeds against seeds)", other, "", "", "", ""
+    oracle = with_error(of_other_subsets(subsets, num_rows, drop), drop)
+    yield "(datamodel of the retrainings)", oracle, "", "", "", ""
     for name in names:
         if name == "uniform":
             found = np.random.default_rng(4).random((num_rows, num_targets))

@@ -136,8 +136,6 @@ class Worker(threading.Thread):
                 if code is None:
                     self.deck.came(aims.pop(0))
                     self._note_kill(command, pid)
-                    if command == "plan" and self.job.folder.is_dir():
-                        break  # it was whole by then
                     if self.job.folder.is_dir():
                         remembered = max(remembered, self.job.spent_flops())
                     self.counts["resumes"] += 1

@@ -251,7 +251,12 @@ def test_a_damaged_file_and_a_folder_that_is_there(arguments, tmp_path, capsys):
     assert "the pool: nothing can be read: " in error
     assert "hint: is the file whole" in error
     assert main([*arguments, "-o", str(run)]) == 0
-    assert main([*arguments, "-o", str(run)]) == 4
+    shown = capsys.readouterr().out
+    assert main([*arguments, "-o", str(run)]) == 0
+    again = capsys.readouterr()
+    assert f"{run} holds this very plan already" in again.err
+    assert again.out == shown
+    assert main([*replaced(arguments, "--flops", "5e9"), "-o", str(run)]) == 4
     error = capsys.readouterr().err
     assert f"error: {run} exists already\nhint: `thrifty run {run}` goes on with it" in error
 

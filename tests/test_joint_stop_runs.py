@@ -192,7 +192,8 @@ def test_the_report_says_what_is_left_for_answers(many, few):
     jointly = found["decided"]["jointly"]
     assert jointly["best"]["accuracy"] >= jointly["longest"]["accuracy"]
     told = text_summary(summarize(RunFolder(many)))
-    assert "are left for 3,000 questions: " in told
+    assert "Training left " in told
+    assert " for 3,000 questions: " in told
     assert summarize(RunFolder(few))["serving"]["samples"] == 40
 
 

@@ -231,7 +231,7 @@ def test_what_cannot_be_measured_still_has_parameters(plan):
         (GRANITE, ("--set", "training.seed=4"), 4, "does not know --set training.seed"),
         (GRANITE, ("--set", "training.max_length=999"), 4, "longer than the model's context"),
         (dict(model_type="no_such"), (), 4, "knows no model_type 'no_such'"),
-        (dict(hidden_size=4), (), 4, "knows no model_type None"),
+        (dict(hidden_size=4), (), 4, "no model_type in the model's config"),
         (dict(model_type="vit"), (), 4, "builds no causal language model of this vit config"),
         (LLAMA | dict(hidden_size="x"), (), 4, "builds no causal language model of this llama"),
         ([], (), 4, "holds no object"),

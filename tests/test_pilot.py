@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from tests import runs
-from thrifty import pilot, pipeline, plan_options, training
+from thrifty import pilot, pipeline, plan_options, stages, training
 from thrifty.core.budget import CONSUMED, Budget
 from thrifty.core.contracts import Evaluation
 from thrifty.core.marginal import Estimate, replay
-from thrifty.core.plan import Plan
+from thrifty.core.plan import Plan, Target
 from thrifty.interruption import Interrupted
 from thrifty.pilot_gains import Trial, gain_of, weigh
 from thrifty.report.summary import summarize, text_summary
@@ -42,6 +42,22 @@ def piloted(tmp_path_factory, tiny_model, tiny_data):
     plan = plan_of(folder, tiny_model, tiny_data)
     pipeline.run(folder, runs.silent)
     return folder, plan
+
+
+def test_it_goes_by_rows_of_its_own_which_are_kept_apart(tmp_path, tiny_model, tiny_data):
+    """Fewer rows are cheaper to ask, and the dev rows stay unseen until training."""
+    folder, few = tmp_path / "run", tmp_path / "few.jsonl"
+    few.write_text("\n".join(tiny_data["test"].read_text().splitlines()[:4]), encoding="utf-8")
+    target = Target(signal=(str(tiny_data["signal"]),), dev=(str(tiny_data["dev"]),))
+    plan_of(folder, tiny_model, tiny_data, targets={"sums": replace(target, pilot=(str(few),))})
+    with stages.at_work(RunFolder(folder), runs.silent) as work:
+        pilot.pilot(work)
+        once = work.yardstick(work.plan).flops(work.rows("pilot"))
+        assert once < 0.5 * work.yardstick(work.plan).flops(work.dev)
+        assert any(name.startswith("pilot rows") for name in work.held.fingerprints)
+    charges = [c for c in runs.ledger(folder).charges() if c["activity"] == "evaluate"]
+    assert {c["stage"] for c in charges} == {"pilot"}
+    assert all(c["flops"] == pytest.approx(once) for c in charges)
 
 
 # -- planned ------------------------------------------------------------------------------------

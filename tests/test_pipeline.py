@@ -402,7 +402,7 @@ def test_a_reporter_that_cannot_report_is_refused_before_anything_is_spent(
 def test_a_plan_folder_in_use_is_refused(tiny_model, tiny_data, tmp_path):
     planned(tmp_path / "run", tiny_model, tiny_data)
     with pytest.raises(ValueError, match="exists already"):
-        planned(tmp_path / "run", tiny_model, tiny_data)
+        planned(tmp_path / "run", tiny_model, tiny_data, budget=Budget(flops=5e9))
 
 
 def test_checkpoints_between_evaluations_are_refused_before_the_pool_is_read(

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.runs import asked, interrupt_at, ledger, planned, silent, weights
@@ -32,6 +33,7 @@ from thrifty.memory_plan import Techniques
 from thrifty.open_run import Work
 from thrifty.preparation import plan_run
 from thrifty.run_folder import RunFolder
+from thrifty.signals.models import load_model
 
 STEPS = 30
 ONE = {"training.per_device_train_batch_size": 2, "training.gradient_accumulation_steps": 2}
@@ -110,12 +112,31 @@ def two(plan_of, tmp_path_factory):
     return folder
 
 
+CUT = {**TWO, "training.parallel": "fsdp"}
+
+
+@pytest.fixture(scope="module")
+def cut(plan_of, tmp_path_factory):
+    """The same on two ranks that have half of each weight."""
+    folder = plan_of(tmp_path_factory.mktemp("cut") / "run", CUT)
+    assert as_ranks(lambda: run(folder)) == [0, 0]
+    return folder
+
+
 def losses(folder: Path) -> list[float]:
     state = folder / "checkpoints" / f"checkpoint-{STEPS}" / "trainer_state.json"
     return [e["loss"] for e in json.loads(state.read_text())["log_history"] if "loss" in e]
 
 
+def test_ranks_with_half_the_weights_learn_what_one_process_does(one, cut):
+    check_alike(one, cut)
+
+
 def test_two_ranks_learn_what_one_process_does(one, two):
+    check_alike(one, two)
+
+
+def check_alike(one: Path, two: Path) -> None:
     assert len(losses(two)) > 10
     np.testing.assert_allclose(losses(two), losses(one), rtol=0, atol=1e-6)
     dev = [[e["objective"] for e in ledger(each).evaluations()] for each in (one, two)]
@@ -160,6 +181,13 @@ def test_answers_dealt_to_ranks_score_and_cost_the_same(plan_of, tmp_path):
     assert costs[1] == pytest.approx(costs[0], rel=1e-12)
 
 
+def test_ranks_with_half_the_weights_spend_as_much(one, cut):
+    alone, together = (ledger(each).spent(activity="train").flops for each in (one, cut))
+    assert together == pytest.approx(alone, rel=1e-12)
+    alone, together = (ledger(each).spent(activity="evaluate").flops for each in (one, cut))
+    assert alone < together < 1.01 * alone, "idle passes keep ranks in step"
+
+
 @pytest.mark.slow
 def test_shards_dealt_to_ranks_have_the_same_scores(one, two):
     files = [sorted(RunFolder(each).scores("budget").rglob("*.parquet")) for each in (one, two)]
@@ -183,8 +211,13 @@ def test_no_limit_is_passed_and_all_ranks_stop_at_once(two, plan_of, tmp_path):
     assert any("suffice for the cool-down" in reason for reason in reasons)
 
 
-def test_killed_and_gone_on_bit_for_bit(two, plan_of, tmp_path, monkeypatch):
-    folder, whole = plan_of(tmp_path / "run", TWO), AgreeingCallback.on_step_end
+@pytest.mark.parametrize(
+    "layout", ["two", pytest.param("cut", marks=pytest.mark.slow)], ids=["ddp", "fsdp"]
+)
+def test_killed_and_gone_on_bit_for_bit(layout, request, plan_of, tmp_path, monkeypatch):
+    unbroken = request.getfixturevalue(layout)
+    folder = plan_of(tmp_path / "run", {"two": TWO, "cut": CUT}[layout])
+    whole = AgreeingCallback.on_step_end
 
     def killed(self, args, state, control, **kwargs):
         if state.global_step == 17:
@@ -195,18 +228,19 @@ def test_killed_and_gone_on_bit_for_bit(two, plan_of, tmp_path, monkeypatch):
         patch.setattr(AgreeingCallback, "on_step_end", killed)
         assert -signal.SIGKILL in as_ranks(lambda: run(folder))
     assert as_ranks(lambda: run(folder)) == [0, 0]
-    for name, weight in weights(two / "model").items():
+    for name, weight in weights(unbroken / "model").items():
         assert torch.equal(weight, weights(folder / "model")[name])
     assert ledger(folder).spent(lost=True).flops > 0
     spent = (ledger(folder).spent() + ledger(folder).spent(lost=True) * -1).flops
-    assert spent == pytest.approx(ledger(two).spent().flops, rel=1e-9)
+    assert spent == pytest.approx(ledger(unbroken).spent().flops, rel=1e-9)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", [TWO, CUT], ids=["ddp", "fsdp"])
 def test_goes_on_with_one_process_where_its_micro_batches_make_up_for_it(
-    one, plan_of, tmp_path, monkeypatch
+    layout, one, plan_of, tmp_path, monkeypatch
 ):
-    folder = plan_of(tmp_path / "run", TWO)
+    folder = plan_of(tmp_path / "run", layout)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 15)
         codes = as_ranks(lambda: run(folder))
@@ -275,6 +309,56 @@ def test_techniques_that_ranks_can_share(memory, plan_of, wider_model, tmp_path,
     assert few_steps(tmp_path / "run", wider_model, plan_of, monkeypatch, **memory).is_dir()
 
 
+CUT_ALIKE = [
+    {"activations": "recompute"},
+    {"activations": "selective", "loss": {"chunked": {"tokens": 24}}},
+    {"trained": "lora"},
+    {"trained": "rslora", "activations": "recompute", "loss": "chunked"},
+    {"trained": "lora_fa"},
+    {"trained": "ia3"},
+    {"trained": "lora", "weights": "bfloat16"},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "memory", CUT_ALIKE, ids=lambda memory: "-".join(map(str, memory.values()))
+)
+def test_what_is_cut_learns_what_whole_replicas_do(memory, plan_of, wider_model, tmp_path):
+    chosen = {f"training.memory.{kind}": technique for kind, technique in memory.items()}
+    folders = []
+    for name, layout in (("whole", TWO), ("cut", CUT)):
+        folders.append(plan_of(tmp_path / name, layout | FEW_STEPS | chosen, wider_model))
+        assert as_ranks(lambda: pipeline.run(folders[-1], silent)) == [0, 0]
+    (file,) = (folders[0] / "checkpoints" / "checkpoint-3").glob("*model.safetensors")
+    first, same = (load_file(each / file.relative_to(folders[0])) for each in folders)
+    assert first.keys() == same.keys()
+    for name, weight in first.items():
+        last_digit = 2**-6 if weight.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(same[name], weight, rtol=0, atol=last_digit)
+    near = 1e-5 if all(w.dtype == torch.float32 for w in first.values()) else 1e-3
+    dev = [[e["objective"] for e in ledger(each).evaluations()] for each in folders]
+    np.testing.assert_allclose(*dev, rtol=0, atol=near)
+    tests = [
+        next(s["detail"] for s in ledger(each).stages() if s["name"] == "test") for each in folders
+    ]
+    for key in ("after", "before", "change_stderr"):
+        assert tests[1][key] == pytest.approx(tests[0][key], abs=near)
+    flops = [ledger(each).spent(activity="test").flops for each in folders]
+    assert flops[1] == pytest.approx(flops[0], rel=0.01)
+
+
+def test_each_rank_has_its_share_and_no_more(wider_model):
+    def counted() -> None:
+        torch.distributed.init_process_group("gloo")
+        model = load_model(wider_model, "float32", "cpu", shards=2)
+        own = sum(p.to_local().numel() for p in model.parameters())
+        assert own == sum(p.numel() for p in model.parameters()) / 2
+        torch.distributed.destroy_process_group()
+
+    assert as_ranks(counted) == [0, 0]
+
+
 # -- what is planned, and what is refused ---------------------------------------------------------
 
 
@@ -302,7 +386,10 @@ def test_replicas_hold_all_and_their_gradients_stay(tiny_model):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"training.parallel": "fsdp"}, "training.parallel: fsdp is priced"),
+        (
+            {"training.parallel": "fsdp", "training.memory.states": "adamw_8bit"},
+            "adamw_8bit cannot be cut over devices in a run",
+        ),
         ({"training.online": "rho1"}, "each device sees its own alone"),
         ({"training.devices": 0}, "training.devices must be more than zero"),
     ],

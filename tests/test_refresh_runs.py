@@ -1,14 +1,25 @@
 """Runs whose rows are chosen anew while the model is trained on them."""
 
+import json
+import os
 import shutil
+import signal
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests import runs
+from tests.test_ranks_run import as_ranks
+from thrifty import pipeline
+from thrifty.agreement import AgreeingCallback
+from thrifty.budget_callback import BudgetCallback
 from thrifty.core.budget import Budget
 from thrifty.core.marginal import replay
 from thrifty.interruption import Interrupted
+from thrifty.memory_plan import Techniques
 from thrifty.refresh import CHOSEN_ANEW, DECISION, WIDTH
 
 pytestmark = pytest.mark.xdist_group("refresh_runs")
@@ -95,8 +106,27 @@ def test_the_governed_one_weighs_it_and_says_why(tiny_model, tiny_data, tmp_path
     assert won == {step for step, _ in _refreshes(folder)}
 
 
-def test_another_scorer_looks_at_the_model_in_training(tiny_model, tiny_data, tmp_path):
-    """Its own view of the probe before training is what it is compared with."""
+def test_another_scorer_looks_at_the_model_in_training(
+    tiny_model, tiny_data, tmp_path, monkeypatch
+):
+    """Its own view of the probe before training is what it is compared with. Evaluations and looks
+    are charged with all that the model executes, its adapters included."""
+    counted, whole, build = [], BudgetCallback.activity, Techniques.build
+
+    @contextmanager
+    def watched(self, name, upper, *, step):
+        counter = FlopCounterMode(display=False)
+        with counter, whole(self, name, upper, step=step) as lease:
+            yield lease
+        counted.append((name, lease.used.flops, counter.get_total_flops()))
+
+    def built(*args):
+        model = build(*args)
+        model.set_attn_implementation("eager")  # the counter does not know the other on CPUs
+        return model
+
+    monkeypatch.setattr(BudgetCallback, "activity", watched)
+    monkeypatch.setattr(Techniques, "build", built)
     folder = tmp_path / "run"
     settings = {**ANEW, "selection.scorer": "bm25", "selection.refresh.scorer": "el2n"}
     settings["training.memory.trained"] = "lora"
@@ -104,6 +134,10 @@ def test_another_scorer_looks_at_the_model_in_training(tiny_model, tiny_data, tm
     runs.finish(folder)
     probes = [c for c in runs.ledger(folder).charges() if c["activity"] == "probe"]
     assert len(probes) == 3  # before training, and at each choice
+    seen = [(name, used, flops) for name, used, flops in counted if flops]
+    assert {name for name, _, _ in seen} == {"evaluate", "probe", "refresh"}
+    for _, used, flops in seen:
+        assert used == pytest.approx(flops, rel=0.01)
     assert len(_refreshes(folder)) == 2
 
 
@@ -142,3 +176,62 @@ def test_where_no_probe_can_be_paid_for_only_the_width_is_weighed(tiny_model, ti
     assert len(widths) == len(_refreshes(folder))
     assert all("for nothing" in d["reason"] for d in widths)
     assert widths
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_with_the_same_rows(tiny_model, tiny_data, tmp_path, monkeypatch):
+    """Rank 0 looks, and all read what it chose from the same item on: killed between two choices
+    and begun again, all by the books of rank 0, they come to the same."""
+    few = {"training.max_steps": 30, "training.per_device_train_batch_size": 2}
+    two = {**ANEW, **few, "training.devices": 2}
+    data = {**tiny_data, "pool": tiny_data["small_pool"]}
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    for folder in (unbroken, broken):
+        runs.planned(folder, tiny_model, data, fixed=two, budget=Budget(flops=2e10))
+    assert as_ranks(lambda: pipeline.train(unbroken, runs.silent)) == [0, 0]
+    assert [step for step, _ in _refreshes(unbroken)] == [10, 20]
+    whole = AgreeingCallback.on_step_end
+
+    def killed(self, args, state, control, **kwargs):
+        if state.global_step == 17:
+            os.kill(os.getpid(), signal.SIGKILL)
+        whole(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AgreeingCallback, "on_step_end", killed)
+        assert -signal.SIGKILL in as_ranks(lambda: pipeline.train(broken, runs.silent))
+    assert as_ranks(lambda: pipeline.train(broken, runs.silent)) == [0, 0]
+    assert _refreshes(broken) == _refreshes(unbroken)
+    one, other = (runs.weights(folder / "model") for folder in (unbroken, broken))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_groups_have_their_shares_of_each_choice_and_replay_goes_on(
+    tiny_model, tiny_data, tmp_path
+):
+    lines = map(json.loads, tiny_data["small_pool"].read_text().splitlines())
+    pool = [{**row, "half": "ab"[k % 2]} for k, row in enumerate(lines)]
+    file = tmp_path / "pool.jsonl"
+    file.write_text("\n".join(map(json.dumps, pool)), encoding="utf-8")
+    kept = {"selection.groups": "half", "selection.quotas": {"a": 0.8}}
+    replayed = {
+        "training.replay": (str(tiny_data["small_pool"]),),
+        "training.replay_share": 0.25,
+    }
+    folder = tmp_path / "run"
+    few = {"training.max_steps": 30, "selection.refresh.times": 1}
+    runs.planned(
+        folder,
+        tiny_model,
+        {**tiny_data, "pool": file},
+        task="continued",
+        fixed={**ANEW, **few, **kept, **replayed},
+        budget=Budget(flops=2e10),
+    )
+    runs.finish(folder)
+    ((step, _),) = _refreshes(folder)
+    assert step == 20
+    saved = np.load(max(folder.glob("checkpoints/*-30")) / "rounds.npz")
+    chosen, lengths = saved["leg 0"], len(saved["drawn"])
+    assert 0.6 < np.mean(chosen % 2 == 0) < 0.9
+    assert lengths > len(chosen) + len(np.load(folder / "selected" / "ids.npy"))

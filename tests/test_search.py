@@ -130,10 +130,19 @@ def test_refreshing_and_generating_are_priced_where_they_are_asked_for(planned):
     _, request = planned(SMALL, flops=1e18)
     rows = PoolStats(num_examples=100_000, num_tokens=50_000_000, max_tokens=900)
     request = replace(request, pool=rows, targets={"wanted": replace(rows, num_examples=10)})
-    refreshing = planner.search(replace(request, refreshes=True))
-    scored = [c for c in refreshing.candidates if c.scoring_bytes]
-    assert scored
-    assert all("refresh" in c.account.phases for c in scored)
+    refreshing = planner.search(
+        replace(
+            request,
+            fixed={
+                **request.fixed,
+                "selection.refresh.when": "governed",
+                "selection.refresh.scorer": "grad_cosine",
+            },
+        )
+    )
+    # Also where the rows are chosen by words alone at first.
+    assert any(c.scorer == "bm25" for c in refreshing.candidates)
+    assert all("refresh" in c.account.phases for c in refreshing.candidates)
     for candidate in refreshing.candidates:
         assert candidate.device_memory.device == pytest.approx(candidate.peak_memory_bytes)
     settings = [MemorySetting(device_kind="cuda", recompute=1)]
@@ -395,6 +404,20 @@ def test_two_techniques_of_a_kind_cannot_both_hold(planned):
         planned(flops=1e18, using=("nf4",), fixed={"training.memory.weights": "float32"})
     found, _ = planned(flops=1e18, using=("nf4", "nf4"), fixed={"training.memory.weights": "nf4"})
     assert found.chosen.techniques["weights"] == "nf4"
+
+
+def test_the_devices_of_a_run_share_what_does_not_fit_one(planned):
+    _, request = planned(flops=1e18, device="h100")
+    rows = PoolStats(num_examples=1000, num_tokens=500_000, max_tokens=900)
+    whole = {"training.memory.trained": "full", "training.memory.weights": "float32"}
+    fixed = {**whole, "training.memory.states": "adamw"}
+    request = replace(request, pool=rows, num_devices=8, fixed=fixed)
+    found = planner.search(request)
+    assert (found.training.devices, found.training.parallel) == (8, "fsdp")
+    assert found.chosen.runs
+    assert "sharded over 8 devices" in found.chosen.name
+    with pytest.raises(NoPlanFits):
+        planner.search(replace(request, fixed={**fixed, "training.parallel": "ddp"}))
 
 
 def test_the_devices_of_a_run_hold_everything_each(planned):

@@ -264,10 +264,22 @@ def test_a_plan_is_verified_on_demand(pooled, tiny_model, tiny_data, tmp_path, c
     assert abs(found["error"]) < 0.03
 
 
-def test_a_plan_that_cannot_be_traced_says_so(tiny_model, capsys):
+def test_an_optimizer_that_cannot_be_traced_is_verified_as_adamw(tiny_model, capsys):
     command = ["plan", "--model", str(tiny_model), "--flops", "6e9", "--verify"]
-    assert main([*command, "--using", "adamw_8bit"]) == 0
-    assert "not verified: a step of adamw_8bit" in capsys.readouterr().out
+    assert main([*command, "--using", "adamw_8bit", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["verification"]
+    assert found["instead_of"] == "adamw_8bit"
+    assert abs(found["error"]) < 0.03
+
+
+def test_a_step_that_cannot_be_traced_is_refused(tiny_model, capsys):
+    setting = MemorySetting(**BATCH, states=States(name="adamw_8bit"))
+    with pytest.raises(ValueError, match="a step of adamw_8bit cannot be traced"):
+        verify(LLAMA, setting)
+    command = ["plan", "--model", str(tiny_model), "--flops", "6e12", "--task", "preference"]
+    asked_live = ["--set", "training.preference.precompute_ref_log_probs=false"]
+    assert main([*command, *asked_live, "--verify"]) == 0
+    assert "not verified: a step with reference True cannot" in capsys.readouterr().out
 
 
 def test_attention_on_cuda_stays_fused():

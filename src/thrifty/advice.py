@@ -3,7 +3,7 @@ and cost, and what would fit on smaller and larger devices."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
@@ -22,6 +22,9 @@ from thrifty.pricing import MEMORY_MARGIN, Candidate, Request
 
 WORTH_A_LINE = 0.01
 """Of the peak: what frees less is not told."""
+_UNBUILT = " (priced; a run cannot do that yet)"
+ABOUT_AS_MUCH = 0.99
+"""Of what another frees."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +92,7 @@ def scoring_relief(account: MemoryAccount, request: Request) -> list[Relief]:
             frees_bytes=0.9 * own,
             seconds=None,
             text=f"a proxy of a tenth of the size frees about {shown(0.9 * own)} of scoring, and "
-            "its scores serve a larger model too",
+            "its scores serve a larger model too: model, of the scorer's options",
         )
     ]
     if account.peak_phase == "refresh":
@@ -102,14 +105,14 @@ def scoring_relief(account: MemoryAccount, request: Request) -> list[Relief]:
                 frees_bytes=states,
                 seconds=2 * states / link,
                 text=f"the training states wait on the host: frees {shown(states)} for "
-                f"{time(2 * states / link)} a refresh",
+                f"{time(2 * states / link)} a refresh{_UNBUILT}",
             ),
             Relief(
                 way="evict",
                 frees_bytes=states,
                 seconds=reading,
                 text=f"evict them to the last checkpoint: frees {shown(states)} for "
-                f"{time(reading)} of loading it again a refresh",
+                f"{time(reading)} of loading it again a refresh{_UNBUILT}",
             ),
         ]
     return [
@@ -119,7 +122,7 @@ def scoring_relief(account: MemoryAccount, request: Request) -> list[Relief]:
             frees_bytes=own,
             seconds=own / link,
             text="the scoring model waits on the host, a layer here at a time: frees up to "
-            f"{shown(own)} for {time(own / link)} a batch",
+            f"{shown(own)} for {time(own / link)} a batch{_UNBUILT}",
         ),
         Relief(
             way="evict",
@@ -158,7 +161,7 @@ def swaps(chosen: Candidate, request: Request, combinations: Combinations) -> li
                 request.shape,
                 replace(other.setting(index), gradient_accumulation_steps=steps),
                 scoring_bytes=chosen.scoring_bytes,
-                refreshes=chosen.refreshes,
+                looking_bytes=chosen.looking_bytes,
                 generated_context=chosen.generated_context,
             )
             swap = Swap(
@@ -184,6 +187,21 @@ def swaps(chosen: Candidate, request: Request, combinations: Combinations) -> li
             s.slows,
             -s.frees_bytes,
         ),
+    )
+
+
+def unbeaten(found: Sequence[Swap]) -> list[Swap]:
+    """Those that no other replaces: one that frees as much, of what binds too, in less time."""
+    return [each for each in found if not any(_beats(other, each) for other in found)]
+
+
+def _beats(one: Swap, other: Swap) -> bool:
+    return (
+        one.frees_bytes >= ABOUT_AS_MUCH * other.frees_bytes
+        and one.frees_of_binding_term_bytes >= ABOUT_AS_MUCH * other.frees_of_binding_term_bytes
+        and one.slows < other.slows
+        and one.quality >= other.quality
+        and one.runs >= other.runs
     )
 
 

@@ -15,7 +15,10 @@ from thrifty.asked_questions import Answer, Questions
 from thrifty.backends.backend import Answered, Asking, AskingFailed, Backend
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import DecodingPolicy
+from thrifty.core.given import AddingUp
 from thrifty.core.purse import Hold, Purse
+from thrifty.core.quantities import FORMATS
+from thrifty.core.question_reading import ReadsQuestions
 from thrifty.core.sampling import Asked, Draw, Means, Offer, Outcome, Sample
 from thrifty.core.spending import BudgetExceeded
 from thrifty.decode_record import Record
@@ -54,11 +57,10 @@ class Settings:
             raise ValueError(
                 "max_tokens, max_samples and concurrency are at least 1\nhint: --max-samples 40"
             )
-        numbers = (self.temperature, self.price, self.mean_samples or 0.0)
-        if not all(0 <= number < math.inf for number in numbers) or self.mean_samples == 0:
-            raise ValueError(
-                "temperature and price are at least 0, a mean of samples more\nhint: --samples 3"
-            )
+        if not all(0 <= number < math.inf for number in (self.temperature, self.price)):
+            raise ValueError("temperature and price are at least 0\nhint: --temperature 0.7")
+        if self.mean_samples is not None and not 0 < self.mean_samples < math.inf:
+            raise ValueError("--samples is a mean of samples of more than 0\nhint: --samples 3")
         if not 0 < self.top_p <= 1:
             raise ValueError("top_p is more than 0, and at most 1\nhint: --top-p 1")
 
@@ -91,7 +93,8 @@ class Answering:
     def begin(self, fit_on: Sequence[Outcome] = ()) -> None:
         """Take up what came before, and let the policy learn. Raises ValueError where it cannot
         work with what is at hand."""
-        self._record.restore(self._questions.asked)
+        if not self._record.restore(self._questions.asked):
+            self._check_begins()
         asked = list(self._questions.asked.values())
         spent = sum(sample.cost for each in asked for sample in each.samples)
         left = math.inf
@@ -110,9 +113,22 @@ class Answering:
             max_samples=self._settings.max_samples,
             price=self._settings.price,
         )
+        self._let_read(
+            [*(asked.prompt for asked in asked), *(outcome.prompt for outcome in fit_on)]
+        )
         if fit_on:
             means = replace(means, learnt=self._policy.fit(fit_on, means))
         self._drawing = Drawing(self._policy, asked, means, spent)
+
+    def _let_read(self, prompts: Sequence[str]) -> None:
+        """Where the policy has a model of its own. Raises BudgetExceeded where that is too dear."""
+        policy = self._policy
+        if isinstance(policy, ReadsQuestions) and (most := policy.reading(prompts)) != Cost():
+            hold, took = self._purse.hold(most), AddingUp()
+            try:
+                policy.read(prompts, took)
+            finally:
+                hold.settle(took.cost, kept=False)  # whoever goes on reads again
 
     async def run(
         self,
@@ -160,6 +176,7 @@ class Answering:
         and what it held is settled."""
         backend = self._backends[draw.model]
         took, failed = 0.0, 0
+        before = self._record.took(asked.id)
         samples: list[Sample] = []
         try:
             held = await self._hold(backend, asked, draw)
@@ -179,7 +196,7 @@ class Answering:
                 self._note(failure)
             finally:
                 self._record.add(asked, samples, cost)
-                await self._settle(hold, cost)
+                await self._settle(hold, cost, kept=self._record.took(asked.id) != before)
         finally:
             if samples:
                 self._drawing.came_back(asked, samples, took)
@@ -223,8 +240,8 @@ class Answering:
             self._record.add(asked, work(), answered.cost)
             raise
 
-    async def _settle(self, hold: Hold, cost: Cost) -> None:
-        hold.settle(cost)
+    async def _settle(self, hold: Hold, cost: Cost, *, kept: bool) -> None:
+        hold.settle(cost, kept=kept)
         self._num_holds -= 1
         async with self._settled:
             self._settled.notify_all()
@@ -281,6 +298,21 @@ class Answering:
             return "samples"
         cheapest = next(iter(self._backends.values()))
         return min(limited, key=lambda name: limited[name] / (self._upper(cheapest, name) or 1.0))
+
+    def _check_begins(self) -> None:
+        """Raises ValueError where not even the shortest question can be asked once."""
+        shortest = min(self._questions.prompts.values(), key=lambda prompt: len(prompt.text))
+        asking = Asking(prompt=shortest.content, max_tokens=self._settings.max_tokens)
+        uppers = [backend.upper(asking) for backend in self._backends.values()]
+        for resource, left in self._purse.left.items():
+            least = min(upper.of(resource) or 0.0 for upper in uppers)
+            if resource != "seconds" and least > left:
+                show = FORMATS[resource]
+                raise ValueError(
+                    f"not one sample can be paid for: it may take {show(least)} of the "
+                    f"{show(max(left, 0.0))} that are left\n"
+                    "hint: raise the budget, or lower --max-tokens"
+                )
 
     def _upper(self, backend: Backend, resource: str) -> float | None:
         """The most that a sample of the longest prompt takes, of those that can be answered: what

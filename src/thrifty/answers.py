@@ -8,7 +8,7 @@ worth. One may be both, or neither: then it is as good as the reference, or was 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,10 @@ class Answers:
 
     makes_it_fit: tuple[str, ...]
     better_per_flop: tuple[str, ...]
+    makes_the_batch_fit: tuple[str, ...]
+    """Of those that do not make it fit: without them this micro-batch would not."""
+    frees_bytes: Mapping[str, float]
+    """Of the others: what they free of the peak under the reference."""
 
 
 class Purposes:
@@ -48,7 +52,8 @@ class Purposes:
     def of(self, candidate: Candidate) -> Answers:
         held = candidate.held
         resource = "flops" if candidate.binding == "flops" else "seconds"
-        fit, better = [], []
+        fit, batch, better, frees = [], [], [], dict[str, float]()
+        place = held.micro_batches.index(candidate.setting.micro_batch)
         for kind, technique in zip(MEMORY_KINDS, held.techniques, strict=True):
             if name_of(technique) == REFERENCE[kind]:
                 continue
@@ -58,10 +63,19 @@ class Purposes:
             own, other = _fitting(held, self._limit), _fitting(without, self._limit)
             if not other:
                 fit.append(name_of(technique))
-                own = other = [held.micro_batches.index(candidate.setting.micro_batch)]
+                own = other = [place]
+            elif place not in other:
+                batch.append(name_of(technique))
+            else:
+                frees[name_of(technique)] = without.peak(place, False) - held.peak(place, False)
             if _cost(held, own, resource) < CLEARLY * _cost(without, other, resource):
                 better.append(name_of(technique))
-        return Answers(makes_it_fit=tuple(fit), better_per_flop=tuple(better))
+        return Answers(
+            makes_it_fit=tuple(fit),
+            better_per_flop=tuple(better),
+            makes_the_batch_fit=tuple(batch),
+            frees_bytes=frees,
+        )
 
     def _without(self, held: Held, kind: str) -> Held | None:
         """With the reference of a kind in place of its technique, and of what then refuses; None

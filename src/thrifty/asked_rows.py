@@ -221,9 +221,11 @@ def _target_rows(
         elif any(isinstance(row, Row) for row in signal):
             say(f"target {name} has too few rows to split: the same steer selection and training")
             parts["dev"] = signal
+    if target.pilot:
+        parts["pilot"] = read("pilot", target.pilot)
     if target.test:
         parts["test"] = read("test", target.test)
-    for part in ("dev", "test"):
+    for part in ("dev", "pilot", "test"):
         if metric is not None:
             with _naming(f"the {part} rows of target {name}"):
                 check_answerable(parts.get(part, ()), metric)

@@ -1,10 +1,10 @@
 """`thrifty device`: measure the machine at hand, in some seconds, so that plans hold on it.
 
-Matrix products and attention by size and dtype, memory bandwidth, the first touch of new memory,
-the launch of an operation; then real training
-steps and forward passes of small Llamas, to which the factors of the roofline (``costs/time.py``)
-are fitted by non-negative least squares of the relative errors. Of kernels the fastest round
-counts, of steps, interleaved, the median; if these differ by more than 10% the machine is busy.
+Matrix products and attention by pass, size and dtype, memory bandwidth, the first touch of new
+memory, the launch of an operation; then real training steps and forward passes of small Llamas, to
+which the factors of the roofline (``costs/time.py``) are fitted by non-negative least squares of
+the relative errors. Of kernels the fastest round counts, of steps, interleaved, the median; if
+these differ by more than 10% the machine is busy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from thrifty.costs.hardware import DEVICES, Device, keep, load_device
 from thrifty.costs.memory import MemorySetting
 from thrifty.costs.shape import ModelShape
-from thrifty.costs.time import step_terms
+from thrifty.costs.time import PASSES, step_terms
 
 ROUNDS = 3
 KERNEL_ROUNDS = 15
@@ -30,9 +30,11 @@ BUSY = 0.10
 _SIZES = (16, 64, 128, 256, 512, 1024)
 _ROWS = 1024
 _MAX_FLOPS = 3e8
-_SLOW_SECONDS = 0.03
+_SHORT_SECONDS = 0.01
+_SLOW_SECONDS = 0.08
+_FEW_ROWS = 128
 _EMULATED = 0.5
-"""Of float32's rate: a dtype slower than this is emulated, and its steps not worth measuring."""
+"""Of float32's rate: a dtype slower than this is emulated."""
 
 # hidden, layers, intermediate, vocabulary, batch, sequence: small, so that it stays a few seconds
 _STEPS = (
@@ -42,6 +44,8 @@ _STEPS = (
     (256, 2, 704, 4096, 2, 256),
     (384, 2, 1024, 2048, 2, 128),
 )
+_SHORT_STEPS = ((64, 2, 192, 512, 2, 128), (128, 2, 344, 1024, 1, 256))
+"""Of a dtype that is emulated, and so many times as slow."""
 _CUDA_STEPS = (
     (512, 4, 1408, 32000, 8, 512),
     (1024, 4, 2816, 32000, 8, 1024),
@@ -68,25 +72,35 @@ def measure_device() -> Device:
     cuda = torch.cuda.is_available()
     where = "cuda" if cuda else "cpu"
     device = _bare(torch, where)
-    rates = _matmul_rates(torch, where)
+    rates = {name: _linear_rates(torch, where, name) for name in PASSES}
+    peaks = {dtype: max(curve.values()) for dtype, curve in rates["forward"].items()}
+    gradients = {name: rates[name] for name in PASSES[1:]}
     device = replace(
         device,
-        matmul_rates=rates,
-        attention_rates=_attention_rates(torch, where, tuple(rates)),
+        matmul_rates=rates["forward"],
+        attention_rates=_attention_rates(torch, where, tuple(peaks)),
+        gradient_rates={
+            **gradients,
+            "attention": _attention_rates(torch, where, tuple(peaks), backward=True),
+        },
+        emulated=tuple(
+            dtype
+            for dtype, peak in peaks.items()
+            if where == "cpu" and peak < _EMULATED * peaks["float32"]
+        ),
         fault_seconds=_first_touch(torch) if where == "cpu" else 0.0,
-        flops_per_second={name: max(curve.values()) for name, curve in rates.items()},
+        flops_per_second=peaks,
         bytes_per_second=_bandwidth(torch, where),
         operation_seconds=_launch(torch, where),
     )
     device = replace(device, calibrated=True)
-    for dtype, rate in device.flops_per_second.items():
-        if where == "cuda" or rate >= _EMULATED * device.flops_per_second["float32"]:
-            factors, busy = _fit(torch, where, dtype, device)
-            device = replace(
-                device,
-                factors={**device.factors, dtype: factors},
-                machine_busy=device.machine_busy or busy,
-            )
+    for dtype in device.flops_per_second:
+        factors, busy = _fit(torch, where, dtype, device)
+        device = replace(
+            device,
+            factors={**device.factors, dtype: factors},
+            machine_busy=device.machine_busy or busy,
+        )
     keep(device)
     return device
 
@@ -137,15 +151,18 @@ def _fastest(
     Whatever else runs can only slow them, and misses some of many short rounds; how busy the
     machine is shows in the steps.
     """
-    times = []
+    times, every = [], []
     for run in runs:
         run()
-        times.append(max(1, int(least / max(_seconds(run, torch, where), 1e-7))))
+        once = max(_seconds(run, torch, where), 1e-7)
+        times.append(max(1, int(least / once)))
+        every.append(1 if once < _SHORT_SECONDS else 4)  # a slow one in every fourth round
     fastest = [float("inf")] * len(runs)
-    for _ in range(KERNEL_ROUNDS):
+    for turn in range(KERNEL_ROUNDS):
         for i, (run, n) in enumerate(zip(runs, times, strict=True)):
-            spent = _seconds(partial(_repeat, run, n), torch, where) / n
-            fastest[i] = min(fastest[i], spent)
+            if turn % every[i] == 0:
+                spent = _seconds(partial(_repeat, run, n), torch, where) / n
+                fastest[i] = min(fastest[i], spent)
     return fastest
 
 
@@ -154,21 +171,21 @@ def _repeat(run: Callable[[], object], times: int) -> None:
         run()  # its result is freed at once, so that the next one finds its memory
 
 
-def _matmul_rates(torch: Any, where: str) -> dict[str, dict[int, float]]:
-    """FLOP/s by dtype and smallest dimension."""
+def _linear_rates(torch: Any, where: str, of: str) -> dict[str, dict[int, float]]:
+    """FLOP/s of square linears by dtype and width, in one of ``PASSES``."""
     sizes = _SIZES if where == "cpu" else (16, 128, 512, 2048, 8192)
     most = _MAX_FLOPS if where == "cpu" else 1e13
     chosen: list[tuple[str, int, float]] = []
     runs: list[Callable[[], object]] = []
     for dtype in ("float32", "bfloat16"):
+        at_most = _ROWS if where == "cpu" else 8192
         for size in sizes:
-            kind = getattr(torch, dtype)
-            rows = int(min(_ROWS if where == "cpu" else 8192, most / (2 * size * size)))
-            left = torch.randn(rows, size, device=where, dtype=kind)
-            right = torch.randn(size, size, device=where, dtype=kind)
-            run = partial(torch.matmul, left, right)
-            run()
-            if size > sizes[0] and _seconds(run, torch, where) > _SLOW_SECONDS:
+            rows = int(min(at_most, most / (2 * size * size)))
+            run, spent = _linear(torch, where, of, dtype, rows, size)
+            if spent > _SLOW_SECONDS and rows > _FEW_ROWS:
+                rows = at_most = _FEW_ROWS
+                run, spent = _linear(torch, where, of, dtype, rows, size)
+            if size > sizes[0] and spent > _SLOW_SECONDS:
                 break  # emulated on this processor: larger ones only take longer to say so
             chosen.append((dtype, size, 2.0 * rows * size * size))
             runs.append(run)
@@ -178,29 +195,59 @@ def _matmul_rates(torch: Any, where: str) -> dict[str, dict[int, float]]:
     return rates
 
 
-def _attention_rates(torch: Any, where: str, dtypes: Sequence[str]) -> dict[str, dict[int, float]]:
-    """FLOP/s of masked attention, forward, by dtype and size of a head."""
-    length, heads = (256, 16) if where == "cpu" else (1024, 64)
+def _linear(
+    torch: Any, where: str, of: str, dtype: str, rows: int, size: int
+) -> tuple[Callable[[], object], float]:
+    """A pass of a linear, and its seconds once."""
+    kind = getattr(torch, dtype)
+    x, gradient = (torch.randn(rows, size, device=where, dtype=kind) for _ in range(2))
+    weight = torch.randn(size, size, device=where, dtype=kind)
+    passes: dict[str, Callable[[], object]] = {
+        "forward": lambda: torch.nn.functional.linear(x, weight),
+        "input": lambda: gradient @ weight,
+        "weight": lambda: gradient.T @ x,
+    }
+    run = passes[of]
+    run()
+    return run, _seconds(run, torch, where)
+
+
+def _attention_rates(
+    torch: Any, where: str, dtypes: Sequence[str], *, backward: bool = False
+) -> dict[str, dict[int, float]]:
+    """FLOP/s of masked attention by dtype and size of a head: of its forward, or of its backward,
+    which has five products to the forward's two."""
+    length, heads = (256, 4) if where == "cpu" else (1024, 64)
     sizes = (8, 16, 32, 64, 128) if where == "cpu" else (64, 128)
     mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=where).tril()
     chosen: list[tuple[str, int]] = []
     runs: list[Callable[[], object]] = []
     for dtype in dtypes:
         for size in sizes:
-            kind = getattr(torch, dtype)
+            shape, kind = (1, heads, length, size), getattr(torch, dtype)
             q, k, v = (
-                torch.randn(1, heads, length, size, device=where, dtype=kind) for _ in range(3)
+                torch.randn(shape, device=where, dtype=kind, requires_grad=backward)
+                for _ in range(3)
             )
-            run = partial(torch.nn.functional.scaled_dot_product_attention, q, k, v, attn_mask=mask)
+            attention = torch.nn.functional.scaled_dot_product_attention
+            run: Callable[[], object] = partial(attention, q, k, v, attn_mask=mask)
+            if backward:
+                out = attention(q, k, v, attn_mask=mask)
+                run = partial(_gradients, torch, out, (q, k, v), torch.ones_like(out))
             run()
             if size > sizes[0] and _seconds(run, torch, where) > _SLOW_SECONDS:
                 break
             chosen.append((dtype, size))
             runs.append(run)
     rates: dict[str, dict[int, float]] = {}
+    flops = (10.0 if backward else 4.0) * heads * length**2
     for (dtype, size), spent in zip(chosen, _fastest(runs, torch, where), strict=True):
-        rates.setdefault(dtype, {})[size] = 4.0 * heads * length**2 * size / spent
+        rates.setdefault(dtype, {})[size] = flops * size / spent
     return rates
+
+
+def _gradients(torch: Any, out: Any, inputs: tuple[Any, ...], given: Any) -> object:
+    return torch.autograd.grad(out, inputs, given, retain_graph=True)
 
 
 def _first_touch(torch: Any) -> float:
@@ -230,6 +277,12 @@ def _launch(torch: Any, where: str) -> float:
     return spent / 100
 
 
+def _steps(device: Device, dtype: str) -> Sequence[tuple[int, int, int, int, int, int]]:
+    if device.kind == "cuda":
+        return _CUDA_STEPS
+    return _SHORT_STEPS if dtype in device.emulated else _STEPS
+
+
 def _fit(
     torch: Any, where: str, dtype: str, device: Device
 ) -> tuple[tuple[float, float, float, float], bool]:
@@ -237,7 +290,7 @@ def _fit(
     from scipy.optimize import nnls
 
     runs: list[tuple[tuple[float, ...], Callable[[], object]]] = []
-    for sizes in _STEPS if where == "cpu" else _CUDA_STEPS:
+    for sizes in _steps(device, dtype):
         model, optimizer, batch = _llama(torch, where, dtype, *sizes)
         shape = ModelShape.from_config(model.config.to_dict())
         setting = MemorySetting(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from thrifty.combinations import (
@@ -24,7 +25,8 @@ from thrifty.pricing import Request
 
 def combinations_of(request: Request, sequence: int) -> Combinations:
     """All that the request leaves open. A run can be planned of what a run can train with; without
-    a pool everything is priced, attention without a mask (flash attention over packs) included."""
+    a pool everything is priced, attention without a mask (flash attention over packs) included.
+    Where the device is slower in bfloat16 it is all in float32, unless nothing in that fits."""
     fixed, runs_only = request.fixed, request.pool is not None
     size = fixed.get("training.per_device_train_batch_size")
     wanted = _wanted(request)
@@ -51,21 +53,40 @@ def combinations_of(request: Request, sequence: int) -> Combinations:
         for count in sorted({*(c for c in counts if c < request.num_devices), request.num_devices})
     ]
     if runs_only:
-        layouts = [{**layouts[0], "num_devices": 1, "replicas": request.num_devices}]
-    found = price_all(
+        layouts = [{**layouts[0], **layout} for layout in _of_runs(request)]
+    price = partial(
+        price_all,
         request.shape,
         request.device,
         sequence=sequence,
         layouts=layouts,
-        wanted=wanted,
         micro_batches=[sides * rows for rows in (MICRO_BATCHES if size is None else [int(size)])],
         runs_only=runs_only,
         accumulated=int(fixed.get("training.gradient_accumulation_steps", 1)),
         generated_context=request.generated_context,
     )
+    if "weights" in wanted or _bf16_pays(request):
+        found = price(wanted=wanted)
+    else:
+        found = price(wanted={**wanted, "weights": variants("weights", ["float32"])})
+        if not found.fits(request.most_allocated):
+            found = price(wanted=wanted)
     if not found.blocks:
         raise ValueError(_cannot_be_combined(_names(request), found.refused))
     return found
+
+
+def _of_runs(request: Request) -> list[dict[str, int]]:
+    """How a run may lie on its devices: each with everything, or with a share of it."""
+    count = request.num_devices
+    ways = {
+        "ddp": {"num_devices": 1, "replicas": count},
+        "fsdp": {"num_devices": count, "replicas": 1},
+    }
+    if count == 1 or request.preference is not None:
+        return [ways["ddp"]]
+    wanted = request.fixed.get("training.parallel")
+    return [layout for name, layout in ways.items() if wanted in (None, name)]
 
 
 def _check_pairs(request: Request, trained: Sequence[MemoryTechnique]) -> None:
@@ -98,8 +119,6 @@ def _cannot_be_combined(names: Iterable[str], refused: Mapping[str, int]) -> str
 def _wanted(request: Request) -> dict[str, list[MemoryTechnique]]:
     """Kind -> techniques, where the request fixes them."""
     chosen = _named(request)
-    if "weights" not in chosen and not _bf16_pays(request):
-        chosen["weights"] = "float32"
     if request.preference is not None and "loss" not in chosen:
         chosen["loss"] = {"chunked": {"tokens": LOGITS_AT_A_TIME}}
     return {kind: alternatives(kind, spec) for kind, spec in chosen.items()}

@@ -156,7 +156,7 @@ def _verified(asked: Any, setting: Any) -> Any:
 
     folder, _ = locate(asked.model, asked.revision, weights=False)
     try:
-        return verify(read_config(folder), setting)
+        return verify(read_config(folder), setting, any_optimizer=True)
     except ValueError as error:
         return Refused(str(error))
 
@@ -164,6 +164,7 @@ def _verified(asked: Any, setting: Any) -> Any:
 def _measure(asked: Any, *, as_json: bool) -> None:
     from thrifty import display, measured_display, measured_plan
 
+    display.quiet_transformers()
     plan = measured_plan.measured_plan(asked, display.say)
     if as_json:
         _print_json(measured_display.measured_json(plan))
@@ -359,8 +360,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _print_json(value: Any) -> None:
-    json.dump(value, sys.stdout, indent=1, ensure_ascii=False, allow_nan=False)
-    print()
+    print(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
 
 
 # -- options ------------------------------------------------------------------------------------

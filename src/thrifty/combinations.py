@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,10 @@ class Combinations:
     @property
     def num_combinations(self) -> int:
         return sum(block.peaks.size for block in self.blocks)
+
+    def fits(self, limit: float) -> bool:
+        """Whether any takes no more than ``limit`` bytes."""
+        return any(bool((block.peaks <= limit).any()) for block in self.blocks)
 
     def num_fitting(self, limit: float, scoring: Callable[[MemorySetting], float]) -> int:
         """Combinations whose tensors take no more than ``limit`` bytes, those of ``scoring`` under
@@ -216,8 +220,9 @@ def price_all(
     blocks: list[Block] = []
     for fields in layouts:
         start = MemorySetting(sequence=sequence, device_kind=device.kind, **fields)
-        for techniques, setting in _settings(start, kinds[:-1], refused):
-            states = _states(setting, kinds[-1], accumulated, refused)
+        usable = _cut(kinds, refused) if runs_only and start.num_devices > 1 else kinds
+        for techniques, setting in _settings(start, usable[:-1], refused):
+            states = _states(setting, usable[-1], accumulated, refused)
             if states:
                 block = _block(
                     shape, device, techniques, states, tuple(micro_batches), generated_context
@@ -240,6 +245,16 @@ def _holding(
         else:
             refused[f"{name_of(technique)}: {reason}"] += 1
     return found
+
+
+def _cut(
+    kinds: Sequence[Sequence[MemoryTechnique]], refused: Counter[str]
+) -> list[list[MemoryTechnique]]:
+    """Those that a run can train with where weights are cut over its devices."""
+    for technique in itertools.chain(*kinds):
+        if not technique.shards:
+            refused[f"{name_of(technique)}: cannot be cut over devices in a run"] += 1
+    return [[one for one in techniques if one.shards] for techniques in kinds]
 
 
 def _settings(
@@ -265,7 +280,7 @@ def _states(
     accumulated: int,
     refused: Counter[str],
 ) -> list[tuple[MemoryTechnique, MemorySetting]]:
-    found, as_asked = [], replace(setting, gradient_accumulation_steps=accumulated)
+    found, as_asked = [], setting.changed(gradient_accumulation_steps=accumulated)
     for technique in techniques:
         reason = technique.refuses(as_asked)
         if reason is None:

@@ -177,7 +177,7 @@ def _place(options: argparse.Namespace, stack: Any) -> tuple[Any, Path, list[str
     publication.check(model)
     ledger = stack.enter_context(run.working())
     ledger.set_budget(plan.budget)
-    return ledger, Path(options.output or run.path / "decode"), [str(model)]
+    return ledger, Path(options.output or run.decoded), [str(model)]
 
 
 def _backends(options: argparse.Namespace, models: list[str]) -> list[Any]:
@@ -299,7 +299,8 @@ class _Bar:
         from thrifty.display import say
 
         over = self._finished == self._total
-        line = f"{self._finished:,} of {self._total:,} answered, {self._samples:,} samples"
+        samples = f"{self._samples:,} sample{'s' * (self._samples != 1)}"
+        line = f"{self._finished:,} of {self._total:,} answered, {samples}"
         if self._known:
             line += f", {self._right / self._known:.1%} right"
         if sys.stderr.isatty():
@@ -314,21 +315,12 @@ class _Bar:
 
 
 def _facts(decoded: Any) -> dict[str, Any]:
-    answers = decoded.answers
-    ends = {
-        "answered": sum(a.answer is not None and not a.given_up for a in answers),
-        "given_up": sum(a.answer is not None and a.given_up for a in answers),
-        "without_an_answer": sum(a.answer is None for a in answers),
-    }
+    from thrifty.answer_totals import totals
+
     return {
-        "num_questions": len(answers),
         "policy": decoded.policy,
         "why": decoded.why,
-        **ends,
-        "accuracy": decoded.accuracy,
-        "samples": sum(answer.samples for answer in answers),
-        "failed": sum(answer.failed for answer in answers),
-        "unreadable": sum(answer.unreadable for answer in answers),
+        **totals(decoded.answers),
         "resource": decoded.resource,
         "spent": decoded.spent.to_dict(),
     }

@@ -139,8 +139,7 @@ async def decode_async(
         if ledger is None:
             ledger = stack.enter_context(_own_ledger(place, budget or Budget(), backends))
         stage = stack.enter_context(ledger.stage("decode", name_of(chosen), reopen=True))
-        purse = Purse(stage, "decode")
-        stack.callback(purse.close)
+        purse = stack.enter_context(Purse(stage, "decode"))
         work = Answering(asked, judged.backends, chosen, settings, record, purse)
         work.begin(fit_on)
         stage.decide("decode", name_of(chosen), why)

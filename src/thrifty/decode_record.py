@@ -98,7 +98,7 @@ class Record:
     def _check(self, asked: Mapping[str, Any]) -> None:
         path = self.folder / "decode.json"
         text = json.dumps(asked, indent=1, ensure_ascii=False)
-        if not path.is_file():
+        if not path.is_file() or not self.samples_file.is_file():  # nothing is kept that it is of
             sums.write(path, text)
             return
         sums.check(path, "put it back as it was, or answer into another folder (-o)")

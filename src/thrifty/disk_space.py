@@ -3,6 +3,8 @@
     training   the checkpoints that are there at once, the one being written among them; or those
                that are kept and the model that is published
     scoring    a file of scores a shard, vectors where a method looks at them, the rows chosen
+    a pilot    both of each candidate, which all stay, and the rows among which they choose
+    the test   the losses of its rows
 
 A checkpoint is what is trained, its optimizer's states, the tokenizer's files and what a Trainer
 leaves beside them. Sizes are as priced (``costs/held.py``); within 10% of real ones, measured.
@@ -12,13 +14,14 @@ from __future__ import annotations
 
 import errno
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from thrifty.checkpoints import KEPT, committed
 from thrifty.core import quantities
 from thrifty.core.plan import Plan, Training
+from thrifty.core.plan_pilot import Pilot
 from thrifty.core.resolve import resolve
 from thrifty.costs.adapted import FORMS
 from thrifty.costs.held import checkpoint_bytes
@@ -35,6 +38,8 @@ _TENSOR_BYTES = 1024
 _TOKENIZER_FILES = ("token*", "vocab*", "merges*", "special*", "added*", "*.model", "*.jinja")
 _SHARD_BYTES = 4096
 _ID_BYTES, _SCORE_BYTES, _VECTOR_ITEM_BYTES = 8, 4, 2
+_LOSS_BYTES = 16
+"""Of a row of the test: its loss and how many tokens it is of."""
 
 
 @contextmanager
@@ -125,21 +130,63 @@ def _tokenizer_bytes(base: Path) -> int:
 
 
 def selection_needs(plan: Plan, pool: Store, shape: ModelShape, scores: Path) -> tuple[float, str]:
-    """Bytes beside what an earlier process left of scores and vectors, and what they are in words.
-    The rows that are chosen lie in two forms, at least as large as the pool's compressed ones."""
-    rows, shards = len(pool), pool.num_shards
-    scorer, picker = (
-        resolve("scorer", plan.selection.scorer),
-        resolve("picker", plan.selection.picker),
-    )
+    """Bytes beside what an earlier process left of scores and vectors, and what they are in
+    words."""
+    needs = max(_selection_bytes(plan, pool, shape) - size_of(scores), 0.0)
+    told = f"selecting takes {quantities.format_bytes(needs)} on the disk, scores of {len(pool):,}"
+    return needs, f"{told} rows{' and a vector of each' if _looks(plan) else ''} among it"
+
+
+def _selection_bytes(plan: Plan, pool: Store, shape: ModelShape, sample: float = 1.0) -> float:
+    """Where that share of the pool's rows is scored. The rows that are chosen lie in two forms, at
+    least as large as the pool's compressed ones."""
+    rows, shards = sample * len(pool), math.ceil(sample * pool.num_shards)
+    scorer = resolve("scorer", plan.selection.scorer)
     targets = max(len(plan.targets), 1) if scorer.needs_target else 1
-    needs = float(rows * (_ID_BYTES + _SCORE_BYTES * targets) + shards * _SHARD_BYTES)
-    filters = [resolve("filter", spec) for spec in plan.selection.filters]
-    looks = picker.needs_vectors or any(each.needs_vectors for each in filters)
-    if looks:
+    needs = rows * (_ID_BYTES + _SCORE_BYTES * targets) + shards * _SHARD_BYTES
+    if _looks(plan):
         needs += rows * shape.hidden_size * _VECTOR_ITEM_BYTES
     share = min(1.0, (plan.selection.max_tokens or math.inf) / max(pool.manifest.num_tokens, 1))
-    needs += 2 * share * size_of(pool.directory)
-    needs = max(needs - size_of(scores), 0.0)
-    told = f"selecting takes {quantities.format_bytes(needs)} on the disk, scores of {rows:,} rows"
-    return needs, f"{told}{' and a vector of each' if looks else ''} among it"
+    return needs + 2 * share * size_of(pool.directory)
+
+
+def _looks(plan: Plan) -> bool:
+    """Whether a method of the selection looks at vectors."""
+    filters = [resolve("filter", spec) for spec in plan.selection.filters]
+    picker = resolve("picker", plan.selection.picker)
+    return picker.needs_vectors or any(each.needs_vectors for each in filters)
+
+
+def pilot_needs(
+    pilot: Pilot,
+    plans: Mapping[str, Plan],
+    pool: Store,
+    shape: ModelShape,
+    setting: MemorySetting,
+    base: Path,
+    folder: Path,
+) -> tuple[float, str]:
+    """Bytes beside what lies in the pilot's ``folder``, and what they are in words. ``plans``: of
+    each candidate by name."""
+    each, show = checkpoint_size(shape, setting, base), quantities.format_bytes
+    left = [rung.candidates for rung in pilot.rungs[1:]] + [0]
+    ended = [rung.candidates - after for rung, after in zip(pilot.rungs, left, strict=True)]
+    # A candidate saves at the end of each of its rungs, before which the one before is needed.
+    number = sum(count * min(rungs, KEPT + 1) for rungs, count in enumerate(ended, 1))
+    number += len(ended) > KEPT + 1
+    needs = number * each + pilot.sample * size_of(pool.directory)
+    for candidate in pilot.candidates:
+        scored = 1.0 if candidate.whole_pool else pilot.sample
+        needs += _selection_bytes(plans[candidate.name], pool, shape, scored)
+    needs = max(needs - size_of(folder), 0.0)
+    return (
+        needs,
+        f"a pilot takes {show(needs)} more on the disk: {number} checkpoints of {show(each)}, and "
+        f"what {len(plans)} candidates choose",
+    )
+
+
+def testing_needs(rows: int) -> tuple[float, str]:
+    """Bytes, and what they are in words."""
+    needs = float(rows * _LOSS_BYTES + _SHARD_BYTES)
+    return needs, f"testing takes {quantities.format_bytes(needs)} on the disk"

@@ -73,11 +73,19 @@ def device_text(facts: Mapping[str, Any]) -> str:
 
 def quiet_libraries() -> None:
     """No progress bars of loading and saving, which say nothing; warnings and errors stay, but for
-    one that PEFT causes by asking transformers something by its old name."""
+    those of ``quiet_transformers``."""
+    import datasets
+
+    quiet_transformers()
+    datasets.disable_progress_bars()
+
+
+def quiet_transformers() -> None:
+    """No progress bars, nor a warning that PEFT causes by asking transformers something by its old
+    name."""
     import logging
     import warnings
 
-    import datasets
     import transformers
 
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
@@ -85,5 +93,4 @@ def quiet_libraries() -> None:
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
-    datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()

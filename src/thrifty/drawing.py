@@ -48,6 +48,7 @@ class Drawing:
         if len(self._order) < len(self._questions):
             raise ValueError("two questions have the same id\nhint: ids must be unique in a run")
         self._means = means
+        self._before = tuple(means.past)
         self._limit = means.left + spent
         self._under_way: dict[str, float] = {}
         self._rates: dict[str, float] = {}
@@ -134,9 +135,10 @@ class Drawing:
         if self._ended:
             self.close_all(self._ended)
             return
-        if self._policy.pooled and self._num_samples >= self._learn_at:
+        alone = len(self._questions) == 1  # of itself it would learn that it is as it looks
+        if self._policy.pooled and not alone and self._num_samples >= self._learn_at:
             past = tuple(asked.copy() for asked in self._questions if asked.samples)
-            self._means = replace(self._means, past=past)
+            self._means = replace(self._means, past=(*self._before, *past))
             self._learn_at = LEARN_EVERY * max(self._num_samples, 1)
             open_ones = (asked.id for asked in self._questions if asked.id not in self.finished)
             self._stale = {each for each in open_ones if each not in self._under_way}

@@ -19,8 +19,10 @@ import numpy as np
 from thrifty import ranks
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import Meter, Rows
+from thrifty.costs.flops import forward_flops
 from thrifty.costs.shape import ModelShape
-from thrifty.signals.forward import Losses, example_losses, losses_flops
+from thrifty.signals.forward import Losses, example_losses, losses_flops, num_passes
+from thrifty.signals.sharded import idle, is_sharded
 
 _BESIDE = "beside "
 
@@ -108,10 +110,28 @@ def losses_of(
         return found
     others = [(number, share[1]) for number in range(share[1]) if number != share[0]]
     meter.tick(Cost(flops=sum(measure_flops(shape, rows, max_tokens, s) for s in others)))
+    if is_sharded(model):
+        _keep_pace(model, shape, rows, meter, max_tokens)
     return {
         name: Losses(ranks.added(losses.nll), ranks.added(losses.num_tokens))
         for name, losses in found.items()
     }
+
+
+def _keep_pace(
+    model: Any, shape: ModelShape, rows: Mapping[str, Rows], meter: Meter, max_tokens: int | None
+) -> None:
+    """Idle passes, until all ranks have made as many as the first; charged for all."""
+    made = [
+        sum(
+            num_passes(shape, [len(t.input_ids) for t in some.tokens], max_tokens, (number, of))
+            for some in rows.values()
+        )
+        for of in [ranks.world()]
+        for number in range(of)
+    ]
+    idle(model, made[0] - made[ranks.rank()])
+    meter.tick(Cost(flops=forward_flops(shape, 1, 1) * sum(made[0] - each for each in made)))
 
 
 def share_of(together: bool) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from thrifty.advice import scoring_relief
 from thrifty.affordable import EVALUATION_SHARE, MAX_BATCH, STEPS_WANTED
+from thrifty.answers import Answers
 from thrifty.core import quantities
 from thrifty.core.marginal import Choice
 from thrifty.core.plan import Training
@@ -72,9 +73,9 @@ def _length_that_fits(request: Request, refusal: Refused) -> int | None:
 
 
 def reasons(
-    request: Request, chosen: Candidate, choice: Choice, training: Training
+    request: Request, chosen: Candidate, choice: Choice, training: Training, answers: Answers
 ) -> dict[str, str]:
-    """One line a choice."""
+    """One line a choice; ``answers``: what the chosen techniques are there for."""
     c = chosen
     limit = request.memory_limit
     sequences = training.step_sequences
@@ -88,10 +89,11 @@ def reasons(
             f"what is kept ({epochs_rule}, arXiv:2305.16264)"
         ),
         "training.memory.trained": (
-            f"{c.method} in {c.dtype}: a token is worth {quality.mean:.2g} ± {quality.stderr:.1g} "
-            f"of one under the reference, a prior ({quality.source})"
+            f"{c.method} on {c.techniques['weights']} weights: a token is worth "
+            f"{quality.mean:.2g} ± {quality.stderr:.1g} of one under the reference, a prior "
+            f"({quality.source})"
         ),
-        **_techniques(c),
+        **_techniques(request, c, answers),
         "training.per_device_train_batch_size": (
             f"{c.per_device_train_batch_size}: the fastest per token whose peak of "
             f"{quantities.format_bytes(c.peak_memory_bytes)} fits {quantities.format_bytes(limit)}"
@@ -141,13 +143,34 @@ def reasons(
     }
 
 
-def _techniques(c: Candidate) -> dict[str, str]:
-    """The optimizer and the loss, where they are not the usual."""
-    return {
-        f"training.memory.{kind}": f"{c.techniques[kind]}: makes it fit, or faster"
-        for kind in ("states", "loss")
+def _techniques(request: Request, c: Candidate, answers: Answers) -> dict[str, str]:
+    """Weights, optimizer and loss, where they are not the usual."""
+    found = {
+        f"training.memory.{kind}": f"{c.techniques[kind]}: {_purpose(kind, c, answers)}"
+        for kind in ("weights", "states", "loss")
         if c.techniques[kind] != REFERENCE[kind]
     }
+    peaks = request.device.flops_per_second
+    if c.dtype == "bfloat16" and not peaks.get("bfloat16", 1.0):
+        found["training.memory.weights"] += (
+            f"; {request.device.name} has no instructions for bfloat16, and how much slower it is "
+            "without is not in the seconds"
+        )
+    return found
+
+
+def _purpose(kind: str, c: Candidate, answers: Answers) -> str:
+    name, instead = c.techniques[kind], REFERENCE[kind]
+    if name in answers.makes_it_fit:
+        return f"nothing fits with {instead} in its place"
+    if name in answers.makes_the_batch_fit:
+        return f"this micro-batch does not fit with {instead} in its place"
+    if name in answers.better_per_flop:
+        return f"for what it is worth, a token costs less than under {instead}"
+    frees = answers.frees_bytes.get(name, 0.0)
+    if frees > 0:
+        return f"as good as {instead}, and frees {quantities.format_bytes(frees)}"
+    return f"about as good as {instead}"
 
 
 def _times(number: float, one: str, many: str) -> str:

@@ -88,6 +88,9 @@ def export(
     exporter.translate(asked, into)
     if left_out:
         into.lacks("dev rows", f"those of {', '.join(left_out)} are of another form, and left out")
+    if (count := plan.training.devices) > 1:
+        how = "a share of the weights each, FSDP" if plan.training.is_cut else "all weights each"
+        into.lacks("devices", f"start it as {count} processes ({how}), or its batch is smaller")
     if _has_weights(selected):
         into.lacks("weights of rows", "the picker's; every row counts alike")
     if into.refused and not take_nearest:

@@ -7,7 +7,7 @@ smallest first, and what one does not use goes to the next.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,17 +45,20 @@ def pick_by_group(
     quotas: Mapping[str, float],
     max_tokens: float,
     seed: int,
+    values: Sequence[str] | None = None,
 ) -> Picked:
-    """``labels`` [n] of the candidates. In order: every group's firsts, then what comes next, each
-    group spread evenly over the whole.
+    """``labels`` [n] of the candidates; ``values``: of the whole pool's rows, where not all are
+    candidates. In order: every group's firsts, then what comes next, each group spread evenly over
+    the whole.
 
     Raises ValueError for a quota of a value that no row has.
     """
     there = np.unique(labels).tolist()
-    if unknown := sorted(set(quotas) - set(there)):
+    known = there if values is None else sorted(set(values))
+    if unknown := sorted(set(quotas) - set(known)):
         raise ValueError(
             f"selection.quotas names {', '.join(map(repr, unknown))}, which no row has\n"
-            f"hint: there are {', '.join(map(repr, there[:20]))}"
+            f"hint: there are {', '.join(map(repr, known[:20]))}"
         )
     found: list[tuple[Picked, NDArray[np.float64]]] = []
     left = max_tokens

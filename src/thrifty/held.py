@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -59,7 +59,7 @@ class Block:
     def useful_tokens(self) -> NDArray[np.float64]:
         """Of a micro-batch on every device, those that are no padding: [num_batches]."""
         setting = self.settings[0]
-        rows = np.array(self.micro_batches) * setting.num_devices * setting.replicas
+        rows = np.array(self.micro_batches) * setting.num_ranks
         return rows * float(setting.sequence) * PACKING_FILL
 
 
@@ -95,16 +95,19 @@ class Held:
             shown.append("bf16 adapters")
         if not setting.masked:
             shown.append("flash")
-        many = [f"on {self.num_ranks} devices"] if self.num_ranks > 1 else []
+        laid = "sharded over" if self.num_devices > 1 else "on"
+        many = [f"{laid} {self.num_ranks} devices"] if self.num_ranks > 1 else []
         return " ".join((*shown, batch, *many))
 
     @cached_property
     def runs(self) -> bool:
         """Whether a run can train with it; otherwise it is priced alone. A run's packs have their
-        mask, and its devices hold everything each."""
+        mask."""
         setting = self.block.settings[self.state]
-        alike = setting.masked and setting.num_devices == 1
-        return alike and all(technique.runs for technique in self.techniques)
+        return setting.masked and all(
+            technique.runs and (technique.shards or setting.num_devices == 1)
+            for technique in self.techniques
+        )
 
     @property
     def micro_batches(self) -> tuple[int, ...]:
@@ -121,7 +124,7 @@ class Held:
     @property
     def num_ranks(self) -> int:
         """Devices that work on a step, sharding or not."""
-        return self.num_devices * self.block.settings[self.state].replicas
+        return self.block.settings[self.state].num_ranks
 
     @property
     def most_accumulated(self) -> int:
@@ -141,7 +144,7 @@ class Held:
         )
 
     def setting(self, index: int) -> MemorySetting:
-        return replace(self.block.settings[self.state], micro_batch=self.micro_batches[index])
+        return self.block.settings[self.state].changed(micro_batch=self.micro_batches[index])
 
     def peak(self, index: int, accumulating: bool) -> float:
         of = self.block.accumulating if accumulating else self.block.peaks

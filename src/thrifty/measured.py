@@ -105,6 +105,10 @@ class Measured:
 
         version = f"transformers {transformers.__version__}"
         kind = self.config.get("model_type")
+        if kind is None:
+            raise ValueError(
+                "no model_type in the model's config\nhint: compare with the published config.json"
+            )
         if kind not in transformers.CONFIG_MAPPING:
             raise ValueError(
                 f"{version} knows no model_type {kind!r}\n"

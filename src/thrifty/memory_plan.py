@@ -59,12 +59,19 @@ class Techniques:
                 return f"{kind}: {name_of(technique)} does not go with this model: {reason}"
         return None
 
-    def build(self, base: Path, shape: ModelShape, device: str, seed: int) -> Any:
-        """The base model as it is trained."""
-        model = self.trained.prepare(self.weights.load(base, device), shape, seed)
+    def build(self, base: Path, shape: ModelShape, device: str, seed: int, shards: int = 1) -> Any:
+        """The base model as it is trained; cut over ``shards`` ranks, which ask for it together."""
+        model = self.weights_of(base, device, shards)
+        model = self.trained.prepare(model, shape, seed)
         self.loss.hold(model)
         self.activations.hold(model)
         return model
+
+    def weights_of(self, base: Path, device: str, shards: int = 1) -> Any:
+        """The base model as its weights are held."""
+        if shards == 1:
+            return self.weights.load(base, device)
+        return self.weights.load_sharded(base, device, shards)
 
     def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape, seed: int) -> Any:
         """Of what is trained; see ``OptimizerStates.optimizer``."""

@@ -32,7 +32,7 @@ from thrifty.frontier_price import frontier_price
 from thrifty.memory_plan import dtype_of
 from thrifty.origins import LARGE_BYTES, check_origins, weights_size
 from thrifty.pair_evaluation import log_probs_flops
-from thrifty.predictions import Predictions, predictions
+from thrifty.predictions import Predictions, predictions, setting_of
 from thrifty.preparation import Say, what_was_read
 from thrifty.run_folder import RunFolder
 from thrifty.signals.embeddings import embedding_cost
@@ -121,7 +121,7 @@ class Work:
             check_reporters(plan.training.report_to)
         marks = _check_prepared(self.run, plan)
         _check_size(plan, self.pool)
-        for part in ("signal", "dev", "test"):
+        for part in ("signal", "dev", "pilot", "test"):
             self.stores(part)
         if plan.guard is not None:
             open_store(self.run.guard)
@@ -130,7 +130,7 @@ class Work:
         if plan.training.replay_share:
             open_store(self.run.replay)
         _ = self.device, self.shape
-        check_origins(self.run, self.base, marks)
+        check_origins(self.run, self.base, marks, self.say)
 
     @cached_property
     def base(self) -> Path:
@@ -184,7 +184,8 @@ class Work:
     def stores(self, part: str) -> dict[str, Store]:
         """Target name -> its prepared rows of a part; only targets that have it."""
         targets = self.plan.targets
-        names = [name for name, target in targets.items() if part != "test" or target.test]
+        given = ("signal", "dev")  # by every target, or made of what it gives
+        names = [name for name, each in targets.items() if part in given or getattr(each, part)]
         if not targets and part == "dev":
             names = [POOL_AS_TARGET]
         return {name: open_store(self.run.target(name, part)) for name in names}
@@ -214,9 +215,10 @@ class Work:
 
     def yardstick(self, plan: Plan) -> Yardstick:
         """What models under ``plan`` are measured by."""
+        setting = setting_of(plan.training, self.shape, self.device)
         return Yardstick(
             objective=plan.objective,
-            shape=self.shape,
+            shape=self.shape.under(setting.adapter),
             tokenizer=self.tokenizer,
             max_tokens=plan.training.micro_batch_tokens,
             guard=self.guard,
@@ -225,7 +227,7 @@ class Work:
     @cached_property
     def held(self) -> Held:
         prints = {}
-        for part in ("dev", "test"):
+        for part in ("dev", "pilot", "test"):
             for name, rows in self.rows(part).items():
                 prints[f"{part} rows of {name}"] = frozenset(map(bytes, rows.fingerprints))
         if self.guard is not None:
@@ -281,20 +283,25 @@ class Work:
             max_new_tokens=plan.objective.generated_tokens,
             serving=plan.objective.serving,
         )
+        yardstick, tested = self.yardstick(plan), self.rows("test")
+        shapes = self.shape, self.left(plan)  # the test is of both
         if plan.training.preference is None:
-            yardstick = self.yardstick(plan)
             once = yardstick.flops(self.dev, guarded=True)
-            twice = yardstick.flops(self.rows("test"))
+            twice = sum(replace(yardstick, shape=each).flops(tested) for each in shapes)
         else:
             most = plan.training.micro_batch_tokens
-            once, twice = (
-                log_probs_flops(self.shape, self.rows(part), most) for part in ("dev", "test")
-            )
+            once = log_probs_flops(yardstick.shape, self.dev, most)
+            twice = sum(log_probs_flops(each, tested, most) for each in shapes)
         return replace(
             costs,
             evaluation=replace(costs.evaluation, flops=once),
-            test=replace(costs.test, flops=2 * twice),
+            test=replace(costs.test, flops=twice),
         )
+
+    def left(self, plan: Plan) -> ModelShape:
+        """The model that a run under ``plan`` leaves, with its adapter."""
+        adapter = setting_of(plan.training, self.shape, self.device).adapter
+        return self.shape.under(adapter and adapter.saved)
 
 
 def _check_ranks(run: RunFolder, devices: int) -> None:

@@ -66,7 +66,7 @@ def _not_dominated(
     """
     envelope = np.empty(0, dtype=int)
     front = []
-    for worth in np.unique(quality)[::-1]:
+    for worth in sorted(set(quality.tolist()), reverse=True):
         # The envelope comes first, so that in a tie the more worth stays.
         places = np.concatenate([envelope, np.flatnonzero(quality == worth)])
         places = places[np.lexsort((seconds[places], memory[places]))]

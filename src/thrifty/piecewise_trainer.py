@@ -11,13 +11,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
-
 from thrifty.data.packing import IGNORED
 from thrifty.in_pieces import Pieces, ran_out, random_state, restore
+from thrifty.sharded_trainer import ShardedTrainer
 
 
-class PiecewiseTrainer(Trainer):
+class PiecewiseTrainer(ShardedTrainer):
     """The pieces are kept beside the checkpoints, in ``folder``."""
 
     current_gradient_accumulation_steps: float

@@ -13,7 +13,7 @@ then, and to the first-named candidate where that is nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,10 +22,10 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from thrifty import selection, stages, training
+from thrifty import disk_space, selection, stages, training
 from thrifty.core import contracts, sums
 from thrifty.core.budget import Budget, Cost
-from thrifty.core.contracts import Evaluation, Outlook, Scorer, StoppingRule, Verdict
+from thrifty.core.contracts import Evaluation, Outlook, Rows, Scorer, StoppingRule, Verdict
 from thrifty.core.ledger import BudgetExceeded, Stage
 from thrifty.core.marginal import Choice, Estimate
 from thrifty.core.plan import Selection, Training
@@ -54,7 +54,8 @@ def pilot(work: Work) -> None:
     names = ", ".join(each.name for each in plan.candidates)
     work.say(f"pilot: {names}, on at most {plan.share:.0%} of the budget")
     run = _Pilot(work)
-    run.run()
+    with disk_space.room(work.run.path, "piloting", run.disk_needs):
+        run.run()
     choice = run.choose()
     winner = run.by_name[choice.chosen or plan.candidates[0].name]
     record = {"chosen": winner.name, "reason": choice.reason, "settings": dict(winner.settings)}
@@ -106,6 +107,19 @@ class _Pilot:
             self.ended = str(refusal).partition("\n")[0]
             self.work.say(f"pilot: ends early: {self.ended}")
 
+    def disk_needs(self) -> tuple[float, str]:
+        """Of what is still to be done."""
+        work, training = self.work, self._training
+        return disk_space.pilot_needs(
+            self.plan,
+            {each.name: self._branch(each).plan for each in self.plan.candidates},
+            work.pool,
+            work.shape,
+            setting_of(training, work.shape, work.device),
+            work.base,
+            work.run.pilot,
+        )
+
     def _survivors(self, left: Sequence[PilotCandidate], keep: int) -> list[PilotCandidate]:
         """Those of whom nothing is known yet are out."""
         known = [(each, gain) for each in left if (gain := self._gain(each)) is not None]
@@ -130,8 +144,17 @@ class _Pilot:
             job = stages.training_job(work, branch, stage, Cost())
             work.models.release()  # training loads its own
             job = replace(job, rule=_Onward(), reserved=Cost(), pause_at=steps)
+            if rows := work.rows("pilot"):
+                job = replace(job, dev=rows, predicted_evaluation=self._evaluation(job, rows))
             work.say(f"  {candidate.name}: training until step {steps}")
             training.train(job, stage)
+
+    @staticmethod
+    def _evaluation(job: training.TrainingJob, rows: Mapping[str, Rows]) -> Cost:
+        """Of rows of its own, where the job's is of the dev rows."""
+        flops = job.yardstick.flops(rows, guarded=True)
+        share = flops / max(job.predicted_evaluation.flops, 1.0)
+        return replace(job.predicted_evaluation * share, flops=flops)
 
     def _select(self, candidate: PilotCandidate, branch: Branch, stage: Stage) -> None:
         work, pool = self.work, self.work.pool if candidate.whole_pool else self.sample

@@ -66,7 +66,8 @@ def lay_out(
     """As many steps as ``allowed`` buys; where that is too few to tell anything, the name of the
     candidate to do without: one too dear to score, or the last. ``runs``: what would follow each.
     """
-    costs = Pricing(request).predictor.of(runs[0].setting, runs[0].step)
+    measured = replace(request, dev=request.tried or request.dev)
+    costs = Pricing(measured).predictor.of(runs[0].setting, runs[0].step)
     longest = max(run.max_steps for run in runs)
     trained = resolve("trained", runs[0].held.technique_names["trained"])
     least = max(LEAST_STEPS, trained.cycle_steps(request.shape))

@@ -12,11 +12,12 @@ from thrifty.advice import (
     elsewhere,
     scoring_relief,
     swaps,
+    unbeaten,
 )
 from thrifty.answers import Answers, Purposes
 from thrifty.core import quantities
 from thrifty.core.contracts import MEMORY_KINDS
-from thrifty.costs.hardware import cache_folder
+from thrifty.costs.hardware import DEVICES, cache_folder
 from thrifty.display import table
 from thrifty.held import Held
 from thrifty.in_sequence import in_sequence
@@ -93,7 +94,7 @@ def _memory(planned: Planned, request: Request) -> Iterator[str]:
     yield f"the binding term is {term.replace('_', ' ')} at {phase}"
     for way in scoring_relief(c.account, request):
         yield f"  {way.text}"
-    for swap in swaps(c, request, planned.combinations)[:_SHOWN_SWAPS]:
+    for swap in unbeaten(swaps(c, request, planned.combinations))[:_SHOWN_SWAPS]:
         yield f"  {_swap_text(swap)}"
     for other in elsewhere(request, planned.combinations, c.scoring_bytes):
         yield _elsewhere_text(other)
@@ -113,8 +114,10 @@ def _elsewhere_text(other: Elsewhere) -> str:
     size = quantities.format_bytes(other.memory_bytes)
     if other.techniques is None:
         return f"on {other.device} ({size}): nothing fits"
+    emulated = not DEVICES[other.device].flops_per_second["bfloat16"]
+    slowly = ", without instructions for bfloat16" * emulated
     return (
-        f"on {other.device} ({size}) would fit: {' '.join(other.techniques.values())} in "
+        f"on {other.device} ({size}{slowly}) would fit: {' '.join(other.techniques.values())} in "
         f"micro-batches of {other.micro_batch}"
     )
 
@@ -129,7 +132,7 @@ def _candidates(planned: Planned, request: Request) -> str:
     resource, purposes = _scarce(planned.chosen), Purposes(planned.combinations, request)
     headers = (
         "", "candidate", "memory", "steps", "tokens", "FLOPs", "time", "$", "a useful token",
-        "quality", "gain (a guess)", "",
+        "quality", "gain (a guess)", "what for",
     )  # fmt: skip
     rows = [
         (
@@ -146,7 +149,7 @@ def _candidates(planned: Planned, request: Request) -> str:
             else quantities.format_flops(c.flops_per_useful_token),
             f"{c.quality.mean:.2f} ± {c.quality.stderr:.2f}",
             f"{c.gain.mean:.3f}" + (f" ± {c.gain.stderr:.3f}" if c.gain.stderr >= 5e-4 else ""),
-            _answers_text(purposes.of(c)) + ("" if c.runs else "priced only"),
+            _what_for(c, purposes.of(c)),
         )
         for c in shown
     ]
@@ -160,9 +163,10 @@ def _candidates(planned: Planned, request: Request) -> str:
     return f"{fitting}; {legend}:\n{listed}\n{order}"
 
 
-def _answers_text(answers: Answers) -> str:
+def _what_for(candidate: Candidate, answers: Answers) -> str:
     pairs = ((MAKES["fit"], answers.makes_it_fit), (MAKES["faster"], answers.better_per_flop))
-    return "".join(f"{what}: {', '.join(names)}; " for what, names in pairs if names)
+    told = [f"{what}: {', '.join(names)}" for what, names in pairs if names]
+    return "; ".join(told if candidate.runs else [*told, "priced only"])
 
 
 def _scarce(chosen: Candidate) -> str:

@@ -24,6 +24,7 @@ def add_to(plan: argparse.ArgumentParser) -> None:
     for part, what in (
         ("target", "rows like those the model should become good at"),
         ("dev", "rows that steer training (default: half of the target's)"),
+        ("pilot-rows", "rows by which a pilot chooses (default: the dev rows)"),
         ("test", "rows looked at once, at the end"),
     ):
         plan.add_argument(f"--{part}", action="append", metavar="[NAME=]ROWS", help=what)
@@ -141,13 +142,14 @@ def _read(text: str | None, parse: Any) -> float | None:
 
 
 def _targets(options: argparse.Namespace) -> dict[str, Target]:
-    """``--target [NAME=]ROWS``, with ``--dev`` and ``--test`` of the same name beside it."""
+    """``--target [NAME=]ROWS``, with ``--dev`` and the others of the same name beside it."""
     from thrifty.core.plan import Target
 
     parts: dict[str, dict[str, list[str]]] = {}
     for part, given in (
         ("signal", options.target),
         ("dev", options.dev),
+        ("pilot", options.pilot_rows),
         ("test", options.test),
     ):
         for text in given or ():
@@ -158,7 +160,7 @@ def _targets(options: argparse.Namespace) -> dict[str, Target]:
     for name, found in parts.items():
         if "signal" not in found:
             raise ValueError(
-                f"--dev or --test name {name!r}, but no --target does\n"
+                f"--dev, --pilot-rows or --test name {name!r}, but no --target does\n"
                 f"hint: --target {name}=ROWS gives the rows that show what is wanted"
             )
     floors = _floors(options, parts)
@@ -166,6 +168,7 @@ def _targets(options: argparse.Namespace) -> dict[str, Target]:
         name: Target(
             signal=tuple(found["signal"]),
             dev=tuple(found.get("dev", ())),
+            pilot=tuple(found.get("pilot", ())),
             test=tuple(found.get("test", ())),
             floor=floors.get(name),
         )

@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 
 from thrifty.affordable import CLOCKED, UNLIMITED_TOKENS
+from thrifty.answers import Purposes
 from thrifty.choices import combinations_of, scorers_of, sequence_of
 from thrifty.combinations import Combinations
 from thrifty.core import quantities
 from thrifty.core.ledger import Rates
 from thrifty.core.marginal import Choice, Option, choose
 from thrifty.core.plan import Training
+from thrifty.core.uncollected import uncollected
 from thrifty.costs.allocator import allocatable
 from thrifty.costs.hardware import DEVICES, dollars_per_hour
 from thrifty.explanations import least_that_would_do, reasons
@@ -66,6 +68,7 @@ class NoPlanFits(ValueError):
     """No combination fits the budget; the message says the least that would do."""
 
 
+@uncollected()
 def search(request: Request) -> Planned:
     """Price all combinations and choose. Raises NoPlanFits, ValueError for impossible requests."""
     found = _search(request)
@@ -120,7 +123,7 @@ def _search(request: Request) -> Planned | list[Refused]:
             for _, scorer in scorers
         ),
         choice=choice,
-        why=reasons(request, chosen, choice, training),
+        why=reasons(request, chosen, choice, training, Purposes(combinations, request).of(chosen)),
         training=training,
         combinations=combinations,
     )
@@ -230,11 +233,13 @@ def _worth(candidate: Candidate) -> float:
 
 
 def _plainest(found: Candidate, alike: Sequence[Candidate]) -> Candidate:
-    """Of those that train the same way, the one that does least to what is kept and to the loss."""
+    """Of those that train the same way, the one that does least to what is kept and to the loss, on
+    devices that have all weights each before it cuts them."""
     same, how = ("trained", "weights", "states"), ("activations", "loss")
 
-    def departs(candidate: Candidate) -> int:
-        return sum(candidate.techniques[kind] != REFERENCE[kind] for kind in how)
+    def departs(candidate: Candidate) -> tuple[bool, int]:
+        done = sum(candidate.techniques[kind] != REFERENCE[kind] for kind in how)
+        return candidate.held.num_devices > 1, done
 
     others = [c for c in alike if all(c.techniques[k] == found.techniques[k] for k in same)]
     return min(others, key=lambda c: (departs(c), c.peak_memory_bytes))
@@ -269,6 +274,7 @@ def training_of(chosen: Candidate, request: Request) -> Training:
         per_device_train_batch_size=c.per_device_train_batch_size,
         gradient_accumulation_steps=c.gradient_accumulation_steps,
         devices=c.held.num_ranks,
+        parallel="fsdp" if c.held.num_devices > 1 else "ddp",
         max_length=c.max_length,
         max_steps=c.ceiling,
         epochs=round(c.epochs * c.ceiling / c.max_steps, 3),

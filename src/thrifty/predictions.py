@@ -15,6 +15,7 @@ from thrifty.costs.flops import step_flops
 from thrifty.costs.hardware import Device
 from thrifty.costs.job import job_account
 from thrifty.costs.memory import MemorySetting, checkpoint_bytes, weight_bytes
+from thrifty.costs.operations import Adapter
 from thrifty.costs.shape import ModelShape
 from thrifty.costs.time import step_seconds
 from thrifty.memory_plan import Techniques
@@ -58,7 +59,7 @@ def setting_of(training: Training, shape: ModelShape, device: Device) -> MemoryS
             f"round once, and training.max_steps is {training.max_steps:,}\n"
             "hint: a shorter turn (its options), or another technique"
         )
-    pairs = training.preference
+    pairs, (num_devices, replicas) = training.preference, training.layout
     setting = techniques.setting(
         MemorySetting(
             micro_batch=training.per_device_train_batch_size * (1 if pairs is None else SIDES),
@@ -66,7 +67,8 @@ def setting_of(training: Training, shape: ModelShape, device: Device) -> MemoryS
             masked=True,
             gradient_accumulation_steps=training.gradient_accumulation_steps,
             device_kind=device.kind,
-            replicas=training.devices,
+            num_devices=num_devices,
+            replicas=replicas,
             reference=pairs is not None and not pairs.precompute_ref_log_probs,
         )
     )
@@ -98,9 +100,9 @@ def predictions(
     account = job_account(shape, setting, generated_context=context)
     peak = device_memory(account.peak_memory_bytes, device.kind).device
     micro = Cost(
-        flops=step_flops(shape, setting) * setting.replicas,
+        flops=step_flops(shape, setting) * setting.num_ranks,
         seconds=step_seconds(shape, setting, device),
-        tokens=float(setting.tokens * setting.replicas),
+        tokens=float(setting.tokens * setting.num_ranks),
         peak_memory_bytes=peak,
     )
     if training.preference is not None:
@@ -165,13 +167,17 @@ class Predictor:
         answer after training."""
         self.shape, self.device, self.dev, self.test = shape, device, dev, test
         self.guard, self.max_new_tokens, self.serving = guard, max_new_tokens, serving
-        self._rows: dict[tuple[PoolStats, str, int, int], Cost] = {}
+        self._rows: dict[tuple[PoolStats, str, int, int, Adapter | None], Cost] = {}
 
     def of(self, setting: MemorySetting, micro: Cost) -> Predictions:
         """With ``micro`` the cost of a micro-batch."""
         save = checkpoint_bytes(self.shape, setting) / DISK_BYTES_PER_SECOND + 0.1
         load = Cost(seconds=self.load_seconds(setting))
-        tested = (self._measuring(self.test, setting) + load) * 2 if self.test else Cost()
+        tested = Cost()
+        if self.test:
+            plain = replace(setting, adapter=None, storage=None)  # the base
+            both = self._measuring(self.test, setting) + self._measuring(self.test, plain)
+            tested = both + load * 2
         return Predictions(
             step=micro,
             evaluation=self._measuring(self.dev, setting)
@@ -210,8 +216,9 @@ class Predictor:
         return self._answers(asked, setting, round(self.serving.tokens or self.max_new_tokens))
 
     def _answers(self, stats: PoolStats, setting: MemorySetting, max_new_tokens: int) -> Cost:
+        shape = self.shape.under(setting.adapter)
         return answers_cost(
-            self.shape, stats, self.device, setting.dtype, max_new_tokens, setting.tokens
+            shape, stats, self.device, setting.dtype, max_new_tokens, setting.tokens
         )
 
     def _cost_of_rows(self, stats: PoolStats | None, setting: MemorySetting) -> Cost:
@@ -219,10 +226,11 @@ class Predictor:
         stays."""
         if stats is None:
             return Cost()
-        key = stats, setting.dtype, setting.sequence, setting.tokens
+        key = stats, setting.dtype, setting.sequence, setting.tokens, setting.adapter
         if key not in self._rows:
+            shape = self.shape.under(setting.adapter)
             cost = forward_cost(
-                self.shape, stats, self.device, setting.dtype, setting.sequence, setting.tokens
+                shape, stats, self.device, setting.dtype, setting.sequence, setting.tokens
             )
             self._rows[key] = replace(cost, peak_memory_bytes=0.0)
         return self._rows[key]

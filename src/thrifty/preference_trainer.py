@@ -158,7 +158,8 @@ class PreferenceTrainer(BudgetedTrainer, DPOTrainer):  # type: ignore[misc]
 
     def _measure(self, meter: Meter) -> Measured:
         job = self.job
-        found = log_probs_of(self.model, self._shape, job.dev, meter, self._most_tokens)
+        shape = job.yardstick.shape
+        found = log_probs_of(self.model, shape, job.dev, meter, self._most_tokens)
         if self._losses is None:  # before the first step the model is the reference
             self._losses = PairLosses(self._preference.beta, found)
             save_arrays(self._dev_file, found)

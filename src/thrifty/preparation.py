@@ -15,13 +15,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from thrifty import notes, origins, planner
+from thrifty import notes, origins, planned_before, planner
 from thrifty.asked_rows import Stores, check_masked, check_nothing_aside, read_asked, stats_together
 from thrifty.choices import sequence_of
 from thrifty.core import plan as plans
 from thrifty.core import quantities, sums
 from thrifty.core.budget import Budget
-from thrifty.core.durable import make_folder, rename_durably
+from thrifty.core.durable import make_folder, rename_durably, sync_folder
 from thrifty.core.ledger import Ledger, Rates
 from thrifty.core.plan import ModelSource, Objective, Plan, PoolSource, Target
 from thrifty.core.redaction import redact
@@ -97,13 +97,12 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
     """Read pool and targets, plan, and leave a run folder at ``folder``.
 
     Raises ValueError for anything that cannot be used, planner.NoPlanFits where the budget is too
-    small; ``folder`` is then as it was.
+    small; ``folder`` is then as it was. One that holds this very plan already is kept.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        goes_on = f"`thrifty run {folder}` goes on with it; " * (folder / "plan.yaml").is_file()
-        raise ValueError(
-            f"{folder} exists already\nhint: {goes_on}choose another -o, or delete it first"
-        )
+    mark = planned_before.digest(asked)
+    there = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if there and not planned_before.is_of(RunFolder(folder), mark):
+        raise _exists(folder)
     skeleton = _check_fixed(asked)
     objective = skeleton.objective
     asked = _with_own_questions(asked, objective)
@@ -113,6 +112,8 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
         say(f"{model_folder} has no safetensors weights yet: a run will need them")
     for note in notes.of_config(read_config(model_folder)):
         say(note)
+    from thrifty import near_overlap
+
     folder = folder.absolute()
     new_parents = [parent for parent in folder.parents if not parent.exists()]
     make_folder(folder.parent)
@@ -122,10 +123,12 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
     try:
         files = origins.files_of_rows(skeleton)
         stores = read_asked(asked, objective, shape, model_folder, draft, say)
-        origins.note_sources(draft, files)
+        origins.note_sources(draft, files, say)
         check_masked(stores.pool, skeleton.pool.most_masked)
         if asked.strict:
             check_nothing_aside(draft)
+        for note in near_overlap.of_run(draft):
+            say(note)
         if asked.device in (None, "local"):
             from thrifty.calibration import measure_once
 
@@ -142,14 +145,18 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
         sums.write(draft.plan_file, plans.dump(plan))
         prepared = {**what_was_read(plan), "training.epochs": plan.training.epochs}
         prepared["model"] = origins.model_marks(model_folder)
+        prepared[planned_before.ASKED] = mark
         sums.write(draft.prepared, json.dumps(prepared))
         origins.note_weights(draft, model_folder)
         rates = request.on(plan.training.devices).rates
         with Ledger.create(draft.ledger_file, asked.budget, rates) as ledger:
             _write_decisions(ledger, plan, planned)
-        if folder.exists():
-            folder.rmdir()
-        rename_durably(draft.path, folder)
+        if there:
+            _keep(folder, draft, say)
+        else:
+            if folder.exists():
+                folder.rmdir()
+            rename_durably(draft.path, folder)
     except BaseException:
         shutil.rmtree(draft.path, ignore_errors=True)
         with contextlib.suppress(OSError):  # the error itself is what matters
@@ -157,6 +164,23 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
                 parent.rmdir()
         raise
     return planned, request, plan
+
+
+def _exists(folder: Path) -> ValueError:
+    goes_on = f"`thrifty run {folder}` goes on with it; " * (folder / "plan.yaml").is_file()
+    return ValueError(
+        f"{folder} exists already\nhint: {goes_on}choose another -o, or delete it first"
+    )
+
+
+def _keep(folder: Path, draft: RunFolder, say: Say) -> None:
+    """Leave the run as it lies there: the same command made it, and may have been killed as it
+    ended. Raises ValueError where it is not what was planned just now."""
+    if not planned_before.is_same(RunFolder(folder), draft):
+        raise _exists(folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(draft.path)
+    say(f"{folder} holds this very plan already: it is kept as it is")
 
 
 def _with_own_questions(asked: Asked, objective: Objective) -> Asked:
@@ -186,7 +210,9 @@ def what_was_read(plan: Plan) -> dict[str, Any]:
 
 def _rows_of(target: Mapping[str, Any]) -> dict[str, Any]:
     """Of a target what says which rows are its own."""
-    return {**{key: value for key, value in target.items() if key != "floor"}, "weight": None}
+    known = {key: value for key, value in target.items() if key not in ("floor", "pilot")}
+    pilot = {"pilot": target["pilot"]} if target["pilot"] else {}
+    return {**known, **pilot, "weight": None}
 
 
 def _check_fixed(asked: Asked) -> Plan:
@@ -240,12 +266,12 @@ def _request(asked: Asked, shape: ModelShape, stores: Stores | None = None) -> p
             if "signal" in parts and (found := stats_together([parts["signal"]]))
         },
         dev=stores.together("dev", asked.task) if stores else None,
+        tried=stores.together("pilot", asked.task) if stores else None,
         test=stores.together("test", asked.task) if stores else None,
         task=asked.task,
         fixed=asked.fixed,
         techniques=asked.techniques,
         num_devices=int(asked.fixed.get("training.devices", asked.num_devices)),
-        refreshes=asked.fixed.get("selection.refresh.when", "never") != "never",
         guard=stats_together([stores.guard]) if stores and stores.guard else None,
         max_new_tokens=objective.generated_tokens,
         serving=objective.serving,
@@ -310,7 +336,7 @@ def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:
     holders += [
         (target, part)
         for target in values["targets"].values()
-        for part in ("signal", "dev", "test")
+        for part in ("signal", "dev", "pilot", "test")
     ]
     for holder, key in holders:
         holder[key] = [redact(source) for source in holder[key] or ()]

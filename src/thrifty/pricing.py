@@ -20,6 +20,7 @@ from thrifty.core.contracts import OnlineMethod, Scorer, Work, Worth
 from thrifty.core.ledger import Rates
 from thrifty.core.marginal import Estimate
 from thrifty.core.plan import Preference, Training, put
+from thrifty.core.plan_refresh import looking_in
 from thrifty.core.plan_serving import Serving
 from thrifty.core.resolve import Spec, name_of, resolve
 from thrifty.costs.allocator import DeviceMemory, allocatable, device_memory
@@ -51,6 +52,8 @@ class Request:
     targets: Mapping[str, PoolStats] = field(default_factory=dict)
     dev: PoolStats | None = None
     """All dev rows together."""
+    tried: PoolStats | None = None
+    """All rows that a pilot goes by; None: the dev rows."""
     test: PoolStats | None = None
     task: Literal["sft", "continued", "preference"] = "sft"
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -59,8 +62,6 @@ class Request:
     """Memory techniques that the user named."""
     num_devices: int = 1
     """At most; those of a run."""
-    refreshes: bool = False
-    """The pool is scored again while training, beside its states."""
     guard: PoolStats | None = None
     """Rows that are measured beside the dev rows."""
     max_new_tokens: int = 0
@@ -125,7 +126,8 @@ class Candidate:
     scorer: str
     scorer_spec: Spec
     scoring_bytes: float
-    refreshes: bool
+    looking_bytes: float
+    """The same of scorers that look at the model in training."""
     generated_context: int
     peak_memory_bytes: float
     """On the device, of all phases of the job."""
@@ -197,7 +199,7 @@ class Candidate:
             self.shape,
             self.setting,
             scoring_bytes=self.scoring_bytes,
-            refreshes=self.refreshes,
+            looking_bytes=self.looking_bytes,
             generated_context=self.generated_context,
         )
 
@@ -235,6 +237,7 @@ class Refused:
     least: Cost
     setting: MemorySetting
     scoring_bytes: float
+    looking_bytes: float
 
     def account(self, request: Request) -> MemoryAccount:
         """Allocated bytes of every phase of the job, by term."""
@@ -242,7 +245,7 @@ class Refused:
             request.shape,
             self.setting,
             scoring_bytes=self.scoring_bytes,
-            refreshes=request.refreshes,
+            looking_bytes=self.looking_bytes,
             generated_context=request.generated_context,
         )
 
@@ -274,7 +277,8 @@ class Pricing:
         """The candidate at the micro-batch that takes least time a token; or what it lacks; or None
         where no micro-batch makes a step that the pool fills."""
         refusal: Refused | None = None
-        for index in held.fastest_first():
+        fastest, most = held.fastest_first(), self.request.most_allocated
+        for index in sorted(fastest, key=lambda each: held.peak(each, False) > most):
             found = self._at(held, index, scorer, spec)
             if isinstance(found, Candidate):
                 return found
@@ -320,9 +324,9 @@ class Pricing:
         looked = max(scoring.peak_memory_bytes, online.peak_memory_bytes)
         chosen = micro.peak_memory_bytes - plain.peak_memory_bytes
         peak = max(held.peak(index, accumulation > 1) + chosen, looked)
-        if request.refreshes:
-            beside = scoring_beside(request.shape, setting, scoring.peak_memory_bytes)
-            peak = max(peak, held.resident + beside)
+        again = [self.scoring_bytes(each, setting) for each in looking_in(request.fixed, scorer)]
+        if looking := max(again, default=0.0):
+            peak = max(peak, held.resident + scoring_beside(request.shape, setting, looking))
         kind = request.device.kind
         peak = device_memory(peak, kind).device
         scored = device_memory(scoring.peak_memory_bytes, kind).device if request.pool else 0.0
@@ -351,8 +355,9 @@ class Pricing:
             return Refused(
                 name=held.describe(f"{micro_batch}x{accumulation}"),
                 least=replace(least, peak_memory_bytes=peak * request.memory_margin),
-                setting=replace(setting, gradient_accumulation_steps=accumulation),
+                setting=setting.changed(gradient_accumulation_steps=accumulation),
                 scoring_bytes=scoring.peak_memory_bytes,
+                looking_bytes=looking,
             )
         tokens = steps * step.tokens * PACKING_FILL
         epochs, keep, effective = self._repetition(scorer, tokens)
@@ -367,12 +372,12 @@ class Pricing:
         return Candidate(
             shape=request.shape,
             held=held,
-            setting=replace(setting, gradient_accumulation_steps=accumulation),
+            setting=setting.changed(gradient_accumulation_steps=accumulation),
             sides=self.sides,
             scorer=name_of(scorer),
             scorer_spec=spec,
             scoring_bytes=scoring.peak_memory_bytes,
-            refreshes=request.refreshes,
+            looking_bytes=looking,
             generated_context=request.generated_context,
             peak_memory_bytes=peak,
             step=request.rates.of(step),

@@ -35,7 +35,7 @@ class Priors:
         own: Worth = method.worth
         if trained and isinstance(method, MemoryTechnique):
             own = method.worth_trained or own
-        given = self.given.get(name_of(method))
+        given = self.given.get(name_of(method)) if self.given else None
         if given is None:
             return own
         mean = float(given["mean"])

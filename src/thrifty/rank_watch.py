@@ -6,6 +6,10 @@ where the ranks found each other (torch's store); one that was not heard of for 
 stopped, and whoever notices leaves as safely as a kill does. ``THRIFTY_RANK_PATIENCE`` sets how
 many seconds that is.
 
+Until they have joined, nobody can tell a rank that hangs from one whose libraries come from a slow
+disk: whoever has not joined within ``JOINS`` times the patience leaves, be it that another never
+came.
+
 A process may live and its work hang. In a training step, where all is known to take about as long
 each time, a rank whose step takes ``STEPS`` times the longest so far, and ``FLOOR`` times the
 patience at the least, leaves too; elsewhere nobody can tell work from none.
@@ -34,6 +38,7 @@ PATIENCE_VARIABLE = "THRIFTY_RANK_PATIENCE"
 PATIENCE_SECONDS = 60.0
 PARENT_VARIABLE = "THRIFTY_RANKS_PARENT"
 """The process that started the ranks."""
+JOINS = 10
 STEPS = 20
 FLOOR = 30
 GRACE_SECONDS = 10.0
@@ -53,6 +58,12 @@ def watched(rank: int, world: int) -> Iterator[None]:
             yield
     finally:
         _present = None
+
+
+def joined() -> None:
+    """Called once the ranks have found each other; from then on each has to be heard of."""
+    if _present is not None:
+        _present.joined = True
 
 
 def step_begins() -> None:
@@ -87,6 +98,8 @@ class _Watch:
         self.rank, self.patience = rank, patience
         self.others = [number for number in range(world) if number != rank]
         self.every = min(_LOOK_SECONDS, patience / 4)
+        self.joined = False
+        self._looks_to_join = 0
         self.looks_in_step: int | None = None
         self.longest_step = 0
         self._heard = dict.fromkeys(self.others, b"")
@@ -145,11 +158,20 @@ class _Watch:
 
     def _look(self) -> None:
         while not self._over.wait(self.every):
-            self._look_at_others()
+            if self.joined:
+                self._look_at_others()
+            else:
+                self._look_at_joining()
             self._look_at_step()
             self._look_for_signals()
             if self.rank == 0:
                 self._look_for_wishes()
+
+    def _look_at_joining(self) -> None:
+        self._looks_to_join += 1
+        most = JOINS * self.patience
+        if self._looks_to_join * self.every > most:
+            self._leave(f"the ranks have not joined within {most:g} s: one hangs, or never began")
 
     def _look_at_others(self) -> None:
         before, self._said = self._said, self._heard

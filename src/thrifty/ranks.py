@@ -59,21 +59,22 @@ def together() -> Iterator[None]:
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    torch.distributed.init_process_group(backend, timeout=_PATIENCE)
-    try:
-        with rank_watch.watched(rank(), world()):
+    with rank_watch.watched(rank(), world()):
+        torch.distributed.init_process_group(backend, timeout=_PATIENCE)
+        rank_watch.joined()
+        try:
             yield
             if rank() == 0:
                 tell(None)
-    except RuntimeError as error:
-        if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
-            raise
-        raise RankLost(
-            f"rank {rank()} has lost the others: one of them has ended, or its connection\n"
-            "hint: the same command goes on from the last checkpoint"
-        ) from error
-    finally:
-        torch.distributed.destroy_process_group()
+        except RuntimeError as error:
+            if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
+                raise
+            raise RankLost(
+                f"rank {rank()} has lost the others: one of them has ended, or its connection\n"
+                "hint: the same command goes on from the last checkpoint"
+            ) from error
+        finally:
+            torch.distributed.destroy_process_group()
 
 
 def led(job: Callable[P, R]) -> Callable[P, R | None]:
@@ -146,6 +147,25 @@ def of_rank_0(numbers: list[int]) -> list[int]:
     values = torch.tensor(numbers)
     torch.distributed.broadcast(values, 0)
     return [int(value) for value in values]
+
+
+def most(number: int) -> int:
+    """The largest that a rank calls this with."""
+    if world() == 1:
+        return number
+    value = torch.tensor([number])
+    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+    return int(value.item())
+
+
+def rows_of_rank_0(rows: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
+    """What rank 0 calls this with."""
+    if world() == 1:
+        return rows
+    (size,) = of_rank_0([-1 if rows is None else len(rows)])
+    if size < 0:
+        return None
+    return np.array(of_rank_0([0] * size if rows is None else rows.tolist()), dtype=np.int64)
 
 
 def summed(used: Cost, device: Any) -> Cost:

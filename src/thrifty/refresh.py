@@ -5,8 +5,9 @@
     weigh      is a fresh choice worth what looking again costs? (``refresh_gain.py``, the one rule)
     proxy      what the probe taught of cheap signals keeps a short-list of the pool
     verify     the method scores the short-list
-    mix        new beliefs are weighed with the old ones (``drift.py``), and rows that were trained
-               on so often that they are worn out are left, before filters and picker choose
+    mix        new beliefs are weighed with the old ones (``drift.py``), or stand alone where
+               another scorer takes over; rows that were trained on so often that they are worn out
+               are left, before filters and picker choose
 
 arXiv:2606.10706 asks for it: selection that is re-evaluated during training, by "hybrid
 proxy-verify pipelines" on "drift-aware refresh schedules", stable in the loop with the governor.
@@ -21,7 +22,7 @@ bounded number of times.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from thrifty.core.resolve import name_of
 from thrifty.drift import Beliefs, Drift, Scale, drift, turn
 from thrifty.effective_tokens import MAX_EPOCHS
 from thrifty.prospect import Prospect
-from thrifty.refresh_gain import WIDTHS, Standing, weigh_refresh, weigh_width
+from thrifty.refresh_gain import WIDTHS, Standing, Takeover, weigh_refresh, weigh_width
 from thrifty.refresh_looks import Look, Looks, Running, upper
 
 DECISION = "train on or choose rows anew"
@@ -58,7 +59,9 @@ class Outlook:
     tokens_given: float
     """Trained on so far."""
     drawn: NDArray[np.int64]
-    """[rows of all choices], how often each was trained on."""
+    """[rows of all choices, and what is replayed after each], how often each was trained on."""
+    firsts: Sequence[int]
+    """Where among them each choice begins."""
     prospect: Prospect | None
     """None: there are too few evaluations for a forecast."""
 
@@ -70,7 +73,7 @@ class Refresher:
         self,
         job: selection.SelectionJob,
         asked: contracts.Work,
-        scorer: Scorer,
+        scorers: Sequence[tuple[Scorer, Worth]],
         worth: Worth,
         candidates: Candidates,
         first: NDArray[np.int64],
@@ -80,14 +83,21 @@ class Refresher:
         eval_steps: int,
         folder: Path,
     ) -> None:
-        """``asked``: the pool in numbers, for pricing; ``scorer`` looks at the model in training,
-        the selection's own is worth ``worth`` and left ``candidates`` with their scores, of which
+        """``asked``: the pool in numbers, for pricing; the first of ``scorers`` looks at the model
+        in training, the others may take over, each with its worth; the selection's own is worth
+        ``worth`` and left ``candidates`` with their scores, of which
         ``first`` were chosen; ``run_flops``, ``num_evaluations``: of the training, as far as can be
         told."""
         self.settings: Refresh = job.plan.selection.refresh
         self._job, self._worth = job, worth
         self._candidates, self._eval_steps = candidates, eval_steps
-        self._looks = Looks(job, asked, scorer, candidates, run_flops=run_flops)
+        self._all_looks = {
+            name_of(scorer): Looks(job, asked, scorer, candidates, run_flops=run_flops)
+            for scorer, _ in scorers
+        }
+        self._worths = {name_of(scorer): worth for scorer, worth in scorers}
+        self._looking = next(iter(self._all_looks))
+        """Whose looks are gone by."""
         self._num_evaluations, self._folder = num_evaluations, folder
         self._choices = [first]
         self._raw = Scale.of(candidates.scores)
@@ -100,10 +110,14 @@ class Refresher:
         """[probe rows, num_targets], their scores at that choice; None: not known yet."""
         self._direction_then: NDArray[np.float32] | None = None
         """Of the targets' gradients, at the last look that tells it."""
-        if name_of(scorer) == selection.scorer_name(job.plan):
+        if self._looking == selection.scorer_name(job.plan):
             self._probe_then = candidates.scores[self._looks.probed].astype(np.float64)
 
     # -- in numbers --------------------------------------------------------------------------------
+
+    @property
+    def _looks(self) -> Looks:
+        return self._all_looks[self._looking]
 
     @property
     def _refresh_cost(self) -> Cost:
@@ -147,6 +161,8 @@ class Refresher:
         self._chosen_at, self._looked_at = int(saved["step"]), float(saved["looked_at"])
         self._probe_then = saved.get("probe", self._probe_then)
         self._direction_then = saved.get("direction", self._direction_then)
+        if (looking := str(saved.get("looking", self._looking))) != self._looking:
+            self._take_over(looking)
 
     def consider(self, step: int, running: Running, outlook: Outlook) -> NDArray[np.int64] | None:
         """The rows to train on from now on, by id and in order; None: as before."""
@@ -175,6 +191,7 @@ class Refresher:
             moved = drift(self._seen_then, look.scores)
             standing, momentum = self._standing(outlook, moved), self._momentum
             width = standing.best_width(momentum, (1.0, *WIDTHS.values()))
+            others = {other.name: other for other in self._others(running)}
             choice = weigh_refresh(
                 standing,
                 prospect,
@@ -182,9 +199,14 @@ class Refresher:
                 width=width,
                 cost=running.stage.ledger.rates.of(self._refresh_cost),
                 z=self.settings.z,
+                others=list(others.values()),
             )
             told = f"scores drifted by {moved.mean:.2f} ± {moved.stderr:.2f}; {choice.reason}"
             self._decide(step, running.stage, DECISION, choice, told, standing)
+            if (other := others.get(choice.chosen or "")) is not None:
+                self._take_over(other.scorer)
+                look, width = self._looks.probe(running), other.best_width(standing)
+                return self._choose_anew(step, running, outlook, look, moved, width, own=False)
             if choice.chosen is not None:
                 return self._choose_anew(step, running, outlook, look, moved, width)
         standing = self._standing(outlook, moved or Drift(0.0, 0.0))
@@ -194,6 +216,17 @@ class Refresher:
         self._decide(step, running.stage, WIDTH, choice, choice.reason, standing)
         how = "by the scores that there are"
         return self._chosen(step, running.stage, outlook, WIDTHS[choice.chosen], how)
+
+    def _others(self, running: Running) -> Iterator[Takeover]:
+        """Those that may look in its place, and whose looks the run can pay for."""
+        for name, looks in self._all_looks.items():
+            cost = looks.probe_cost + looks.again_cost(self._num_short)
+            if name != self._looking and running.allows(upper(cost)):
+                priced = running.stage.ledger.rates.of(cost)
+                yield Takeover(scorer=name, worth=self._worths[name], cost=priced)
+
+    def _take_over(self, name: str) -> None:
+        self._looking, self._worth = name, self._worths[name]
 
     def _see_at_first(self, running: Running) -> None:
         """Where another than the selection's scorer looks: how it scores the probe before training,
@@ -262,17 +295,22 @@ class Refresher:
         look: Look,
         moved: Drift,
         width: float,
+        own: bool = True,
     ) -> NDArray[np.int64]:
-        """Rows for the tokens to come, by id, after a second look at a short-list."""
-        now = self._looks.again(
-            look, self._beliefs.scores, self._momentum, self._num_short, running
-        )
-        self._beliefs = self._beliefs.after(now, moved, self.settings.momentum)
-        turned = turn(self._direction_then, look.direction)
+        """Rows for the tokens to come, by id, after a second look at a short-list. ``own``: by the
+        scorer that looked before, with whose looks this one is mixed."""
+        momentum = self._momentum if own else 1.0
+        now = self._looks.again(look, self._beliefs.scores, momentum, self._num_short, running)
+        if own:
+            self._beliefs = self._beliefs.after(now, moved, self.settings.momentum)
+        else:
+            self._beliefs = Beliefs(now, self._beliefs.reversals)
+        turned = turn(self._direction_then, look.direction) if own else None
         self._probe_then, self._direction_then = look.scores, look.direction
         self._looked_at = outlook.tokens_given
         how = (
-            f"{self.settings.when}; scores drifted by {moved.mean:.2f} ± {moved.stderr:.2f}; "
+            f"{self.settings.when}, by {self._looking}; "
+            f"scores drifted by {moved.mean:.2f} ± {moved.stderr:.2f}; "
             f"{self._num_short:,} of {len(self._candidates):,} rows scored again"
         )
         if turned is not None:
@@ -305,8 +343,9 @@ class Refresher:
     def _times_drawn(self, outlook: Outlook) -> NDArray[np.int64]:
         """[candidates], how often each was trained on."""
         times = np.zeros(len(self._candidates), dtype=np.int64)
-        ids = np.concatenate(self._choices)
-        np.add.at(times, np.searchsorted(self._candidates.ids, ids), outlook.drawn[: len(ids)])
+        for first, ids in zip(outlook.firsts, self._choices, strict=True):
+            drawn = outlook.drawn[first : first + len(ids)]
+            np.add.at(times, np.searchsorted(self._candidates.ids, ids), drawn)
         return times
 
     # -- what is left ------------------------------------------------------------------------------
@@ -323,5 +362,6 @@ class Refresher:
             "looked_at": self._looked_at,
             "scores": self._beliefs.scores,
             "reversals": self._beliefs.reversals,
+            "looking": self._looking,
         }
         save_arrays(self._file(len(self._choices) - 1), {**kept, **known})

@@ -60,9 +60,9 @@ class Standing:
     worth: Worth
     """Of a fresh choice of 5% of the pool."""
 
-    def multiple(self, momentum: float, width: float = 1.0) -> float:
+    def multiple(self, momentum: float, width: float = 1.0, by: Worth | None = None) -> float:
         """v: how many times as much the tokens to come are worth with another choice of ``width``
-        times as many tokens."""
+        times as many tokens; ``by``: what a scorer that takes over is worth."""
         left, seen, unique = self.tokens_left, self.tokens_seen, max(self.unique, 1.0)
         drifted = max(self.drift.mean, 0.0)
         rate = drifted / max(self.tokens_since_look, 1.0)
@@ -75,7 +75,8 @@ class Standing:
             fresh += _more(part * seen, of_new * left, part * unique)
         if of_new < 1:
             fresh += _more(0.0, (1 - of_new) * left, (width - part) * unique)
-        worth = self._worth_at(min(width * self.share, 1.0), _mean_drift(1 - second, rate, left))
+        new = self if by is None else replace(self, worth=by)
+        worth = new._worth_at(min(width * self.share, 1.0), _mean_drift(1 - second, rate, left))
         return worth * fresh / max(stale * _more(seen, left, unique), 1e-9)
 
     def overlap(self, momentum: float, width: float = 1.0) -> float:
@@ -96,20 +97,29 @@ class Standing:
     def _worth_at(self, share: float, drifted: float) -> float:
         return 1 + max(worth_of_share(self.worth, share) - 1, 0.0) * (1 - drifted)
 
-    def error(self, momentum: float, width: float = 1.0) -> float:
-        """Of the multiple, by those of the worth and of the drift, which know nothing of one
+    def error(self, momentum: float, width: float = 1.0, by: Worth | None = None) -> float:
+        """Of the multiple, by those of the worths and of the drift, which know nothing of one
         another."""
-        worth = Worth(self.worth.mean + self.worth.stderr, 0.0, self.worth.source)
         drift = Drift(self.drift.mean + self.drift.stderr, 0.0)
-        here = self.multiple(momentum, width)
-        return math.hypot(
-            replace(self, worth=worth).multiple(momentum, width) - here,
-            replace(self, drift=drift).multiple(momentum, width) - here,
-        )
+        here = self.multiple(momentum, width, by)
+        errors = [
+            replace(self, worth=_further(self.worth)).multiple(momentum, width, by) - here,
+            replace(self, drift=drift).multiple(momentum, width, by) - here,
+        ]
+        if by is not None:
+            errors.append(self.multiple(momentum, width, _further(by)) - here)
+        return math.hypot(*errors)
 
-    def best_width(self, momentum: float, widths: Sequence[float]) -> float:
+    def best_width(
+        self, momentum: float, widths: Sequence[float], by: Worth | None = None
+    ) -> float:
         """Of ``widths``, the first where several are worth as much."""
-        return max(widths, key=lambda width: round(self.multiple(momentum, width), 3))
+        return max(widths, key=lambda width: round(self.multiple(momentum, width, by), 3))
+
+
+def _further(worth: Worth) -> Worth:
+    """By its standard error."""
+    return Worth(worth.mean + worth.stderr, 0.0, worth.source)
 
 
 def _mixed(drift: Drift, momentum: float) -> tuple[float, float]:
@@ -134,14 +144,49 @@ def _more(seen: float, left: float, unique: float) -> float:
     return fresh_tokens(seen + left, unique) - fresh_tokens(seen, unique)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Takeover:
+    """Another scorer that may look from here on, by what it is worth by itself: the old beliefs are
+    no scores of its own."""
+
+    scorer: str
+    worth: Worth
+    cost: Cost
+    """Of its probe and its short-list."""
+
+    @property
+    def name(self) -> str:
+        return f"{REFRESH} by {self.scorer}"
+
+    def best_width(self, standing: Standing) -> float:
+        return standing.best_width(1.0, (1.0, *WIDTHS.values()), self.worth)
+
+
 def weigh_refresh(
-    standing: Standing, prospect: Prospect, *, momentum: float, width: float, cost: Cost, z: float
+    standing: Standing,
+    prospect: Prospect,
+    *,
+    momentum: float,
+    width: float,
+    cost: Cost,
+    z: float,
+    others: Sequence[Takeover] = (),
 ) -> Choice:
-    """Looking again and choosing anew, against training on, which sets the price."""
-    v, error = standing.multiple(momentum, width), standing.error(momentum, width)
-    note = f"worth {v:.2f} ± {error:.2f} times the tokens to come, {width:g} times as many rows"
-    option = Option(REFRESH, prospect.gain(v, error), cost, note)
-    return choose([option], resource=prospect.resource, price=prospect.price(cost), z=z)
+    """Looking again and choosing anew, by the scorer that looks or by one that takes over, against
+    training on, which sets the price."""
+
+    def option(name: str, cost: Cost, momentum: float, width: float, by: Worth | None) -> Option:
+        v, error = standing.multiple(momentum, width, by), standing.error(momentum, width, by)
+        note = f"worth {v:.2f} ± {error:.2f} times the tokens to come, {width:g} times as many rows"
+        return Option(name, prospect.gain(v, error), cost, note)
+
+    options = [option(REFRESH, cost, momentum, width, None)]
+    for other in others:
+        best = other.best_width(standing)
+        options.append(option(other.name, other.cost, 1.0, best, other.worth))
+    # What the dearest displaces is worth most.
+    price = max(prospect.price(option.cost) for option in options)
+    return choose(options, resource=prospect.resource, price=price, z=z)
 
 
 def weigh_width(standing: Standing, prospect: Prospect, *, z: float) -> Choice:

@@ -8,6 +8,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from thrifty import ranks
 from thrifty.budget_callback import BudgetCallback
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import Models
@@ -15,7 +19,16 @@ from thrifty.core.ledger import Lease, Stage
 from thrifty.governor import Governor
 from thrifty.held import PACKING_FILL
 from thrifty.refresh import Outlook
+from thrifty.signals.models import ModelInTraining
 from thrifty.training_job import TrainingJob
+
+
+def go_on(job: TrainingJob) -> None:
+    """Have ``job`` read the rows that its rounds say were chosen by now."""
+    if job.rounds.leg_of is not None:
+        job.data.restore(job.rounds.tokens, job.rounds.cuts)
+    if job.refresher is not None:
+        job.refresher.restore(job.rounds.legs)
 
 
 @dataclass(frozen=True)
@@ -29,28 +42,41 @@ class Refreshing:
     budget: BudgetCallback
     steps_left: Callable[[int], float]
 
-    def after_evaluation(self, step: int, models: Models) -> None:
+    def after_evaluation(self, step: int, model: Any) -> None:
         """Have the rows chosen anew where that is worth it; from the next batch that is read on,
-        training is on the new ones. ``models``: as they are by now."""
-        refresher, rounds, data = self.job.refresher, self.job.rounds, self.job.data
-        if refresher is None or self.governor.is_cooling(step) or self.governor.is_over(step):
+        training is on the new ones. ``model``: as it is by now."""
+        rounds, data = self.job.rounds, self.job.data
+        if rounds.leg_of is None:
             return
-        ids = refresher.consider(step, self._running(step, models), self._outlook(step))
+        # Rank 0 looks, the others wait for what it chose.
+        ids = ranks.rows_of_rank_0(self._chosen_anew(step, model))
         if ids is None:
             return
-        rounds.begin_leg(ids, data.num_read)
-        rounds.take_back(data.begin_anew(rounds.tokens))
+        item = ranks.most(data.num_read)
+        if item:
+            data.members(item - 1)  # that all ranks have come to the same round
+        rounds.begin_leg(ids, item)
+        rounds.take_back(data.begin_anew(rounds.tokens, item))
         self.job.say(f"step {step:>5}  rows chosen anew: {len(ids):,}")
+
+    def _chosen_anew(self, step: int, model: Any) -> NDArray[np.int64] | None:
+        refresher = self.job.refresher
+        if refresher is None or self.governor.is_cooling(step) or self.governor.is_over(step):
+            return None
+        models = ModelInTraining(model, self.job.yardstick.shape)
+        return refresher.consider(step, self._running(step, models), self._outlook(step))
 
     def _running(self, step: int, models: Models) -> _Running:
         return _Running(self.stage, models, self.budget, step)
 
     def _outlook(self, step: int) -> Outlook:
         left = self.budget.step_cost() * max(self.steps_left(step), 0.0)
+        own = 1 - self.job.training.replay_share
         return Outlook(
-            tokens_left=left.tokens * PACKING_FILL,
-            tokens_given=self.job.rounds.tokens_given,
+            tokens_left=left.tokens * PACKING_FILL * own,
+            tokens_given=self.job.rounds.tokens_given * own,
             drawn=self.job.rounds.drawn,
+            firsts=self.job.rounds.firsts,
             prospect=self.governor.prospect(left),
         )
 

@@ -63,6 +63,7 @@ def answer(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         resource, left = "tokens", parse_tokens(options.tokens)
     if not 0 <= options.price < float("inf"):
         raise ValueError("--price is at least 0\nhint: 0.01 right answers a sample")
+    _check_told(policy, recording)
     means = means_of(recording, prices=prices, resource=resource, left=left, price=options.price)
     if fitted_on is not None:
         means = replace(means, learnt=policy.fit(fitted_on.outcomes, means))
@@ -87,6 +88,22 @@ def _split(recording: Any, share: float, seed: int) -> tuple[Any, Any]:
     if not fitted_on.questions or not rest.questions:
         raise ValueError("too few questions to fit on a part of them\nhint: leave --fit out")
     return fitted_on, rest
+
+
+def _check_told(policy: Any, recording: Any) -> None:
+    """Whether what was recorded tells what the policy goes by."""
+    from thrifty.core.resolve import name_of
+
+    if policy.needs == "thoughts":
+        raise ValueError(
+            f"{name_of(policy)} continues texts, and a recording has nobody to do it\n"
+            "hint: thrifty decode --policy, on a model"
+        )
+    if policy.needs == "rewards" and not any(outcome.rewards for outcome in recording.outcomes):
+        raise ValueError(
+            f"{name_of(policy)} goes by rewards, and none were recorded\n"
+            'hint: "rewards": [0.3, 0.8, ...], one of each answer, on the lines'
+        )
 
 
 def _cost(text: str, models: tuple[str, ...]) -> tuple[str, float]:

@@ -42,8 +42,8 @@ class Rounds:
     ) -> None:
         """``known``: what the method prepared; ``num_tokens``: of the whole run, as predicted."""
         self.method, self.chosen, self.known = method, chosen, known
-        self._first = 0
-        """Row of the last leg's first."""
+        self.firsts = [0]
+        """Row of each leg's first."""
         self._at_first = chosen
         self.tokens = list(chosen.tokens)
         """Of the rows of all legs."""
@@ -51,9 +51,9 @@ class Rounds:
         """The first item that is trained on of each leg but the first."""
         self.legs: list[NDArray[np.int64]] = []
         """The rows of those in the pool, their ids in order."""
-        self.leg_of: Callable[[NDArray[np.int64]], Chosen] | None = None
-        """Rows of the pool -> a leg, where there may be others than the first; set by who chooses
-        rows anew."""
+        self.leg_of: Callable[[NDArray[np.int64], int], Chosen] | None = None
+        """Rows of the pool and a number -> that leg, where there may be others than the first; set
+        by who chooses rows anew."""
         self._run_tokens = max(num_tokens, 1.0)
         self._seed = seed
         self._rounds: list[Round] = []
@@ -99,15 +99,15 @@ class Rounds:
             if renewals and number % max(1, ROUNDS // renewals) == 0:
                 self.renewed = dict(self.renew() or self.renewed)
             found = self.method.next_round(self.chosen, self.all_known, self._progress())
-            self._add(replace(found, rows=found.rows + self._first))
+            self._add(replace(found, rows=found.rows + self.firsts[-1]))
         return self._rounds[number].rows
 
     def begin_leg(self, ids: NDArray[np.int64], item: int) -> None:
         """From the item on, these rows of the pool are what is trained on."""
         assert self.leg_of is not None
-        self._first += len(self.chosen)
-        self.chosen = self.leg_of(ids)
+        self.firsts.append(self.firsts[-1] + len(self.chosen))
         self.legs.append(ids)
+        self.chosen = self.leg_of(ids, len(self.legs))
         self.tokens += self.chosen.tokens
         self._num_tokens = np.concatenate([self._num_tokens, self.chosen.num_tokens])
         more = len(self.chosen)
@@ -136,7 +136,7 @@ class Rounds:
 
     def _progress(self) -> Progress:
         longest = int(self.chosen.num_tokens.max())
-        here = slice(self._first, None)
+        here = slice(self.firsts[-1], None)
         return Progress(
             number=len(self._rounds),
             share=min(1.0, self._given / self._run_tokens),
@@ -208,7 +208,7 @@ class Rounds:
     def load(self, folder: Path) -> None:
         """Go on from what ``save`` left, whatever happened since."""
         self.chosen, self.tokens = self._at_first, list(self._at_first.tokens)
-        self._first, self._num_tokens = 0, self._at_first.num_tokens
+        self.firsts, self._num_tokens = [0], self._at_first.num_tokens
         self.cuts, self.legs = [], []
         with np.load(folder / FILE, allow_pickle=False) as saved:
             for number, item in enumerate(saved["cuts"].tolist()):

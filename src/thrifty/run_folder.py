@@ -102,6 +102,11 @@ class RunFolder:
         return self.path if branch == "budget" else self.path / branch
 
     @property
+    def decoded(self) -> Path:
+        """What its model answered."""
+        return self.path / "decode"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 

@@ -196,8 +196,11 @@ def _pick(job: SelectionJob, picker: Picker, candidates: Candidates, limit: floa
     if not selection.groups:
         return picker.pick(candidates, limit, selection.seed)
     ids = np.concatenate([shard.ids for shard in job.pool.shards()])
-    labels = labels_of(job.pool, selection.groups)[np.searchsorted(ids, candidates.ids)]
-    return pick_by_group(picker, candidates, labels, selection.quotas, limit, selection.seed)
+    every = labels_of(job.pool, selection.groups)
+    labels, seed = every[np.searchsorted(ids, candidates.ids)], selection.seed
+    return pick_by_group(
+        picker, candidates, labels, selection.quotas, limit, seed, np.unique(every).tolist()
+    )
 
 
 # -- scoring ------------------------------------------------------------------------------------

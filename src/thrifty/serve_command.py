@@ -1,19 +1,9 @@
-"""The options of ``thrifty serve``, and the server that they start."""
+"""The options of ``thrifty serve``."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING
 
-from thrifty.core import quantities
-
-if TYPE_CHECKING:
-    from thrifty.serving.key_budgets import KeyBudgets
-
-RENEW_SECONDS = 300.0
-"""Between two times that the ledger is brought up to date."""
 _NONE = "-"
 
 
@@ -61,6 +51,12 @@ def add_to(serve: argparse.ArgumentParser) -> None:
     )
     serve.add_argument(
         "--worth", type=float, default=0.0, metavar="X", help="right answers that a unit must bring"
+    )
+    serve.add_argument(
+        "--samples",
+        type=float,
+        metavar="3",
+        help="a request, on average; more go where they help (a pooled policy, marginal for one)",
     )
     serve.add_argument(
         "--fit", action="append", metavar="SAMPLES", help="recorded samples to learn from"
@@ -121,66 +117,9 @@ def serve(options: argparse.Namespace) -> None:
             f"serving needs {error.name}, which is not installed\n"
             "hint: pip install 'thrifty[serve]'"
         ) from None
+    from thrifty.serving import server
+
     try:
-        asyncio.run(_serve(options))
+        server.run(options)
     except KeyboardInterrupt:  # how a server ends; what it held is settled by now
         return
-
-
-async def _serve(options: argparse.Namespace) -> None:
-    import uvicorn
-
-    from thrifty import display
-    from thrifty.serving import bounded_connections, setup
-    from thrifty.serving.app import Serving, app_of
-    from thrifty.serving.key_budgets import key_budgets
-    from thrifty.serving.metrics import ServeMetrics
-    from thrifty.serving.upstream import UpstreamClient
-
-    upstreams = setup.upstreams(options)
-    clients = setup.clients(options)
-    setup.check_known(upstreams, clients)
-    timeout = quantities.parse_seconds(options.timeout)
-    metrics = ServeMetrics()
-    async with AsyncExitStack() as stack:
-        improver = setup.improver(options, upstreams, timeout, metrics)
-        if improver is not None:
-            for backend in improver.backends.values():
-                stack.push_async_callback(backend.close)
-        # First in, last out: accounts are closed when no request is under way any more.
-        ledger = setup.ledger_file(options.ledger)
-        budgets = stack.enter_context(key_budgets(clients, ledger, options.policy))
-        asked = [UpstreamClient(upstream, timeout=timeout) for upstream in upstreams]
-        for client in asked:
-            stack.push_async_callback(client.close)
-        serving = Serving(
-            clients=asked,
-            budgets=budgets,
-            metrics=metrics,
-            limits=setup.limits(options),
-            improver=improver,
-            hosts=setup.hosts(options),
-            timeout=timeout,
-        )
-        listening = stack.enter_context(setup.listening_socket(options.host, options.port))
-        most = setup.at_least("--max-connections", options.max_connections, 1)
-        config = uvicorn.Config(app_of(serving), **bounded_connections.settings(most))
-        renewing = asyncio.create_task(_renew(budgets))
-        stack.callback(renewing.cancel)
-        for line in setup.greeting(options, upstreams, budgets, listening):
-            display.say(line)
-        await uvicorn.Server(config).serve(sockets=[listening])
-
-
-async def _renew(budgets: KeyBudgets) -> None:
-    import sqlite3
-
-    from thrifty.display import say
-
-    while True:
-        await asyncio.sleep(RENEW_SECONDS)
-        try:
-            for _ in budgets.renew():
-                await asyncio.sleep(0)
-        except (OSError, sqlite3.Error) as error:  # the counters have it all; next time, then
-            say(f"the ledger was not brought up to date: {error}")

@@ -39,6 +39,7 @@ from thrifty.pair_evaluation import PairLosses, log_probs_of, share_likelier, sh
 from thrifty.predictions import setting_of
 from thrifty.report.words import in_targets
 from thrifty.scoring_engines import Engine, on_ranks
+from thrifty.sharded_test import ShardedTest
 from thrifty.signals.models import load_model, local_device, locate, weights_sha256
 from thrifty.signals.peak_memory import peak_noted
 
@@ -277,7 +278,10 @@ def test(work: Work, branch: Branch) -> None:
         with work.ledger.stage(
             name, part, predicted=upper, account=branch.account, limit=branch.limit
         ) as stage:
-            _test(work, branch, stage, part, upper)
+            num_rows = sum(len(store) for store in work.stores(part).values())
+            needs = partial(disk_space.testing_needs, num_rows)
+            with disk_space.room(work.run.path, "testing", needs):
+                _test(work, branch, stage, part, upper)
     except BudgetExceeded as refusal:  # the stage stays open: with a larger budget it is done
         line = str(refusal).partition("\n")[0]
         work.ledger.decide("test or not", "not", f"what is left does not pay for it: {line}")
@@ -295,24 +299,36 @@ def _test(work: Work, branch: Branch, stage: Stage, part: str, upper: Cost) -> N
     work.say(f"{name}: measuring {which} on {num_rows:,} {part} rows")
     more: dict[str, float] = {}
     with stage.spending("test", upper) as lease, peak_noted(lease, local_device()):
-        model = _trained(work, branch)
+        model = None if branch.plan.training.is_cut else _trained(work, branch)
         if (pairs := branch.plan.training.preference) is not None:
-            ask = partial(log_probs_of, shape=work.shape, rows=rows, meter=lease, max_tokens=most)
-            now = ask(model)
+            ask = partial(log_probs_of, rows=rows, meter=lease, max_tokens=most)
+            now = ask(model, work.left(branch.plan))
             with _base_of(work, model) as base:
-                first = ask(base)
+                first = ask(base, work.shape)
             losses = PairLosses(pairs.beta, first)
             after, before = losses.measured(now, weights), losses.measured(first, weights)
             more = {"right": share_right(after)}
             more |= {"likelier": share_likelier(now), "likelier_before": share_likelier(first)}
         else:
-            measure = partial(
-                work.yardstick(branch.plan).measure, rows=rows, weights=weights, meter=lease
-            )
-            after = measure(model)
-            if branch is work.main:
-                with _base_of(work, model) as base:
-                    before = measure(base)
+            of_base = replace(work.yardstick(branch.plan), shape=work.shape)
+            of_trained = replace(of_base, shape=work.left(branch.plan))
+            if model is None:
+                publication.check(folder := work.run.model(branch.folder))
+                together = ShardedTest(
+                    memory=branch.plan.training.memory,
+                    base=work.base,
+                    trained=folder,
+                    of_trained=of_trained,
+                    of_base=of_base if branch is work.main else None,
+                    rows=rows,
+                    weights=weights,
+                )
+                after, before = together.measured(lease)
+            else:
+                after = of_trained.measure(model, rows, weights, lease)
+                if branch is work.main:
+                    with _base_of(work, model) as base:
+                        before = of_base.measure(base, rows, weights, lease)
     stage.detail = {"rows": part, "after": after.objective, "by_target": after.losses(), **more}
     if branch is work.main:
         aside = kept.with_name(f".{kept.name}")

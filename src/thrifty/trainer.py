@@ -17,7 +17,7 @@ from transformers import (
     default_data_collator,
 )
 
-from thrifty import checkpoints, ranks
+from thrifty import checkpoints, evaluation_words, ranks
 from thrifty.agreement import AgreeingCallback
 from thrifty.budget_callback import BudgetCallback
 from thrifty.core.budget import Cost
@@ -33,18 +33,20 @@ from thrifty.frontier_price import frontier_price
 from thrifty.governor import Governor
 from thrifty.grad_freeze import freezing
 from thrifty.guarding import Guarding
+from thrifty.holding.sharded_states import save_whole
 from thrifty.in_pieces import OutOfMemory, ran_out
 from thrifty.interruption import PauseCallback
 from thrifty.larger_batch import LargerBatch
 from thrifty.memory_plan import Techniques
 from thrifty.memory_switch import Holding
 from thrifty.piecewise_trainer import PiecewiseTrainer
-from thrifty.refreshing import Refreshing
+from thrifty.refreshing import Refreshing, go_on
 from thrifty.reporters import Fenced, is_reporter
 from thrifty.sampling_price import SamplingPrice
 from thrifty.schedule import WarmupStableDecay
 from thrifty.signals.models import ModelInTraining
 from thrifty.signals.peak_memory import peak_memory_bytes, release_free_memory
+from thrifty.signals.sharded import let_go
 from thrifty.step_choice import StepChoice
 from thrifty.switching import Switching
 from thrifty.training_arguments import arguments_of
@@ -53,7 +55,6 @@ from thrifty.training_progress import TrainingProgress
 from thrifty.turns import TurnCallback
 from thrifty.vote_evaluation import votes_of
 from thrifty.weighed_loss import weighed_loss
-from thrifty.yardstick import in_nats
 
 ACTIVITY_MARGIN = 1.5
 """Reserved for an evaluation or a checkpoint over what the last one took."""
@@ -88,9 +89,7 @@ class BudgetedTrainer(PiecewiseTrainer):
         self._guarding = Guarding(job, stage, resumed=newest is not None)
         if newest is not None and job.rounds.remembers:
             job.rounds.load(newest.path)
-            if job.refresher is not None:
-                job.data.restore(job.rounds.tokens, job.rounds.cuts)
-                job.refresher.restore(job.rounds.legs)
+            go_on(job)
         self.governor = Governor(
             job.rule,
             self._schedule,
@@ -128,10 +127,19 @@ class BudgetedTrainer(PiecewiseTrainer):
         self.progress = TrainingProgress(job.say, self._steps_left)
         self._shape = read_shape(job.base)
         self._trained, seed = self._techniques.trained, job.training.seed
+        cut_in_full = job.setting.num_devices > 1 and job.setting.adapter is None
+        self._reads_from = newest.path if newest is not None and cut_in_full else None
+        """The checkpoint that the weights are read from as they are cut."""
         turns = TurnCallback(self._trained, self._shape, job.setting, self.budget, seed)
         super().__init__(
             folder=job.checkpoints,
-            model=self._techniques.build(job.base, self._shape, job.device, seed),
+            model=self._techniques.build(
+                self._reads_from or job.base,
+                self._shape,
+                job.device,
+                seed,
+                job.setting.num_devices,
+            ),
             args=self._settings(arguments_of(job, resumed=newest is not None)),
             **self._batches(),
             processing_class=job.tokenizer,
@@ -225,6 +233,8 @@ class BudgetedTrainer(PiecewiseTrainer):
         """As ever; an adapter's weights alone, where the Trainer would begin it anew first, which
         changes what some begin with."""
         model = self.model if model is None else model
+        if self._reads_from is not None:
+            return  # as it is
         if not hasattr(model, "peft_config"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -263,6 +273,7 @@ class BudgetedTrainer(PiecewiseTrainer):
         """That of the memory plan, on what is trained; weight decay on matrices alone."""
         if self.optimizer is None:
             model = self.model if model is None else model
+            let_go(model)
             decayed, rate = self.get_decay_parameter_names(model), self.args.learning_rate
             trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
             groups = [
@@ -276,6 +287,8 @@ class BudgetedTrainer(PiecewiseTrainer):
             seed = self.job.training.seed
             groups = [group for group in groups if group["params"]]
             self.optimizer = self._techniques.optimizer(groups, self._shape, seed)
+            if self.is_cut:
+                save_whole(self.optimizer)
             if self.job.setting.in_backward:
                 self.optimizer.max_grad_norm = self.args.max_grad_norm
         return self.optimizer
@@ -329,7 +342,8 @@ class BudgetedTrainer(PiecewiseTrainer):
         loss = self._choice.step(inputs, num_items_in_batch, step)
         batch, sequence = inputs["input_ids"].shape
         once = self.job.predicted_step.flops / self.args.gradient_accumulation_steps
-        seen = batch * forward_flops(self._shape, 1, sequence)  # as passes of no training
+        # As passes of no training.
+        seen = batch * forward_flops(self.job.yardstick.shape, 1, sequence)
         self.budget.count(Cost(flops=once - seen, tokens=float(batch * sequence)))
         return loss
 
@@ -392,7 +406,7 @@ class BudgetedTrainer(PiecewiseTrainer):
         rounds, upper, step = self.job.rounds, self._renewal(), self.state.global_step
         if rounds.renewed and not self.budget.allows(upper, step):
             return None
-        models = ModelInTraining(self.model, self._shape)
+        models = ModelInTraining(self.model, self.job.yardstick.shape)
         with self.budget.activity("online", upper, step=step) as lease:
             return rounds.method.renew(rounds.chosen, self.job.signals, models, lease)
 
@@ -415,7 +429,9 @@ class BudgetedTrainer(PiecewiseTrainer):
         if (votes := votes_of(found, before)) is not None:
             beside["votes"] = votes
         self._stage.evaluate(step, spent.flops, found.objective, stderr, found.losses(), beside)
-        self.job.say(self._line(step, found, stderr))
+        objective, broken, budget = self.job.objective, self._guarding.broken, self._stage.budget
+        line = evaluation_words.line(step, objective, found, stderr, broken, budget, spent)
+        self.job.say(line)
         if step > 0:
             # The best evaluated model is kept, so it must be saved: no later step brings it back.
             if self.job.pause_at is None and self._guarding.is_best(found.objective):
@@ -427,12 +443,12 @@ class BudgetedTrainer(PiecewiseTrainer):
                 self.control.should_training_stop = True
                 self.control.should_save = True
         self.model.eval()
-        self._refreshing.after_evaluation(step, ModelInTraining(self.model, self._shape))
+        self._refreshing.after_evaluation(step, self.model)
         if self.pieces.count == 1:  # or else it is known to hold no more
             self.next_holding = self._switching.after_evaluation(step)
         if self.next_holding is not None:
             self.control.should_training_stop = self.control.should_save = True
-        metrics = self._reported(found, stderr)
+        metrics = evaluation_words.reported(objective, found, stderr)
         metrics |= {"spent_flops": spent.flops, "spent_seconds": spent.seconds}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
@@ -440,19 +456,6 @@ class BudgetedTrainer(PiecewiseTrainer):
         )
         self._ranks.agree(self.control, self.lr_scheduler, step)
         return metrics
-
-    def _reported(self, found: Measured, stderr: float) -> dict[str, float]:
-        """What reporters are given."""
-        objective, losses = self.job.objective, in_nats(found)
-        metrics = {"eval_loss": losses.objective, "eval_loss_stderr": losses.stderr()}
-        if losses is found:
-            metrics["eval_loss_stderr"] = stderr
-        else:
-            metrics[f"eval_{objective.name}"] = objective.shown(found.objective)
-            metrics[f"eval_{objective.name}_stderr"] = stderr
-            for name, loss in found.losses().items():
-                metrics[f"eval_{name}_{objective.name}"] = objective.shown(loss)
-        return metrics | {f"eval_{name}_loss": loss for name, loss in losses.losses().items()}
 
     def _spend(self, activity: str, upper: Cost, do: Callable[[Lease], Found]) -> Found:
         """``do`` it on a lease of its own; once more where memory runs out, and what was spent
@@ -484,24 +487,6 @@ class BudgetedTrainer(PiecewiseTrainer):
 
     def _num_dev(self) -> int:
         return sum(len(rows.ids) for rows in self.job.dev.values())
-
-    def _line(self, step: int, found: Measured, stderr: float) -> str:
-        spent = self._stage.spent()
-        shares = [
-            f"{100 * (spent.of(name) or 0.0) / limit:.0f}% of {name}"
-            for name in self._stage.budget.limited
-            if (limit := self._stage.budget.limit(name))
-        ]
-        objective = self.job.objective
-        line = (
-            f"step {step:>5}  dev {objective.name} {objective.shown(found.objective):.4f} "
-            f"± {stderr:.4f}"
-        )
-        if (losses := in_nats(found)) is not found:
-            line += f"  loss {losses.objective:.4f}"
-        if broken := self._guarding.broken:
-            line += f"  NOT TO BE KEPT: {'; '.join(broken)}"
-        return f"{line}  spent {', '.join(shares)}" if shares else line
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save as the Trainer does, then commit; an uncommitted folder does not count."""

@@ -83,7 +83,7 @@ def _go_on(
     if lost.flops:
         job.say(f"lost with the interruption, and charged: {lost}")
     job.say("  loading the model ...")
-    ranks.tell(SameTraining(replace(job, say=_unsaid), newest))
+    ranks.tell(SameTraining(replace(job, say=_unsaid, refresher=None), newest))
     with stage.spending("load", job.predicted_load, step=max(step, 0)):
         release_free_memory()
         trainer = _trainer_of(job)(job, stage, newest)

@@ -23,6 +23,7 @@ def arguments_of(job: TrainingJob, *, resumed: bool) -> dict[str, Any]:
         eval_on_start=not resumed,
         save_strategy="steps",
         save_steps=training.save_steps,
+        save_only_model=training.is_cut,  # or else it refuses to; all is saved
         save_total_limit=None,  # retention is ours, by step: theirs goes by file times
         logging_steps=max(1, training.eval_steps // 4),
         logging_nan_inf_filter=False,  # a loss that is not finite is not to be averaged away

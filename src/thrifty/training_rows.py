@@ -4,7 +4,7 @@ has to know of them, and packed sequences in the order that it gives.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from thrifty.core.plan import Training
 from thrifty.core.resolve import name_of, resolve
 from thrifty.data.packing import PackedDataset
 from thrifty.data.pairs import PairedDataset
-from thrifty.data.store import open_store
+from thrifty.data.store import Store, open_store
 from thrifty.group_quotas import labels_of
 from thrifty.held import PACKING_FILL
 from thrifty.memory_plan import dtype_of
@@ -43,8 +43,7 @@ def chosen_rows(work: Work, branch: Branch) -> Chosen:
     settings, folder = branch.plan.training, work.run.selected(branch.folder)
     ids = np.load(folder / "ids.npy", allow_pickle=False)
     examples: list[Tokens] = list(work.pool.take(ids).tokens)
-    if settings.replay_share > 0:
-        examples += _replay(work, settings, sum(len(e.input_ids) for e in examples))
+    examples += _replay(work.run.replay, settings, examples)
     scores = np.full(len(examples), np.nan, dtype=np.float32)
     scores[: len(ids)] = _scores(folder)
     lengths = np.array([len(e.input_ids) for e in examples], dtype=np.int64)
@@ -56,9 +55,12 @@ def chosen_rows(work: Work, branch: Branch) -> Chosen:
     )
 
 
-def leg_of(work: Work, ids: NDArray[np.int64]) -> Chosen:
-    """Rows of the pool that are chosen on the way."""
-    examples = list(work.pool.take(ids).tokens)
+def leg_of(
+    pool: Store, replay: Path, settings: Training, ids: NDArray[np.int64], number: int
+) -> Chosen:
+    """Rows of the pool that are chosen on the way, then others of those that are replayed."""
+    examples: list[Tokens] = list(pool.take(ids).tokens)
+    examples += _replay(replay, settings, examples, number)
     return Chosen(
         tokens=examples,
         num_tokens=np.array([len(e.input_ids) for e in examples], dtype=np.int64),
@@ -85,12 +87,17 @@ def _scores(folder: Path) -> NDArray[np.float32]:
     return np.mean([np.asarray(rows[name], dtype=np.float32) for name in names], axis=0)
 
 
-def _replay(work: Work, settings: Training, tokens: int) -> list[Tokens]:
-    """Rows of the replay sources, drawn uniformly, that make up their share of a pass."""
-    store = open_store(work.run.replay)
+def _replay(
+    folder: Path, settings: Training, examples: Sequence[Tokens], number: int = 0
+) -> list[Tokens]:
+    """Rows of the replay sources, drawn uniformly for the leg ``number``, that make up their share
+    of a pass of which the rest are ``examples``."""
+    if not settings.replay_share:
+        return []
+    store, tokens = open_store(folder), sum(len(example.input_ids) for example in examples)
     ids = np.concatenate([shard.ids for shard in store.shards()])
     lengths = np.concatenate([shard.num_tokens for shard in store.shards()])
-    order = best_first(np.zeros(len(ids)), ids, settings.seed)
+    order = best_first(np.zeros(len(ids)), ids, settings.seed + number)
     share = settings.replay_share
     chosen = order[fill(lengths[order], tokens * share / (1 - share))]
     return list(store.take(ids[chosen]).tokens)
@@ -140,7 +147,9 @@ def predicted_preparation(work: Work, branch: Branch, chosen: Chosen, method: On
 
 def predicted_renewal(work: Work, branch: Branch, chosen: Chosen, method: OnlineMethod) -> Cost:
     """Of an online method's look at the model in the midst of training."""
-    return work.ledger.rates.of(method.renewal_cost(_asked(work, branch, chosen)))
+    asked = _asked(work, branch, chosen)
+    asked = replace(asked, shape=asked.shape.under(asked.adapter))
+    return work.ledger.rates.of(method.renewal_cost(asked))
 
 
 def _asked(work: Work, branch: Branch, chosen: Chosen) -> contracts.Work:

@@ -54,6 +54,7 @@ def parts_of(run: Any) -> Iterator[Part]:
     yield _plan(run)
     yield _part(run.ledger_file.name, partial(_ledger, run))
     yield from _folders(run)
+    yield from _gradients(run)
     for folder in _those(run.path, "manifest.json"):
         if folder.name.startswith("checkpoint-"):
             yield _part(_name(run, folder), partial(_checkpoint, run, folder))
@@ -120,10 +121,40 @@ def _ledger(run: Any) -> Iterator[str]:
 def _folders(run: Any) -> Iterator[Part]:
     """Those that have a list of their files' hashes."""
     from thrifty.core import sums
+    from thrifty.signals import gradient_store
 
+    kept = _those(run.path, gradient_store.MANIFEST)
     for folder in _those(run.path, sums.NAME):
         edited = [run.plan_file.name] if folder == run.path else []
-        yield _part(_name(run, folder), partial(sums.faults, folder, edited))
+        if folder not in kept:
+            yield _part(_name(run, folder), partial(sums.faults, folder, edited))
+
+
+def _gradients(run: Any) -> Iterator[Part]:
+    """Stores of gradients: those in the folder, and the one that the plan's scorer keeps."""
+    from thrifty.signals import gradient_store
+
+    for folder in _those(run.path, gradient_store.MANIFEST):
+        yield _part(_name(run, folder), partial(gradient_store.faults, folder))
+    home = _kept_by_scorer(run)
+    if home is None or home.is_relative_to(run.path.resolve()):
+        return
+    found = _those(home, gradient_store.MANIFEST)
+    for folder in found:
+        yield _part(str(folder), partial(gradient_store.faults, folder))
+    if not found:
+        yield Part(str(home), UNKNOWN, (f"there are no gradients in {home}",))
+
+
+def _kept_by_scorer(run: Any) -> Path | None:
+    from thrifty.core.resolve import parse_spec
+
+    try:
+        _, options = parse_spec("scorer", run.plan().selection.scorer)
+    except (ValueError, OSError):
+        return None  # the plan itself is told
+    store = options.get("store")
+    return Path(str(store)).expanduser().resolve() if store else None
 
 
 def _store(folder: Path) -> Iterator[str]:
@@ -162,10 +193,11 @@ def _samples(folder: Path) -> Iterator[str]:
 
 
 def _origins(run: Any) -> Iterator[Part]:
-    from thrifty import origins
+    from thrifty import display, origins
 
     if run.sources.is_file():
-        yield _part("the files of rows", partial(origins.changed_sources, run), CHANGED)
+        changes = partial(origins.changed_sources, run, display.say)
+        yield _part("the files of rows", changes, CHANGED)
     else:
         yield Part("the files of rows", UNKNOWN)
     yield _base(run)

@@ -47,6 +47,7 @@ class Yardstick:
 
     objective: Objective
     shape: ModelShape
+    """Of what is measured, under its adapter."""
     tokenizer: Any
     max_tokens: int
     """Of a batch."""

@@ -17,7 +17,7 @@ from tests.backends.asking import (
     failed,
     most_tokens,
 )
-from tests.backends.stub_server import Reply
+from tests.backends.stub_server import Reply, StubServer
 from thrifty.backends.backend import AskingFailed
 from thrifty.backends.endpoint import Endpoint
 from thrifty.backends.refusals import told_seconds
@@ -181,3 +181,27 @@ def test_no_server_is_told_and_costs_nothing():
         assert "is the server running" in str(raised.value)
         with pytest.raises(AskingFailed, match="cannot be reached"):
             asyncio.run(endpoint.models())
+
+
+def test_a_server_that_never_was_there_is_not_waited_for():
+    """One that was is, though every attempt at it fails by now."""
+    patient = Retries(attempts=6, first_wait_seconds=0.001)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        endpoint = Endpoint(f"http://127.0.0.1:{unused.getsockname()[1]}", "m", retries=patient)
+        with pytest.raises(AskingFailed, match="3 attempts failed") as raised:
+            asyncio.run(endpoint.ask(QUESTION))
+        assert raised.value.fatal
+
+    async def goes_away() -> None:
+        with StubServer([Reply(status=503), Reply()]) as server:
+            endpoint = Endpoint(server.url, "m", retries=patient)
+            await endpoint.ask(QUESTION)
+        try:
+            await endpoint.ask(QUESTION)
+        finally:
+            await endpoint.close()
+
+    with pytest.raises(AskingFailed, match="attempts failed; it cannot be reached") as raised:
+        asyncio.run(goes_away())
+    assert not raised.value.fatal

@@ -155,3 +155,13 @@ def test_binding_of_an_unknown_price_allows_no_step():
 
 def test_the_mean_of_an_empty_pool_is_zero():
     assert PoolStats(num_examples=0, num_tokens=0, max_tokens=0).mean_tokens == 0
+
+
+def test_the_rest_of_a_cost():
+    whole = Cost(flops=5, tokens=4, seconds=3, joules=2, dollars=1, peak_memory_bytes=9)
+    part = Cost(flops=2, tokens=4.5, seconds=1, joules=2, dollars=0.25, peak_memory_bytes=20)
+    rest = Cost(flops=3, tokens=0, seconds=2, joules=0, dollars=0.75, peak_memory_bytes=9)
+    assert whole.without(part) == rest
+    assert whole.without(Cost()) == whole
+    assert whole.without(Cost(joules=None)).joules is None
+    assert Cost(dollars=None).without(whole).dollars is None

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from thrifty.core.budget import Budget, Cost, Rates
-from thrifty.core.counter import Counter, read_counter
+from thrifty.core.counter import Counter, read_counter, read_kept
 from thrifty.core.ledger import BudgetExceeded, Ledger
 from thrifty.core.marginal import Estimate, Option, choose, replay
 
@@ -429,6 +429,22 @@ def test_a_torn_store_leaves_the_one_before(tmp_path):
     for _ in range(2):  # another process that recovered may have removed it
         counter.remove()
         assert read_counter(file) is None
+
+
+def test_what_is_kept_stands_beside_what_was_used(tmp_path):
+    file = tmp_path / "a.counter"
+    counter = Counter(file)
+    assert read_kept(file) is None
+    kept = Cost(flops=2, tokens=1, seconds=0.5, joules=None, dollars=0.25)
+    counter.write(0, Cost(flops=3), 1.0, kept)
+    assert read_kept(file) == kept
+    assert read_counter(file) == (0, Cost(flops=3, seconds=1))
+    counter.write(0, Cost(flops=4), 2.0, Cost(flops=4))
+    counter._map[128 + 80] ^= 1  # in the second slot, after what was used
+    assert read_counter(file) == (0, Cost(flops=4, seconds=2))
+    assert read_kept(file) is None
+    counter.remove()
+    assert read_kept(file) is None
 
 
 # -- rolling back ---------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -77,9 +79,64 @@ def test_a_kill_leaves_what_was_settled_and_all_that_was_held(tmp_path: Path) ->
         stage._open = None
     ledger.close()
     with Ledger(tmp_path / "ledger.sqlite") as after:
-        assert after.recover().tokens == 50
+        assert after.recover().tokens == 30
         assert after.spent().tokens == 50
         assert after.spent().dollars == 0.375
+        assert after.spent(lost=False).tokens == 20
+        assert after.spent(lost=False).dollars == 0.25
+        assert after.faults() == []
+
+
+def test_what_was_kept_before_a_renewal_is_charged_once(tmp_path: Path) -> None:
+    ledger = ledger_of(tmp_path, Budget(tokens=100))
+    with ledger.stage("serve", "x") as stage:
+        purse = Purse(stage, "serve", timed=False)
+        purse.hold(Cost(tokens=30)).settle(Cost(tokens=20))
+        purse.renew()
+        purse.hold(Cost(tokens=6)).settle(Cost(tokens=5))
+        purse.hold(Cost(tokens=7))
+        ledger._counters.clear()  # as a process that is no more
+        stage._open = None
+    ledger.close()
+    with Ledger(tmp_path / "ledger.sqlite") as after:
+        assert after.recover().tokens == 7
+        assert after.spent(lost=False).tokens == 25
+        assert after.spent().tokens == 32
+
+
+def test_what_nobody_has_kept_is_lost_where_it_ends_badly(tmp_path: Path) -> None:
+    limit = Budget(tokens=100, joules=1e9)
+    rates = Rates(dollars_per_second=1.0, watts=1e6)
+    with (
+        Ledger.create(tmp_path / "ledger.sqlite", limit, rates) as ledger,
+        suppress(KeyError),
+        ledger.stage("decode", "x") as stage,
+        Purse(stage, "decode") as purse,
+    ):
+        purse.hold(Cost(tokens=30)).settle(Cost(tokens=20))
+        time.sleep(0.01)
+        purse.hold(Cost(tokens=9)).settle(Cost(tokens=5), kept=False)
+        purse.hold(Cost(tokens=7))
+        raise KeyError
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        kept, lost = (ledger.spent(lost=lost) for lost in (False, True))
+        assert (kept.tokens, lost.tokens) == (20, 12)
+        # The time until the last that was kept; then 10 ms and more.
+        assert kept.seconds < lost.seconds + kept.seconds - 0.01
+        assert kept.joules == pytest.approx(1e6 * kept.seconds)
+        assert kept.dollars == pytest.approx(kept.seconds, abs=1e-6)
+        assert [charge["lost"] for charge in ledger.charges()] == [False, True]
+        assert ledger.faults() == []
+        assert ledger.reserved() == Cost()
+
+
+def test_where_it_ends_well_nothing_is_lost(tmp_path: Path) -> None:
+    with ledger_of(tmp_path, Budget(tokens=100)) as ledger:
+        with ledger.stage("decode", "x") as stage, Purse(stage, "decode") as purse:
+            purse.hold(Cost(tokens=30)).settle(Cost(tokens=20))
+            purse.hold(Cost(tokens=9)).settle(Cost(tokens=5), kept=False)
+        assert ledger.spent(lost=False).tokens == 25
+        assert len(ledger.charges()) == 1
 
 
 def test_many_threads_together_spend_no_more_than_there_is(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from thrifty.prospect import Prospect
 from thrifty.refresh_gain import (
     REFRESH,
     Standing,
+    Takeover,
     _mean_drift,
     weigh_refresh,
     weigh_width,
@@ -50,6 +51,20 @@ def _weigh(standing, cost=1e10, left=1e12, momentum=1.0):
     return weigh_refresh(
         standing, _prospect(left), momentum=momentum, width=1.0, cost=Cost(flops=cost), z=1.0
     )
+
+
+def test_a_better_scorer_takes_over_and_one_that_is_too_dear_does_not():
+    """By its own worth and its own price, beside the same rule."""
+
+    def chosen(worth, cost, error=0.0):
+        other = Takeover(scorer="other", worth=Worth(worth, error, ""), cost=Cost(flops=cost))
+        given = {"momentum": 0.5, "width": 1.0, "cost": Cost(flops=1e10), "z": 1.0}
+        return weigh_refresh(_standing(), _prospect(), **given, others=[other]).chosen
+
+    assert chosen(2.0, 1e10) == REFRESH
+    assert chosen(6.0, 1e10) == "choose rows anew by other"
+    assert chosen(6.0, 1e10, error=6.0) == REFRESH  # as far as is known
+    assert chosen(6.0, 9e11) == REFRESH
 
 
 def test_half_a_drift_leaves_half_of_what_a_choice_is_worth():

@@ -12,9 +12,10 @@ import torch
 from published import TINY
 from tracing import build
 
+from thrifty.costs.flops import train_flops
 from thrifty.costs.operations import Adapter
 from thrifty.costs.shape import ModelShape
-from thrifty.signals.adapters import adapter_weights, sharing_copy
+from thrifty.signals.adapters import adapter_weights, sharing_copy, with_adapter
 from thrifty.signals.example_gradients import ExampleGradients, each_batch
 from thrifty.signals.sketch import CountSketch
 
@@ -244,6 +245,28 @@ def test_it_takes_the_flops_of_a_plain_backward(adapter):
     with ExampleGradients(model, weights) as gradients, FlopCounterMode(display=False) as ours:
         gradients.of(ids, keep).flat()
     assert ours.get_total_flops() == plain.get_total_flops()
+
+
+@pytest.mark.parametrize("family", some_slow(TINY))
+def test_adapters_of_the_last_layers_alone_are_what_is_priced(family):
+    """As scorers with ``layers`` put them there: which, how many elements, and the FLOPs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape = ModelShape.from_config(TINY[family])
+    last = shape.num_layers - 1
+    adapter = Adapter(rank=2, layers=(last,))
+    model = build(TINY[family], attention="eager")
+    model = with_adapter(model, shape.lora_targets, 2, 4.0, 0, adapter.layers).eval()
+    names = [name for name, _ in model.named_parameters() if ".lora_" in name]
+    assert all(f".{last}." in name for name in names)
+    wanted = adapter_weights(model)
+    assert sum(weight.numel() for weight in wanted) == adapter.num_parameters(shape)
+    ids, keep = batch_of(TINY[family])
+    with ExampleGradients(model, wanted) as gradients, FlopCounterMode(display=False) as counted:
+        gradients.of(ids, keep).flat()
+    priced = train_flops(shape, ROWS, SEQUENCE, adapter=adapter)
+    assert counted.get_total_flops() == pytest.approx(priced, rel=1e-9)
+    assert priced < 0.9 * train_flops(shape, ROWS, SEQUENCE, adapter=Adapter(rank=2))
 
 
 def test_a_weight_that_no_module_holds_is_named():

@@ -73,6 +73,21 @@ def test_many_batches_at_once_equal_one_at_a_time(name, fields):
         assert np.isinf(several).all()
 
 
+@pytest.mark.parametrize(("name", "fields"), VARIED.items(), ids=VARIED)
+def test_changed_is_dataclasses_replace(name, fields):
+    start = setting()
+    assert start.changed(**fields) == replace(start, **fields)
+    assert setting(**fields).changed(micro_batch=3) == setting(**fields, micro_batch=3)
+    assert start == setting()
+
+
+def test_changed_checks_as_a_new_setting_does():
+    with pytest.raises(ValueError, match="sequence must be at least 1"):
+        setting().changed(sequence=0)
+    with pytest.raises(AssertionError, match="length"):
+        setting().changed(length=512)
+
+
 def test_the_bytes_of_stored_weights():
     """4.501 and 4.127 bits a weight, as bitsandbytes stores linears (measured on its own)."""
     linears = sum(
@@ -244,7 +259,7 @@ def test_shards():
 
 def test_a_job_has_more_phases_than_a_step():
     run = setting(adapter=Adapter(), storage=Storage(name="nf4", bits=4.127), loss_chunk=1024)
-    job = job_account(LLAMA, run, scoring_bytes=2.5 * LLAMA.num_parameters, refreshes=True)
+    job = job_account(LLAMA, run, scoring_bytes=1.0, looking_bytes=2.5 * LLAMA.num_parameters)
     assert list(job.phases) == [
         "load", "score", "loss", "backward", "optimizer", "evaluate", "refresh", "save", "merge",
     ]  # fmt: skip

@@ -68,6 +68,61 @@ def test_rates_follow_the_measured_curve():
     assert rate(device, "float32", 4096) == pytest.approx(4e9)
 
 
+def measured(**rates):
+    """A CPU whose products alone take time."""
+    rates = {"matmul_rates": {"float32": {16: 1e9}, "bfloat16": {16: 1e8}}} | rates
+    plain = {"bytes_per_second": 1e30, "operation_seconds": 0.0, "fault_seconds": 0.0}
+    return replace(load_device(None), **plain, **rates)
+
+
+def test_gradients_take_the_rates_of_the_backward():
+    shape = ModelShape.from_config(TINY["llama"])
+    on_cpu = {"device_kind": "cpu", "sequence": 64, "dtype": "bfloat16"}
+
+    def products(kind="train", gradients=None, **fields):
+        rates = {name: {"bfloat16": {16: rate}} for name, rate in (gradients or {}).items()}
+        device = measured(gradient_rates=rates)
+        return step_terms(shape, setting(**on_cpu, **fields), device, kind)[0]
+
+    assert products("forward") == products("forward", {"input": 1.0, "weight": 1.0})
+    half = 0.5e8  # of what the forward reaches
+    of_input = products(gradients={"input": half}) - products()
+    of_weight = products(gradients={"weight": half}) - products()
+    assert of_input == pytest.approx(of_weight, rel=0.1)  # but for the embedding's
+    assert products("forward") < of_input + of_weight < 2.1 * products("forward")
+    lora = {"adapter": Adapter(rank=16)}  # whose own products are in float32
+    assert products(gradients={"weight": half}, **lora) == products(**lora)
+    assert products(gradients={"input": half}, **lora) > products(**lora)
+    assert products(gradients={"attention": half}) > products()
+
+
+def test_where_a_dtype_is_emulated_the_weight_s_size_counts():
+    shape = ModelShape.from_config(TINY["llama"])
+    on_cpu = setting(device_kind="cpu", sequence=64, dtype="bfloat16")
+    curve = {"bfloat16": {16: 1e9, 1024: 1e7}}
+    plain = measured(matmul_rates=curve)
+    emulated = replace(plain, emulated=("bfloat16",))
+    seconds = [step_terms(shape, on_cpu, device, "forward")[0] for device in (plain, emulated)]
+    assert seconds[0] < seconds[1]  # a weight's side is never less than its smaller dimension
+
+
+def test_adapters_in_float32_take_its_rate_where_it_was_measured():
+    shape = ModelShape.from_config(TINY["llama"])
+    on_cpu = {"device_kind": "cpu", "sequence": 64, "dtype": "bfloat16"}
+    wide, narrow = (
+        setting(**on_cpu, adapter=Adapter(rank=16), adapter_dtype=dtype)
+        for dtype in ("float32", "bfloat16")
+    )
+    device = measured()
+    assert (
+        step_terms(shape, wide, device, "train")[0] < step_terms(shape, narrow, device, "train")[0]
+    )
+    h100 = load_device("h100")
+    there = (replace(each, device_kind="cuda") for each in (wide, narrow))
+    one, other = (step_terms(shape, each, h100, "train")[0] for each in there)
+    assert one == other
+
+
 def test_large_buffers_pay_for_their_pages_on_a_cpu():
     shape = ModelShape.from_config(TINY["llama"] | {"vocab_size": 50_000})
     cpu = load_device(None)

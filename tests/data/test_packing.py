@@ -182,7 +182,7 @@ def test_what_follows_is_drawn_anew_from_the_first_item_that_nobody_has_read():
     dataset = PackedDataset(first, 4, num_items=12, order=order)
     for place in range(3):
         dataset[place]
-    assert dataset.begin_anew(both) == [3, 4, 5]
+    assert dataset.begin_anew(both, dataset.num_read) == [3, 4, 5]
     assert _items(dataset, range(8)) == [[0], [1], [2], [6], [7], [8], [9], [6]]
     again = PackedDataset(first, 4, num_items=12, order=order)
     again.restore(both, [3])

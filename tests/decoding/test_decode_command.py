@@ -12,6 +12,8 @@ from tests.backends.stub_server import Received, Reply, StubServer
 from tests.runs import finish, ledger, planned
 from thrifty.cli import main
 from thrifty.core.ledger import Ledger
+from thrifty.report.summary import summarize
+from thrifty.run_folder import RunFolder
 
 KEY = "sk-a-secret-that-nobody-must-see"
 
@@ -135,6 +137,8 @@ WRONG = [
     (["--price", "1"], "two prices"),
     (["--price", "other=1,2"], "names no model"),
     (["--dollars", "2"], "not known"),
+    (["--tokens", "200"], "not one sample can be paid for: it may take"),
+    (["--dollars", "0.000001", "--price", "1,1"], "raise the budget, or lower --max-tokens"),
     (["--flops", "1e12"], "not known"),
     (["--key", "NO_SUCH_VARIABLE"], "NO_SUCH_VARIABLE"),
     (["--endpoint", "http://localhost:1"], "2 endpoints for 1 models"),
@@ -154,6 +158,17 @@ def test_what_cannot_be_is_refused_before_anything_is_asked(
     error = capsys.readouterr().err
     assert said in error
     assert "hint:" in error
+
+
+def test_a_folder_that_holds_no_sample_yet_takes_another_asking(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    with StubServer(right) as server:
+        assert main(asked(prompts, server, folder, "--policy", "pandora")) == 4
+        assert main(asked(prompts, server, folder, "--policy", "first")) == 0
+        assert main(asked(prompts, server, folder, "--policy", "fixed")) == 4
+    assert "answers something else: policy" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -201,6 +216,9 @@ def test_a_run_answers_on_what_its_budget_has_left(
     assert 0 < facts["spent"]["flops"] == after.flops - before.flops <= 2e8
     assert facts["resource"] == "flops"
     assert facts["samples"] > 0
+    reported = summarize(RunFolder(run))["decoding"]
+    assert reported["samples"] == facts["samples"]
+    assert reported["num_questions"] == facts["num_questions"] == 12
     assert main([*command, "--tokens", "100"]) == 4
     assert "a run has its budget" in capsys.readouterr().err
 

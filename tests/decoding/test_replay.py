@@ -237,6 +237,8 @@ def test_the_command_prints_what_it_found(file: Path, capsys: pytest.CaptureFixt
         ["--fit", "1.5"],
         ["--orders", "0"],
         ["--price", "-1"],
+        ["--policy", "best_of"],
+        ["--policy", "budget_forcing"],
         ["--cost", "other=3"],
         ["--cost", "recorded=much"],
     ],

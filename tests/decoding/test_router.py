@@ -10,13 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from thrifty.backends.backend import Answered, Backend, Completion
+from thrifty.core.budget import Budget, Cost
+from thrifty.core.given import AddingUp
 from thrifty.core.resolve import resolve
 from thrifty.core.sampling import Asked, Draw, Finish, Means, Offer, Outcome, Sample
+from thrifty.core.spending import BudgetExceeded
+from thrifty.decode_pool import decode
 from thrifty.decoding.router import Router, _drawn_in, _slope, predict_accuracies
 from thrifty.replay import Recording, replay
-from thrifty.signals import accuracy_predictors
+from thrifty.signals import accuracy_predictors, question_vectors
 from thrifty.signals.accuracy_predictors import fit_predictor, out_of_fold, predict
 from thrifty.signals.question_vectors import READ, learn_vectors, vectors
+from thrifty.signals.sentence_vectors import encoder_of
 
 OFFERS = (Offer(model="cheap", cost=1.0), Offer(model="dear", cost=10.0))
 MEANS = Means(offers=OFFERS)
@@ -304,6 +310,54 @@ def test_a_sentence_model_can_make_the_vectors(two_kinds, sentence_model):
     assert chosen(policy, means, [question(1, 1234), question(0, 1234)]) == ["cheap", "dear"]
     with pytest.raises(ValueError, match="fitted for"):
         Router().check(means)
+
+
+def test_what_a_sentence_model_takes_is_told_beforehand_and_paid_once(two_kinds, sentence_model):
+    policy, shape = Router(embedding=sentence_model), encoder_of(Path(sentence_model))
+    prompts = [f"{question(i % 2, 2000 + i)} Once more." for i in range(40)]
+    most, took = policy.reading(prompts), AddingUp()
+    policy.read(prompts, took)
+    assert 0.7 * most.flops < took.cost.flops <= most.flops
+    assert took.cost.flops >= 40 * shape.flops(1, 5)
+    assert policy.reading(prompts) == Cost(), "they are kept"
+    again = AddingUp()
+    policy.read([*prompts, prompts[0] + " New."], again)
+    assert 0 < again.cost.flops < took.cost.flops / 10
+    assert Router().reading(prompts) == Cost(), "words are read for nothing"
+
+
+def test_a_decoding_pays_for_what_its_router_reads(two_kinds, sentence_model, tmp_path):
+    """Held beforehand: where it does not fit, nothing is read."""
+
+    class Says(Backend):
+        settings_known = frozenset()
+
+        def __init__(self, model):
+            self.model = model
+
+        def upper(self, asking):
+            return Cost(flops=1e3, tokens=10.0)
+
+        async def ask(self, asking):
+            return Answered(
+                completions=(Completion(text="x", tokens=10.0),), cost=Cost(flops=1e3, tokens=10.0)
+            )
+
+    prompts = [f"{question(i % 2, 5000 + i)} Now." for i in range(6)]
+    options = {
+        "backends": [Says("cheap"), Says("dear")],
+        "policy": {"router": {"embedding": sentence_model}},
+        "answer": None,
+        "fit_on": two_kinds,
+    }
+    question_vectors._kept.clear()
+    with pytest.raises(BudgetExceeded, match="may take"):
+        decode(prompts, **options, budget=Budget(flops=1e6))
+    assert not question_vectors._kept
+    spent = decode(prompts, **options, budget=Budget(flops=1e12), folder=tmp_path / "a").spent
+    assert spent.flops > 6e3 + 300 * encoder_of(Path(sentence_model)).flops(1, 5)
+    warm = decode(prompts, **options, budget=Budget(flops=1e12), folder=tmp_path / "b").spent
+    assert warm.flops == 6e3
 
 
 def test_without_scikit_learn_it_is_said(two_kinds, monkeypatch):

@@ -287,15 +287,17 @@ def test_a_cascade_passes_the_best_rows_on_within_their_share(pool, two, models)
 
 
 @pytest.mark.parametrize(
-    "shares",
+    ("shares", "layers"),
     [
-        (0.5, 0.1),
-        pytest.param((0.3, 0.3), marks=pytest.mark.slow),
-        pytest.param((0.6, 0.0), marks=pytest.mark.slow),
+        ((0.5, 0.1), 1),
+        pytest.param((0.3, 0.3), 0, marks=pytest.mark.slow),
+        pytest.param((0.6, 0.0), 0, marks=pytest.mark.slow),
     ],
 )
-def test_a_cascade_costs_what_was_predicted(shares, pool, target, models):
-    spec = {"cascade": {"share_by_vectors": shares[0], "share_by_gradients": shares[1]}}
+def test_a_cascade_costs_what_was_predicted(shares, layers, pool, target, models):
+    by_vectors, by_gradients = shares
+    options = {"share_by_vectors": by_vectors, "share_by_gradients": by_gradients}
+    spec = {"cascade": {**options, "layers": layers}}
     _, charged = all_scores(spec, pool, {"sums": target.shard(0)}, models)
     predicted = resolve("scorer", spec).cost(work_of(pool, target, models))
     assert predicted.flops == pytest.approx(charged.flops, rel=0.1)

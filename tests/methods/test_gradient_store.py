@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,10 @@ from scipy.stats import spearmanr
 from tests.methods.conftest import Tally
 from tests.methods.test_scorer_contract import work_of
 from thrifty.core.resolve import resolve
-from thrifty.signals.gradient_store import BITS, GradientStore, pool_identity, store_bytes
+from thrifty.costs.flops import train_flops
+from thrifty.signals import example_gradients
+from thrifty.signals.gradient_records import BITS
+from thrifty.signals.gradient_store import GradientStore, faults, pool_identity, store_bytes
 from thrifty.signals.models import LoadedModels
 
 D = 300
@@ -54,8 +59,20 @@ def opened(folder, bits=16, num_rows=87, dimensions=D, **changed):
 def filled(folder, bits=16, features=None, order=(0, 1, 2)):
     store, features = opened(folder, bits), gradients() if features is None else features
     for part in order:
-        store.add(PARTS[part], features[PARTS[part].ids])
+        add(store, PARTS[part], features[PARTS[part].ids])
     return store
+
+
+def add(store, rows, features, each=15):
+    """All that are not there, some at a time, the last first."""
+    if store.holds(rows):
+        return
+    writing = store.writing(rows)
+    for start in reversed(range(0, len(rows), each)):
+        some = range(start, min(start + each, len(rows)))
+        if not writing.there[list(some)].all():
+            writing.add(some, features[list(some)])
+    writing.finish()
 
 
 def kept(store):
@@ -108,7 +125,7 @@ def test_signs_keep_the_order_of_cosines(tmp_path):
         features = gradients(87, dimensions)
         store = opened(tmp_path / str(dimensions), 1, dimensions=dimensions)
         for part in PARTS:
-            store.add(part, features[part.ids])
+            add(store, part, features[part.ids])
         towards = features[:1] / np.linalg.norm(features[:1].astype(np.float64))
         found = products(store, towards.astype(np.float32), cosine=True)
         agreement[dimensions] = spearmanr(found[1:, 0], cosines(features, towards)[1:, 0])[0]
@@ -119,7 +136,7 @@ def test_signs_keep_the_order_of_cosines(tmp_path):
 @pytest.mark.parametrize("bits", BITS)
 def test_the_bytes_predicted_are_those_written(bits, tmp_path):
     store = filled(tmp_path / "store", bits)
-    assert store.num_bytes == store_bytes(87, D, bits) == 87 * (28 + {16: 600, 8: 300, 1: 38}[bits])
+    assert store.num_bytes == store_bytes(87, D, bits) == 87 * (36 + {16: 600, 8: 300, 1: 38}[bits])
     files = [each for each in (tmp_path / "store").iterdir() if each.suffix == ".bin"]
     assert sum(each.stat().st_size for each in files) == store_bytes(87, D, bits)
     assert store.num_rows == 87
@@ -132,7 +149,7 @@ def test_neither_the_order_of_shards_nor_the_rows_read_together_matter(bits, tmp
     monkeypatch.setattr("thrifty.signals.gradient_store.CHUNK", 3 * D)
     again = products(filled(tmp_path / "two", bits, order=(2, 0, 1)), towards)
     np.testing.assert_array_equal(once, again)
-    for one, two in zip(*(sorted((tmp_path / n).iterdir()) for n in ("one", "two")), strict=True):
+    for one, two in zip(*(sorted((tmp_path / n).glob("*")) for n in ("one", "two")), strict=True):
         assert one.read_bytes() == two.read_bytes()
 
 
@@ -189,7 +206,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
 def test_a_damaged_manifest_is_told(text, tmp_path):
     filled(tmp_path / "store")
     (tmp_path / "store" / "store.json").write_text(text)
-    with pytest.raises(ValueError, match="is damaged\nhint: "):
+    with pytest.raises(ValueError, match=r"store.json is damaged(.|\n)*\nhint: delete"):
         opened(tmp_path / "store")
 
 
@@ -197,8 +214,36 @@ def test_a_cut_file_is_told(tmp_path):
     store = filled(tmp_path / "store")
     file = sorted((tmp_path / "store").glob("*.bin"))[0]
     file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(ValueError, match="is damaged\nhint: delete it"):
+    with pytest.raises(ValueError, match="is damaged: it is cut off\nhint: delete it"):
         store.holds(PARTS[0])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_byte_flipped_anywhere_is_named_before_a_row_is_used(bits, tmp_path):
+    """In every field of a record: id, fingerprint, scale, codes and the seal itself."""
+    store = filled(tmp_path / "store", bits)
+    file = sorted((tmp_path / "store").glob("*.bin"))[1]
+    whole, width = file.read_bytes(), store_bytes(1, D, bits)
+    assert list(faults(tmp_path / "store")) == []
+    for number, at in enumerate((0, 8, 25, 28, width - 9, width - 8, width - 1)):
+        data = bytearray(whole)
+        data[3 * width + at] ^= 1 << number
+        file.write_bytes(data)
+        says = f"{str(file)!r} is damaged: row 3 of it is not as it was written"
+        with pytest.raises(ValueError, match=re.escape(says) + "\nhint: delete it"):
+            products(store, gradients(2))
+        assert list(faults(tmp_path / "store")) == [says]
+    file.write_bytes(whole)
+    assert store.holds(PARTS[1])
+
+
+def test_a_flipped_byte_of_the_manifest_is_not_another_model(tmp_path):
+    filled(tmp_path / "store")
+    file = tmp_path / "store" / "store.json"
+    file.write_text(file.read_text().replace("aaaa", "aaba", 1))
+    with pytest.raises(ValueError, match=r"store\.json is damaged"):
+        opened(tmp_path / "store")
+    assert [fault.split(" is damaged")[0] for fault in faults(tmp_path / "store")] == [str(file)]
 
 
 def test_a_store_that_the_disk_has_no_room_for_is_refused_before(tmp_path, monkeypatch):
@@ -213,7 +258,6 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from tests.methods import test_gradient_store as t
-from thrifty.core import durable
 from thrifty.signals import gradient_store
 
 whole = gradient_store.rename_durably
@@ -246,6 +290,35 @@ def test_a_killed_writing_goes_on_at_the_shard(tmp_path, pytestconfig):
         p.name for p in (tmp_path / "whole").iterdir()
     )
     np.testing.assert_array_equal(kept(store), kept(whole))
+
+
+def test_what_a_killed_writing_left_of_a_shard_is_taken_over_where_it_is_whole(tmp_path):
+    store, features, (rows, *_) = opened(tmp_path / "store"), gradients(), PARTS
+    writing = store.writing(rows)
+    writing.add(range(20, 40), features[20:40])
+    writing.add([3], features[[3]])
+    (left,) = (tmp_path / "store").glob(".rows-*")
+    data = bytearray(left.read_bytes())
+    width = store_bytes(1, D, 16)
+    data[5 * width + 40] ^= 1  # of row 25
+    left.write_bytes(data + data[:100])  # and one that was cut off
+    again = store.writing(rows)
+    assert np.flatnonzero(~again.there).tolist() == [i for i in range(20) if i != 3] + [25]
+    assert store.num_rows == 0
+    missing = np.flatnonzero(~again.there)
+    third = store.writing(rows)  # killed at once
+    assert third.there.tolist() == again.there.tolist()
+    third.add(missing, features[missing])
+    third.finish()
+    again.add(missing, features[missing])  # another run, which ends later
+    again.finish()
+    assert sorted(each.name for each in (tmp_path / "store").iterdir()) == [
+        "SHA256SUMS",
+        "rows-000000000000-40.bin",
+        "store.json",
+    ]
+    whole = filled(tmp_path / "whole")
+    assert store._file(rows).read_bytes() == whole._file(rows).read_bytes()
 
 
 def test_what_a_pool_is_does_not_depend_on_its_shards(pool, whole_pool, target):
@@ -346,6 +419,7 @@ def test_another_target_takes_no_gradient_of_the_pool(
     [
         ({"seed": 1}, "another seed: seed 0 and not 1"),
         ({"rank": 4}, "another rank: rank 2 and not 4"),
+        ({"layers": 1}, "another layers: layers 0 and not 1"),
         ({"bits": 8}, "another bits: bits 16 and not 8"),
         ({"dimensions": 500}, "another dimensions: dimensions 512 and not 500"),
     ],
@@ -382,6 +456,90 @@ def test_a_scoring_that_was_stopped_goes_on_at_the_shard(plain, pool, target, mo
     np.testing.assert_array_equal(found, whole)
     _, _, all_of_it = plain("less")
     assert 0 < scoring.flops < 0.7 * all_of_it.flops
+
+
+@pytest.fixture(scope="module")
+def warmed(pool, target, models, tmp_path_factory):
+    """A store that holds the warm-up alone."""
+    folder = tmp_path_factory.mktemp("warmed") / "store"
+    keeping("less", folder).prepare(pool, {"sums": target.shard(0)}, models, Tally())
+    return folder
+
+
+class Stopped(Exception):
+    """A meter's, in the midst of a shard."""
+
+
+class Until:
+    """A meter that stops at so many ticks."""
+
+    def __init__(self, ticks):
+        self.left, self.cost = ticks, Tally()
+
+    def tick(self, cost, *, steps=1):
+        if not self.left:
+            raise Stopped
+        self.left -= 1
+        self.cost.tick(cost)
+
+
+def test_a_scoring_that_was_stopped_within_a_shard_goes_on_at_the_batch(
+    warmed, pool, target, models, tmp_path, monkeypatch
+):
+    for name in ("store", "whole"):
+        shutil.copytree(warmed, tmp_path / name)
+    monkeypatch.setattr(example_gradients, "BATCH_TOKENS", 800)  # several batches a shard
+    targets, scorer = {"sums": target.shard(0)}, keeping("less", tmp_path / "store")
+    other = keeping("less", tmp_path / "whole")
+    whole, _, all_of_it = scored(other, pool, targets, models, (0,))
+    state, stopped = scorer.prepare(pool, targets, models, Tally()), Until(2)
+    with pytest.raises(Stopped):
+        scorer.score(pool.shard(0), state, stopped)
+    found, _, rest = scored(scorer, pool, targets, models, (0,))
+    np.testing.assert_array_equal(found, whole)
+    assert stopped.cost.cost.flops > 0
+    assert rest.flops + stopped.cost.cost.flops == pytest.approx(all_of_it.flops, rel=1e-12)
+    assert not list(tmp_path.glob("*/checkpoint-*/.rows-*"))
+
+
+def test_a_flipped_byte_of_a_store_stops_a_scoring_before_a_row_is_scored(
+    warmed, pool, target, models, tmp_path
+):
+    folder = shutil.copytree(warmed, tmp_path / "store")
+    targets, scorer = {"sums": target.shard(0)}, keeping("less", folder)
+    scored(scorer, pool, targets, models, (0,))
+    files = [each for each in sorted(folder.rglob("*")) if each.is_file()]
+    assert [each.name for each in files[:3]] == [
+        "SHA256SUMS",
+        "adapter.safetensors",
+        "rows-000000000000-40.bin",
+    ]
+    target_alone = 2 * FEW["max_target_rows"] * train_flops(models.shape, 1, 128)
+
+    def use(tally):
+        state = scorer.prepare(pool, targets, models, tally)
+        scorer.score(pool.shard(0), state, tally)
+
+    for file in files:
+        if file.name == "SHA256SUMS":
+            continue
+        data, tally = bytearray(file.read_bytes()), Tally()
+        data[len(data) // 2] ^= 4
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=rf"{file.name}'? is damaged"):
+            use(tally)
+        assert tally.cost.flops < target_alone  # which is not kept
+        data[len(data) // 2] ^= 4
+        file.write_bytes(data)
+
+
+def test_gradients_whose_warm_up_is_gone_are_refused(warmed, pool, target, models, tmp_path):
+    folder = shutil.copytree(warmed, tmp_path / "store")
+    targets, scorer = {"sums": target.shard(0)}, keeping("less", folder)
+    (folder / "checkpoint-1" / ".rows-000000000000-40.bin.0123").touch()
+    (folder / "checkpoint-1" / "adapter.safetensors").unlink()
+    with pytest.raises(ValueError, match="a warm-up that is no longer there\nhint: delete it"):
+        scorer.prepare(pool, targets, models, Tally())
 
 
 def test_bits_that_a_scorer_cannot_keep():

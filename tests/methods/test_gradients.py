@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.methods.conftest import Tally
+from tests.methods.test_scorer_contract import work_of
 from thrifty.core.resolve import resolve
 from thrifty.signals.adapters import adapter_weights
 
@@ -71,6 +72,31 @@ def test_less_is_what_the_paper_defines(warm, pool, target):
             step = unit(projection @ (mean / (spread.sqrt() + 1e-8)))
             expected[i] += float(torch.stack([step @ towards for towards in shown]).mean()) / 2
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "less",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("tracin", "ekfac", "datainf", "trak")),
+    ],
+)
+def test_layers_are_those_of_the_adapter_and_of_the_price(name, pool, target, models):
+    options = {option: value for option, value in FEW.items() if option != "dimensions"}
+    every, last = (resolve("scorer", {name: {**options, "layers": n}}) for n in (0, 1))
+    tally, shape = Tally(), models.shape
+    state = last.prepare(pool, {"sums": target.shard(0)}, models, tally)
+    for shard in pool.shards():
+        assert np.isfinite(last.score(shard, state, tally)).all()
+    names = [n for n, _ in state[0].model.named_parameters() if ".lora_" in n]
+    assert len(names) == 2 * len(shape.linears_of(shape.num_layers - 1))
+    assert all(f".{shape.num_layers - 1}." in name for name in names)
+    work = work_of(pool, target, models)
+    assert last.cost(work).flops == pytest.approx(tally.cost.flops, rel=0.03)
+    assert last.cost(work).flops < every.cost(work).flops
+    too_many = resolve("scorer", {name: {"layers": shape.num_layers + 1}})
+    with pytest.raises(ValueError, match=rf"has {shape.num_layers} layers, not .*\nhint: ask"):
+        too_many.cost(work)
 
 
 def test_a_checkpoint_is_adams_state_after_an_epoch(warm, pool):

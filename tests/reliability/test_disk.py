@@ -14,7 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.small_disks import empty, fill, read_only, small_disk, writable
+from tests.reliability.small_disks import (
+    break_ext4,
+    empty,
+    ext4_disk,
+    fill,
+    mend_ext4,
+    read_only,
+    small_disk,
+    writable,
+)
 from tests.runs import ledger, planned, weights
 from thrifty import checkpoints, cli, display, pipeline, training
 from thrifty.core import headroom
@@ -268,6 +277,46 @@ def test_a_run_folder_that_cannot_be_written(made, disk, run, capsys):
     assert "\nhint: mount it for writing" in said
     assert cli.main(["run", str(run)]) == 0
     ended_the_same(run, made)
+
+
+MOMENTS = {"scoring": "ledger-1.counter", "training": "checkpoints/checkpoint-4/manifest.json"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_disk_that_turns_read_only_on_the_way(moment, made, tmp_path):
+    """The kernel finds an error in it, though files are open for writing. After a check and another
+    mount the same command goes on."""
+    with (
+        small_disk(tmp_path / "memory", "32m") as memory,
+        ext4_disk(tmp_path / "disk", image := memory / "image", 24) as disk,
+    ):
+        run = shutil.copytree(made / "planned", disk / "run")
+        os.sync()
+        command = [sys.executable, "-m", "thrifty", "run", str(run)]
+        with (tmp_path / "log").open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+            while process.poll() is None and not (run / MOMENTS[moment]).is_file():
+                pass
+            process.send_signal(signal.SIGSTOP)
+            saved = [c.path.name for c in checkpoints.committed(run / "checkpoints")]
+            break_ext4(disk)
+            process.send_signal(signal.SIGCONT)
+            code = process.wait(200)
+        said = (tmp_path / "log").read_text()
+        assert code == 5, said
+        assert "error: Read-only file system" in said
+        assert "\nhint: mount it for writing; what was saved before is whole" in said
+        assert "Traceback" not in said
+        mend_ext4(disk, image)
+        there = checkpoints.committed(run / "checkpoints")
+        assert [c.path.name for c in there] == saved
+        assert bool(saved) == (moment == "training")
+        assert all(checkpoints.damage(c) is None for c in there)
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+        assert ("resuming from step" in ended.stderr) == (moment == "training")
+        ended_the_same(run, made)
 
 
 # -- caches and names ---------------------------------------------------------------------------

@@ -186,6 +186,56 @@ def test_scoring_is_refused_before_a_row_is_scored(wide_model, tiny_data, tmp_pa
         )
 
 
+@pytest.mark.slow
+def test_a_pilot_is_refused_before_it_chooses_and_takes_what_was_said(
+    wide_model, tiny_data, tmp_path, capsys
+):
+    fixed = {
+        "selection.scorer": "auto",
+        "training.eval_steps": "auto",
+        "training.save_steps": "auto",
+        "training.max_steps": 60,
+        "pilot.share": 0.3,
+    }
+    plan = planned(
+        tmp_path / "run", wide_model, tiny_data, fixed=fixed, budget=Budget(flops=1.2e12)
+    )
+    assert plan.pilot.share
+    assert len(plan.pilot.candidates) > 1
+    with small_disk(tmp_path / "disk", "400m") as disk:
+        folder = shutil.copytree(tmp_path / "run", disk / "run")
+        needs, plain = [], disk_space.pilot_needs
+
+        def noted(*arguments):
+            needs.append(plain(*arguments))
+            return needs[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(disk_space, "pilot_needs", noted)
+            fill(disk, leave=2**21)
+            assert cli.main(["select", str(folder)]) == 5
+            said = capsys.readouterr().err.partition("error: ")[2]
+            assert said.startswith(f"a pilot takes {format_bytes(needs[0][0])} more on the disk: ")
+            with closing(ledger(folder)) as book:
+                assert book.spent().flops == 0
+            empty(disk)
+            assert cli.main(["run", str(folder)]) == 0
+        took = size_of(folder / "pilot") + size_of(folder / "scores")
+        print(needs[0], took)
+        assert 0.74 * needs[0][0] < took < 1.1 * needs[0][0]
+        rows = len((Path(tiny_data["test"])).read_text().splitlines())
+        losses = size_of(folder / "test_losses.npz")
+        assert losses < disk_space.testing_needs(rows)[0] < losses + 8192
+
+
+def test_what_the_test_leaves_is_asked_for(tmp_path):
+    with (
+        small_disk(tmp_path / "disk", "1m") as disk,
+        pytest.raises(DiskFault, match=r"testing takes 15.3 MiB on the disk, and the disk of"),
+    ):
+        disk_space.require(disk, *disk_space.testing_needs(10**6))
+
+
 # -- what the disk did --------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.reliability.processes import (
     Running,
@@ -165,6 +166,37 @@ def test_a_step_that_hangs_ends_both(straight, plan_of, tmp_path, monkeypatch):
         assert ranks[0].ended(90) == 5, ranks[0].said
         assert ranks[1].ended(30) == 5, ranks[1].said
     assert "a rank hangs" in ranks[0].said + ranks[1].said
+    goes_on(folder, straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hangs", [0, 1])
+@pytest.mark.parametrize("stopped", [False, True], ids=["asleep", "stopped"])
+def test_one_that_hangs_before_they_have_joined_ends_the_other(
+    hangs, stopped, straight, plan_of, tmp_path, monkeypatch
+):
+    """Rank 0 is where the others look for it."""
+    folder, plain = plan_of(tmp_path / "run"), torch.distributed.init_process_group
+    monkeypatch.setattr(rank_watch, "JOINS", 2)
+
+    def joins(*arguments, **more):
+        if os.environ.get("RANK") == str(hangs):
+            if stopped:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(1000)
+        plain(*arguments, **more)
+
+    with monkeypatch.context() as patch:  # handed down to what is forked
+        patch.setattr(torch.distributed, "init_process_group", joins)
+        ranks = both(folder)
+        began = time.monotonic()
+        assert ranks[1 - hangs].ended(2 * PATIENCE + BOUND) == 5, ranks[1 - hangs].said
+        assert time.monotonic() - began > 2 * PATIENCE
+    assert f"the ranks have not joined within {2 * PATIENCE:g} s" in ranks[1 - hangs].said
+    if stopped:
+        ranks[hangs].kill()
+    assert ranks[hangs].ended(BOUND) == (-signal.SIGKILL if stopped else 5)
+    assert open_leases(folder) == 0
     goes_on(folder, straight)
 
 

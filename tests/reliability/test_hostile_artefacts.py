@@ -305,6 +305,24 @@ def test_a_hostile_header_is_refused_at_once(name: str, model: Path) -> None:
         load_model(model, "float32", "cpu")
 
 
+def test_a_pattern_that_backtracks_without_end_is_refused(
+    model: Path, tiny_data: dict[str, Path], tmp_path: Path, capfd: Any
+) -> None:
+    """Its engine counts its tries, and gives up after half a second."""
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    amend(model / "tokenizer.json", pre_tokenizer={**pattern, "invert": False})
+    row = {"prompt": "a" * 40 + "b", "completion": " c"}
+    pool = write_jsonl(tmp_path / "pool.jsonl", [row] * 3)
+    start = time.monotonic()
+    assert plan(model, {**tiny_data, "small_pool": pool}, tmp_path / "run") == 4
+    assert time.monotonic() - start < 20
+    error = capfd.readouterr().err
+    assert f"the pool: the tokenizer in '{model}' gives up on a row: " in error
+    assert "retry-limit" in error
+    assert "\nhint: a pattern in its tokenizer.json backtracks without end" in error
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("file", ["tokenizer.json", "config.json", "tokenizer_config.json"])
 def test_a_file_far_too_large_is_not_read(file: str, model: Path) -> None:
     with (model / file).open("r+b") as stream:

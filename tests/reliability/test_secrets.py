@@ -5,17 +5,23 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pyarrow.parquet as pq
 import pytest
 
 from tests.backends.stub_server import Reply, StubServer
 from tests.conftest import write_jsonl
+from tests.serving.test_serve_command import ended, served
 from thrifty.cli import main
 from thrifty.core.redaction import redact
 
@@ -162,6 +168,62 @@ def test_answers_from_an_endpoint_leave_no_secret(
             assert any(key in request.headers["authorization"] for request in server.requests)
     found = capsys.readouterr()
     check_nowhere(canaries, tmp_path, found.out, found.err)
+
+
+@pytest.mark.slow
+def test_a_proxy_leaves_and_tells_no_secret(
+    tmp_path: Path, canaries: dict[str, str], capsys: Any
+) -> None:
+    """Its upstream tells the key that it was asked with."""
+    key, own = canaries["OPENAI_API_KEY"], "canary-client-key-0123"
+    echo = f'{{"error": {{"message": "no such key: {key}"}}}}'.encode()
+    replies = [Reply(), Reply(status=500, body=f"no: {key}".encode()), Reply(status=401, body=echo)]
+    replies.append(Reply(headers={"x-key": key}))
+    ask = {"model": "m", "messages": [{"role": "user", "content": "6 x 7?"}]}
+    told = []
+    with StubServer(replies) as stub:
+        options = ["--upstream-key", "OPENAI_API_KEY", "--ledger", str(tmp_path / "spent")]
+        with_password = stub.url.replace("://", f"://{USER}:{PASSWORD}@")
+        assert main(["serve", "--upstream", f"{with_password}?token={QUERY}", *options]) == 4
+        with served("--upstream", stub.url, *options, THRIFTY_KEY=own) as (url, process):
+            with httpx2.Client(headers={"authorization": f"Bearer {own}"}, timeout=60) as http:
+                for body in [*[ask] * 4, {**ask, "stream": True}]:
+                    answer = http.post(f"{url}/v1/chat/completions", json=body)
+                    told += [answer.text, str(answer.headers)]
+                told += [http.get(f"{url}{path}").text for path in ("/metrics", "/v1/models", "/x")]
+            told += [httpx2.get(f"{url}/metrics").text, ended(process, signal.SIGTERM)[1]]
+        asked = [request.headers.get("authorization", "") for request in stub.requests]
+        assert any(key in each for each in asked)
+    found = capsys.readouterr()
+    check_nowhere({**canaries, "client": own}, tmp_path, found.out, found.err, *told)
+
+
+@pytest.mark.slow
+def test_a_report_to_weights_and_biases_holds_no_secret(
+    tiny_model: Path,
+    tiny_data: dict[str, Path],
+    tmp_path: Path,
+    canaries: dict[str, str],
+) -> None:
+    """Offline, where it writes down what it would send."""
+    pytest.importorskip("wandb")
+    with serving({"/pool.jsonl": tiny_data["small_pool"].read_bytes()}) as url:
+        source = f"{url}/pool.jsonl?X-Amz-Signature={QUERY}"
+        more = ["--set", "training.report_to=[wandb]"]
+        assert plan(tiny_model, tiny_data, source, tmp_path / "run", *more) == 0
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "thrifty", "run", str(tmp_path / "run")],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    written = [path for path in (tmp_path / "wandb").rglob("*.wandb") if path.is_file()]
+    assert any(b"eval/loss" in path.read_bytes() for path in written)
+    check_nowhere(canaries, tmp_path, done.stdout, done.stderr)
 
 
 def test_redaction_is_of_secrets_alone(monkeypatch: pytest.MonkeyPatch) -> None:

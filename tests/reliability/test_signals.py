@@ -210,6 +210,11 @@ def test_decoding(tiny_model, tmp_path):
         for each in folders
     )
     assert one == other
+    samples = map(json.loads, (folders[1] / "samples.jsonl").read_text().splitlines())
+    with ledger(folders[1]) as book:
+        useful, lost = (book.spent(lost=lost).flops for lost in (False, True))
+    assert useful == pytest.approx(sum(row["took"]["flops"] for row in samples), rel=1e-9)
+    assert 0 < lost < useful  # of the draws under way
 
 
 # -- the end of a job -----------------------------------------------------------------------------

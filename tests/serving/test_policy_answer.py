@@ -22,8 +22,10 @@ from thrifty.core.contracts import AnswerForm
 from thrifty.core.ledger import Ledger
 from thrifty.decoding.adaptive_consistency import AdaptiveConsistency
 from thrifty.decoding.fixed import Fixed
+from thrifty.decoding.marginal import Marginal
 from thrifty.serving.key_budgets import KeyLimits
 from thrifty.serving.metrics import ServeMetrics
+from thrifty.serving.one_by_one import FIRST_PRICE
 from thrifty.serving.policy_answer import Improver
 
 
@@ -39,7 +41,12 @@ class LastWord(AnswerForm):
 
 @contextmanager
 def improved(
-    ledger: Path, script: Any, policy: Any = None, tokens: float = 100_000, **settings: Any
+    ledger: Path,
+    script: Any,
+    policy: Any = None,
+    tokens: float = 100_000,
+    mean_samples: float | None = None,
+    **settings: Any,
 ) -> Iterator[Proxy]:
     def improver(url: str) -> Improver:
         backend = Endpoint(
@@ -54,6 +61,7 @@ def improved(
             form=LastWord(),
             backends={"m": backend},
             max_samples=8,
+            mean_samples=mean_samples,
             knows_flops=False,
             resource="dollars",
             metrics=ServeMetrics(),
@@ -264,6 +272,24 @@ def test_questions_at_the_same_time_share_one_budget(ledger):
         assert proxy.budgets.accounts[0].spent().tokens == took <= 20_000
         assert set(statuses) <= {200, 402, 429}
         assert 200 in statuses
+
+
+@pytest.mark.parametrize(("says", "rises"), [("41 42 43 44", True), ("42", False)])
+def test_what_a_sample_is_worth_is_learnt_from_the_requests_before(ledger, says, rises):
+    """A mean of two: what is never settled takes more and makes the next ones dearer, what is
+    settled at once leaves them more."""
+    words = says.split()
+
+    def one(request: Received) -> Reply:
+        return Reply(texts=(words[len(proxy.stub.requests) % len(words)],), choices=1)
+
+    with improved(ledger, one, Marginal(), mean_samples=2.0) as proxy:
+        for _ in range(6):
+            assert proxy.ask(temperature=0.8).status_code == 200
+        flow = proxy.serving.improver._flow
+        assert (flow.price("alice") > FIRST_PRICE) is rises
+        assert len(flow.past) >= 3
+        assert not any(asked.prompt for asked in flow.past)
 
 
 def test_the_model_may_be_left_to_the_policy(ledger):

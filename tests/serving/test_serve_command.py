@@ -110,7 +110,7 @@ def test_what_was_under_way_at_a_kill_counts_as_the_most(tmp_path):
             ended(process, signal.SIGINT)
     with Ledger(ledger, read_only=True) as journal:
         assert journal.spent(account="key alice").tokens == 14 + held
-        assert journal.spent(account="key alice", lost=True).tokens == 7 + held
+        assert journal.spent(account="key alice", lost=True).tokens == held
 
 
 def test_a_stream_in_its_middle_is_waited_for(tmp_path):
@@ -162,9 +162,14 @@ def test_a_key_goes_nowhere_unless_it_is_named(tmp_path):
         (["--keys", "nowhere.yaml", "--tokens", "5"], "beside --keys"),
         (["--tokens", "none"], "tokens"),
         (["--max-tokens", "0"], "--max-tokens 0"),
+        (["--max-samples", "0"], "--max-samples 0"),
         (["--policy", "fixed"], "--model NAME"),
         (["--policy", "best_of", "--model", "m"], "needs rewards"),
         (["--policy", "fixd"], "fixed"),
+        (["--samples", "3"], "one sample"),
+        (["--samples", "3", "--policy", "fixed", "--model", "m"], "--policy marginal"),
+        (["--samples", "3", "--policy", "marginal", "--worth", "1", "--model", "m"], "--worth"),
+        (["--samples", "0", "--policy", "marginal", "--model", "m"], "mean of more than 0"),
         (["--upstream-key", "NO_SUCH_VARIABLE"], "NO_SUCH_VARIABLE is not set"),
         (["--timeout", "soon"], "time"),
         (["--port", "70000"], "cannot listen"),

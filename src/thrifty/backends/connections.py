@@ -128,6 +128,7 @@ class Connections:
                 f"it cannot be reached: {_told(error)}",
                 "is the server running, and is the URL right?",
                 again=True,
+                unreached=True,
             ) from None
         except httpx2.DecodingError as error:
             raise AttemptFailed(

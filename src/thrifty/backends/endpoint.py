@@ -47,6 +47,8 @@ _WRAPPING_BYTES = 2**20
 needs fewer. What it grows to when it is read is some twenty times its bytes at most."""
 _MODELS_SECONDS, _MODELS_BYTES = 15.0, 2**22
 _MAX_NOTES = 20
+_KNOCKS = 3
+"""Attempts to reach a server that never answered."""
 
 
 class Endpoint(Backend):
@@ -102,6 +104,7 @@ class Endpoint(Backend):
         self._max_response_bytes = max_response_bytes
         self._template_tokens = template_tokens
         self._random = Random(seed)
+        self._reached, self._num_unreached = False, 0
         self._one_each = False
         """The server gives one completion a request, whatever ``n`` says."""
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -185,14 +188,26 @@ class Endpoint(Backend):
         """Of one attempt."""
         token_bytes = _LOGPROB_BYTES if self._payload.logprobs else _TEXT_BYTES
         enough = _WRAPPING_BYTES + asking.count * asking.max_tokens * token_bytes
-        body = await connections.send(
-            "POST",
-            self._payload.path,
-            self._payload.content(asking),
-            min(self._timeout_seconds, allowance.seconds_left),
-            min(enough, self._max_response_bytes),
-        )
+        try:
+            body = await connections.send(
+                "POST",
+                self._payload.path,
+                self._payload.content(asking),
+                min(self._timeout_seconds, allowance.seconds_left),
+                min(enough, self._max_response_bytes),
+            )
+        except AttemptFailed as failed:
+            self._knocked(failed)
+            raise
+        self._reached = True
         return read_reply(body, self._payload.kind)
+
+    def _knocked(self, failed: AttemptFailed) -> None:
+        """A server that was there will be there again; one that never was is not waited for."""
+        self._reached |= not failed.unreached
+        self._num_unreached += failed.unreached
+        if not self._reached and self._num_unreached >= _KNOCKS:
+            failed.again, failed.fatal = False, True
 
     def _believed(self, asking: Asking, reply: Reply) -> Usage | None:
         """What it took, if it says so."""

@@ -35,6 +35,7 @@ from thrifty.backends.local_models import LocalModels
 from thrifty.backends.local_request import Request, check
 from thrifty.backends.prompting import Prompting
 from thrifty.core.budget import Cost
+from thrifty.core.given import AddingUp
 from thrifty.costs.decoding import request_cost
 from thrifty.costs.token_settings import NAMES, TokenSettings
 from thrifty.signals.generation_batch import answered
@@ -202,7 +203,7 @@ class Local(Backend):
 
     def _answered(self, batch: Sequence[Request]) -> list[Answered]:
         """In a thread. Raises AskingFailed, with what was computed by then."""
-        spent, start = _Spent(), time.monotonic()
+        spent, start = AddingUp(), time.monotonic()
         try:
             with self._one_at_a_time:
                 start = time.monotonic()
@@ -215,12 +216,14 @@ class Local(Backend):
                 for request, answers, own in zip(batch, found, flops, strict=True)
             ]
         except Exception as error:  # torch and transformers raise many; who waits must hear of it
-            took = Cost(flops=spent.flops, seconds=time.monotonic() - start)
+            took = Cost(flops=spent.cost.flops, seconds=time.monotonic() - start)
             share = took * (1 / len(batch))
-            raise AskingFailed(_told(self.model, error), share, fatal=not spent.flops) from None
+            raise AskingFailed(
+                _told(self.model, error), share, fatal=not spent.cost.flops
+            ) from None
 
     def _generated(
-        self, batch: Sequence[Request], spent: _Spent
+        self, batch: Sequence[Request], spent: AddingUp
     ) -> tuple[list[list[Answer]], float]:
         import torch
 
@@ -267,16 +270,6 @@ class Local(Backend):
         tokens = len(request.ids) + sum(answer.num_tokens for answer in answers)
         cost = Cost(flops=flops, tokens=float(tokens), seconds=seconds)
         return Answered(completions=tuple(completions), cost=cost)
-
-
-class _Spent:
-    """A meter that adds up."""
-
-    def __init__(self) -> None:
-        self.flops = 0.0
-
-    def tick(self, cost: Cost, *, steps: int = 0) -> None:
-        self.flops += cost.flops
 
 
 def _told(model: str, error: Exception) -> str:

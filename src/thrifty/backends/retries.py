@@ -35,6 +35,7 @@ class AttemptFailed(Exception):
         again: bool = False,
         computed: bool = False,
         fatal: bool = False,
+        unreached: bool = False,
         told_seconds: float = 0.0,
     ) -> None:
         super().__init__(message)
@@ -45,6 +46,8 @@ class AttemptFailed(Exception):
         """It may have been answered, and paid for, though nothing of it came."""
         self.fatal = fatal
         """Whatever else is asked fails alike."""
+        self.unreached = unreached
+        """Nobody was there."""
         self.told_seconds = told_seconds
         """How long the server wants to be left alone."""
         self.attempts = 1

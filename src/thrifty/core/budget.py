@@ -59,6 +59,14 @@ class Cost:
 
     __rmul__ = __mul__
 
+    def without(self, part: Cost) -> Cost:
+        """The rest of it; the peak stays. Unknown where one of the two is."""
+        rest: dict[str, float | None] = {"peak_memory_bytes": self.peak_memory_bytes}
+        for name in CONSUMED:
+            whole, some = self.of(name), part.of(name)
+            rest[name] = None if whole is None or some is None else max(whole - some, 0.0)
+        return Cost.from_dict(rest)
+
     def of(self, resource: str) -> float | None:
         return getattr(self, resource)
 

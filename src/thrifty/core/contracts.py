@@ -487,6 +487,8 @@ class MemoryTechnique(ABC):
     """What it is for: to make a model fit, or to get more from a FLOP."""
     runs: ClassVar[bool]
     """Whether a run of thrifty can train with it; otherwise it is priced alone."""
+    shards: ClassVar[bool] = False
+    """Whether a run can train with it where the weights are cut over its devices."""
     searched: ClassVar[bool] = True
     """Whether a search tries it unasked: not where another of its kind holds the step alike."""
     needs: ClassVar[tuple[str, ...]] = ()
@@ -561,6 +563,11 @@ class WeightStorage(MemoryTechnique):
     @abstractmethod
     def load(self, folder: Path, device: str) -> Any:
         """The base model in ``folder``, as it is to be held."""
+
+    def load_sharded(self, folder: Path, device: str, count: int) -> Any:
+        """The same, cut over ``count`` ranks, which ask for it together; where ``shards`` says that
+        it can be."""
+        raise NotImplementedError
 
 
 class ActivationMemory(MemoryTechnique):

@@ -90,6 +90,16 @@ class Meter(Protocol):
     def tick(self, cost: Cost, *, steps: int = 0) -> None: ...
 
 
+class AddingUp:
+    """A meter for what is charged as a whole."""
+
+    def __init__(self) -> None:
+        self.cost = Cost()
+
+    def tick(self, cost: Cost, *, steps: int = 0) -> None:
+        self.cost += cost
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """What a scorer is asked to do, in numbers, for pricing it."""

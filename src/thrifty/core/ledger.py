@@ -28,8 +28,8 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from thrifty.core.budget import CONSUMED, HELD, RESOURCES, Budget, Cost, Rates
-from thrifty.core.counter import Counter, read_counter
+from thrifty.core.budget import HELD, RESOURCES, Budget, Cost, Rates
+from thrifty.core.counter import Counter, read_counter, read_kept
 from thrifty.core.headroom import Headroom
 from thrifty.core.journal import Journal
 from thrifty.core.marginal import Choice
@@ -202,23 +202,17 @@ class Ledger:
         self._counters[lease_id] = counter
         return lease_id, counter
 
-    def _settle(self, lease_id: int, used: Cost, *, steps: int, lost: bool) -> None:
-        used = self.rates.of(used)
-        micro = None if used.dollars is None else round(used.dollars * 1e6)
-        amounts = (used.flops, used.tokens, used.seconds, used.joules, micro)
+    def _settle(
+        self, lease_id: int, used: Cost, *, steps: int, lost: bool, kept: Cost | None = None
+    ) -> None:
+        """``kept``: of what is ``lost`` the part whose result is not, charged by itself."""
         with self._headroom.for_last_words(), self._journal.transaction():
             before = self._journal.rows("SELECT lost FROM charges WHERE lease_id = ?", (lease_id,))
             if not before:  # a lease is charged once, whoever asks again
-                self._journal.execute(
-                    "INSERT INTO charges(stage_id, lease_id, activity, step_from, step_to, lost,"
-                    " flops, tokens, seconds, joules, microdollars, peak_memory_bytes, charged_at)"
-                    " SELECT stage_id, id, activity, step, step + ?, ?, ?, ?, ?, ?, ?, ?, ?"
-                    " FROM leases WHERE id = ?",
-                    (steps, lost, *amounts, used.peak_memory_bytes, _now(), lease_id),
-                )
-                self._journal.execute(
-                    "UPDATE leases SET state = 'settled' WHERE id = ?", (lease_id,)
-                )
+                if lost and kept:
+                    self._charge(self._part(lease_id, kept), kept, steps=0, lost=False)
+                    used = self.rates.of(used).without(self.rates.of(kept))
+                self._charge(lease_id, used, steps=steps, lost=lost)
         counter = self._counters.pop(lease_id, None)
         if counter is not None:
             counter.remove()
@@ -228,19 +222,40 @@ class Ledger:
                 "hint: two processes work on one run; stop one of them"
             )
 
+    def _charge(self, lease_id: int, used: Cost, *, steps: int, lost: bool) -> None:
+        used = self.rates.of(used)
+        micro = None if used.dollars is None else round(used.dollars * 1e6)
+        amounts = (used.flops, used.tokens, used.seconds, used.joules, micro)
+        self._journal.execute(
+            "INSERT INTO charges(stage_id, lease_id, activity, step_from, step_to, lost,"
+            " flops, tokens, seconds, joules, microdollars, peak_memory_bytes, charged_at)"
+            " SELECT stage_id, id, activity, step, step + ?, ?, ?, ?, ?, ?, ?, ?, ?"
+            " FROM leases WHERE id = ?",
+            (steps, lost, *amounts, used.peak_memory_bytes, _now(), lease_id),
+        )
+        self._journal.execute("UPDATE leases SET state = 'settled' WHERE id = ?", (lease_id,))
+
+    def _part(self, lease_id: int, kept: Cost) -> int:
+        """A lease of the same work, for the part of it that is kept."""
+        (lease,) = self._journal.rows("SELECT * FROM leases WHERE id = ?", (lease_id,))
+        del lease["id"]
+        return self._journal.insert("leases", **{**lease, "reserved": json.dumps(kept.to_dict())})
+
     def recover(self) -> Cost:
-        """Settle the leases of processes that died, from their counters, as lost. Call it only
-        while holding the run's lock. Returns what was lost."""
+        """Settle the leases of processes that died, from their counters, as lost, but for what is
+        kept whatever happens. Call it only while holding the run's lock. Returns what was lost."""
         total = Cost()
         for row in self._journal.rows("SELECT id, reserved FROM leases WHERE state = 'open'"):
             lease_id = row["id"]
             if lease_id in self._counters:
                 continue  # this very process has it, and is alive
-            counted = read_counter(self._counter_path(lease_id))
+            path = self._counter_path(lease_id)
             # Unknown is not zero: without a whole counter, all that was reserved counts as used.
-            steps, used = counted or (0, Cost.from_dict(json.loads(row["reserved"])))
-            self._settle(lease_id, used, steps=steps, lost=True)
-            total += self.rates.of(used)
+            steps, used = read_counter(path) or (0, Cost.from_dict(json.loads(row["reserved"])))
+            kept = read_kept(path)
+            self._settle(lease_id, used, steps=steps, lost=True, kept=kept)
+            used = self.rates.of(used)
+            total += used.without(self.rates.of(kept)) if kept else used
         alive = {counter.path for counter in self._counters.values()}
         for path in self.path.parent.glob(f"{escape(self.path.stem)}-*.counter"):
             if path not in alive:
@@ -260,11 +275,7 @@ class Ledger:
                 (stage.id, step, reason, _now()),
             )
             after = self.spent(account=stage.account, lost=True)
-        anew = {}
-        for name in CONSUMED:
-            then, now = before.of(name), after.of(name)
-            anew[name] = None if then is None or now is None else max(now - then, 0.0)
-        return Cost.from_dict(anew)
+        return after.without(before)
 
     # -- what was spent ---------------------------------------------------------------------------
 

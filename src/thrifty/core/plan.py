@@ -72,6 +72,8 @@ class Target:
 
     signal: tuple[str, ...]
     dev: tuple[str, ...] = ()
+    pilot: tuple[str, ...] = ()
+    """By which a pilot chooses; without any it goes by the dev rows."""
     test: tuple[str, ...] = ()
     weight: float = 1.0
     floor: float | None = None
@@ -173,6 +175,16 @@ class Training:
         """Of an optimizer step, on all devices together."""
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return rows * self.devices
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether each device has a share of the weights alone."""
+        return self.parallel == "fsdp" and self.devices > 1
+
+    @property
+    def layout(self) -> tuple[int, int]:
+        """Devices that share the weights, and replicas that have all of them each."""
+        return (self.devices, 1) if self.is_cut else (1, self.devices)
 
     @property
     def micro_batch_tokens(self) -> int:

@@ -80,6 +80,8 @@ def contradictions(plan: Plan) -> Iterator[str]:
         yield "pool.sources is empty"
     yield from _wrong_with_objective(plan)
     yield from wrong_serving(plan)
+    if len({bool(target.pilot) for target in plan.targets.values()}) > 1:
+        yield "targets: either all have pilot rows or none"
     for name, target in plan.targets.items():
         if not target.weight > 0:
             yield f"targets.{name}.weight must be more than zero, not {target.weight}"
@@ -105,6 +107,9 @@ def _wrong_with_objective(plan: Plan) -> Iterator[str]:
         )
     if plan.objective.answers and plan.objective.answers.asks_own and len(plan.targets) > 1:
         yield f"objective.metric {plan.objective.unit} has questions of its own, for one target"
+    own = plan.objective.answers is not None and plan.objective.answers.asks_own
+    if own and any(target.pilot for target in plan.targets.values()):
+        yield "targets: a pilot goes by the metric's own questions, not by pilot rows"
     for name, floor in plan.floors.items():
         if not floor >= 0:
             yield f"targets.{name}.floor must be at least 0, not {floor}"
@@ -122,12 +127,8 @@ def _not_on_several(plan: Plan) -> Iterator[str]:
     """What a run on several devices cannot do."""
     training = plan.training
     online = resolve("online", training.online)
-    if training.parallel == "fsdp":
-        yield (
-            "training.parallel: fsdp is priced, but a run cannot train with it yet (accelerate "
-            "shards on GPUs alone, and takes ddp on CPUs without a word): use ddp, which holds "
-            "everything on each device"
-        )
+    if training.is_cut:
+        yield from _wrong_where_cut(plan)
     if plan.task == "preference":
         yield "training.devices: training on preferences uses one device"
     if online.watches or online.weighs_tokens or online.renewals or online.chooses:
@@ -135,6 +136,20 @@ def _not_on_several(plan: Plan) -> Iterator[str]:
             f"training.devices: training.online {name_of(online)} looks at the losses or gradients "
             "of all that is trained on, and each device sees its own alone"
         )
+
+
+def _wrong_where_cut(plan: Plan) -> Iterator[str]:
+    """What a run cannot do whose weights are cut over its devices."""
+    for kind in MEMORY_KINDS:
+        if not resolve(kind, spec := getattr(plan.training.memory, kind)).shards:
+            yield (
+                f"training.memory.{kind}: {spec} cannot be cut over devices in a run "
+                "(training.parallel: fsdp); ddp holds everything on each"
+            )
+    if plan.objective.answers:
+        yield "training.parallel: fsdp generates no answers, which objective.metric asks for"
+    if plan.training.grad_freeze is not None:
+        yield "training.parallel: fsdp cuts the gradients that training.grad_freeze looks at"
 
 
 def _wrong_on_pairs(plan: Plan, preference: Preference) -> Iterator[str]:

@@ -3,12 +3,12 @@ what stands against it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from thrifty.core.contracts import OnlineMethod, Scorer
-from thrifty.core.resolve import name_of, resolve
+from thrifty.core.resolve import Spec, name_of, resolve
 
 if TYPE_CHECKING:
     from thrifty.core.plan import Plan
@@ -27,6 +27,8 @@ class Refresh:
     governed one is to be compared with."""
     scorer: str = ""
     """Which looks at the model in training; empty: the selection's own, or its stand-in."""
+    others: tuple[str, ...] = ()
+    """Scorers that may take over from it where that is worth more; of ``governed``."""
     times: int = 3
     """Of ``fixed`` and ``random``; of ``governed`` at most."""
     probe_rows: int = 256
@@ -46,7 +48,26 @@ class Refresh:
 
 def looks_again(plan: Plan) -> Scorer:
     """The scorer that looks at the model in training."""
-    scorer: Scorer = resolve("scorer", plan.selection.refresh.scorer or plan.selection.scorer)
+    return _looking(plan.selection.refresh.scorer or plan.selection.scorer)
+
+
+def may_take_over(plan: Plan) -> list[Scorer]:
+    """Scorers that may look in its place."""
+    return [_looking(name) for name in plan.selection.refresh.others]
+
+
+def looking_in(fixed: Mapping[str, Any], own: Scorer) -> list[Scorer]:
+    """All that may look at the model in training under the keys that a user set, where the
+    selection's is ``own``; none where rows are chosen once."""
+    if fixed.get("selection.refresh.when", "never") == "never":
+        return []
+    first = fixed.get("selection.refresh.scorer") or own.stand_in
+    others = fixed.get("selection.refresh.others", ())
+    return [_looking(first) if first else own, *(_looking(name) for name in others)]
+
+
+def _looking(spec: Spec) -> Scorer:
+    scorer: Scorer = resolve("scorer", spec)
     return resolve("scorer", scorer.stand_in) if scorer.stand_in else scorer
 
 
@@ -68,22 +89,21 @@ def wrong_refresh(plan: Plan) -> Iterator[str]:
         if not least <= getattr(refresh, name) <= most:
             value = getattr(refresh, name)
             yield f"selection.refresh.{name} must be in [{least:g}, {most:g}], not {value}"
-    scorer = looks_again(plan)
-    if why := _sees_nothing_new(scorer):
-        yield (
-            f"selection.refresh.when is {refresh.when}, and {name_of(scorer)} {why}: "
-            "selection.refresh.scorer: grad_cosine, or when: never"
-        )
-    elif scorer.needs_target and not plan.targets:
-        yield f"selection.refresh: {name_of(scorer)} needs a target, and there is none"
+    looking = [("scorer", looks_again(plan)), *(("others", each) for each in may_take_over(plan))]
+    for key, scorer in looking:
+        if why := _sees_nothing_new(scorer):
+            yield (
+                f"selection.refresh.when is {refresh.when}, and {name_of(scorer)} {why}: "
+                f"selection.refresh.{key}: grad_cosine, or when: never"
+            )
+        elif scorer.needs_target and not plan.targets:
+            yield f"selection.refresh: {name_of(scorer)} needs a target, and there is none"
+    if len({name_of(scorer) for _, scorer in looking}) < len(looking):
+        yield "selection.refresh.others: a scorer is named twice, or looks already"
     if plan.task == "preference":
         yield "selection.refresh: rows of pairs are chosen once"
-    if plan.training.devices > 1:
-        yield "selection.refresh: choosing rows anew uses one device"
-    if plan.training.replay_share:
-        yield "selection.refresh: a run that replays rows chooses once"
-    if plan.selection.groups:
-        yield "selection.refresh: a run with selection.groups chooses once"
+    if plan.training.devices > 1 and plan.training.parallel == "fsdp":
+        yield "selection.refresh: no device can look by a model that is cut over several: use ddp"
     online: OnlineMethod = resolve("online", plan.training.online)
     if _keeps_books(online):
         yield (

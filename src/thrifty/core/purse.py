@@ -8,7 +8,8 @@ Each holds the most that it can take, then settles for what it took:
     purse.close()                              # one charge
 
 No transaction a request: the lease's counter has what was settled and what is held, so that after
-a kill what was under way counts as the most that it can have taken. Safe between threads.
+a kill what was under way counts as the most that it can have taken, and as lost; so does what was
+settled for something that nobody has kept. Safe between threads.
 """
 
 from __future__ import annotations
@@ -34,8 +35,16 @@ class Purse:
         self._activity = activity
         self._lock = threading.Lock()
         self._settled = Cost()
+        self._kept: Cost | None = None
         self._held: dict[int, Cost] = {}
         self._num_holds = 0
+
+    def __enter__(self) -> Purse:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Where the block raises, what came of it and was not kept is lost."""
+        self.close(lost=kind is not None)
 
     @property
     def spent(self) -> Cost:
@@ -77,25 +86,31 @@ class Purse:
         with self._lock:
             charged = self._settled
             self._lease = self._stage.renew(charged, self._sum_held())
-            self._settled = Cost()
+            self._settled, self._kept = Cost(), None
             self.left = self._lease.left
             return charged
 
-    def close(self) -> Cost:
-        """Charge it; what is still held counts as the most that it can have taken. Idempotent."""
+    def close(self, *, lost: bool = False) -> Cost:
+        """Charge it; what is still held counts as the most that it can have taken. ``lost``: all
+        that is not kept. Idempotent."""
         with self._lock:
             self._settled += self._sum_held()
             self._held.clear()
             if not self._lease.settled:
                 self._count()
-            return self._lease.settle()
+            return self._lease.settle(lost=lost)
 
-    def _settle(self, number: int, cost: Cost) -> None:
+    def _settle(self, number: int, cost: Cost, kept: bool) -> None:
         with self._lock:
             upper = self._held.pop(number, None)
             if upper is None:  # settled already, or closed meanwhile
                 return
             self._settled += cost
+            if kept:
+                self._kept = (self._kept or Cost()) + cost
+                if self._lease.timed:  # the time until now was what it took
+                    now = self._lease.used
+                    self._kept = replace(self._kept, seconds=now.seconds, joules=now.joules)
             self._count()
 
     def _sum_held(self) -> Cost:
@@ -109,7 +124,7 @@ class Purse:
         return self._lease.used.seconds if self._lease.timed else total.seconds
 
     def _count(self) -> None:
-        self._lease.count(self._settled + self._sum_held())
+        self._lease.count(self._settled + self._sum_held(), self._kept)
 
     def _refusal(self, resource: str, upper: Cost) -> str:
         show, needs = FORMATS[resource], upper.of(resource)
@@ -133,12 +148,12 @@ class Hold:
         self._purse = purse
         self._number = number
 
-    def settle(self, cost: Cost) -> None:
-        """What it took in the end, known to be no less. Idempotent. Raises ValueError where that is
-        negative or no number."""
+    def settle(self, cost: Cost, *, kept: bool = True) -> None:
+        """What it took in the end, known to be no less; ``kept``: whether what came of it outlives
+        this process. Idempotent. Raises ValueError where that is negative or no number."""
         amounts = [cost.of(name) for name in CONSUMED]
         if not all(amount is None or 0 <= amount < float("inf") for amount in amounts):
             raise ValueError(
                 f"a cost of {cost!r} cannot be settled\nhint: a cost is what was used, at least 0"
             )
-        self._purse._settle(self._number, cost)
+        self._purse._settle(self._number, cost, kept)

@@ -12,6 +12,7 @@ _SIGNED = re.compile(
 """In a URL's query."""
 _SECRET_NAMES = re.compile(r"(TOKEN|KEY|KEY_ID|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.I)
 """Of variables of the environment."""
+MASK = "***"
 _LEAST_SECRET = 8
 """Characters; what is shorter may well be a word."""
 
@@ -21,5 +22,5 @@ def redact(text: str) -> str:
     the value of every variable of the environment whose name says that it is a secret."""
     for name, value in os.environ.items():
         if len(value) >= _LEAST_SECRET and value in text and _SECRET_NAMES.search(name):
-            text = text.replace(value, "***")
-    return _SIGNED.sub(r"\1***", _CREDENTIALS.sub("://***@", text))
+            text = text.replace(value, MASK)
+    return _SIGNED.sub(rf"\1{MASK}", _CREDENTIALS.sub(f"://{MASK}@", text))

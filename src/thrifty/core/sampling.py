@@ -116,6 +116,8 @@ class Means:
     """That costs are told in: samples, tokens, flops, dollars or seconds."""
     left: float = math.inf
     """Of it, for all questions together."""
+    more_to_come: bool = False
+    """Whether questions that nobody knows of yet are to live off it too."""
     num_open: int = 1
     """Questions, those not yet begun included."""
     max_samples: int = 40

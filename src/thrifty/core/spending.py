@@ -180,6 +180,7 @@ class Lease:
         """Whether its seconds are the clock's; else those that it counts."""
         self._steps = 0
         self._ticked = Cost()
+        self._kept: Cost | None = None
         self._settled: Cost | None = None
 
     @property
@@ -220,14 +221,15 @@ class Lease:
             )
         self._steps += steps
         self._ticked = total
-        self._counter.write(self._steps, total, time.monotonic() - self._start)
+        self._counter.write(self._steps, total, time.monotonic() - self._start, self._kept)
 
-    def count(self, total: Cost) -> None:
+    def count(self, total: Cost, kept: Cost | None = None) -> None:
         """Have ``total`` in place of what was ticked. It may be less than before: what was held for
-        something and not used in the end."""
+        something and not used in the end. ``kept``: of it, that whose result is safe by now, and
+        which is not lost when the rest is."""
         assert self._settled is None, "a settled lease counts no more"
-        self._ticked = total
-        self._counter.write(self._steps, total, self.used.seconds)
+        self._ticked, self._kept = total, kept
+        self._counter.write(self._steps, total, self.used.seconds, kept)
 
     def _check(self, total: Cost) -> None:
         used = replace(total, seconds=time.monotonic() - self._start)
@@ -243,10 +245,11 @@ class Lease:
                 )
 
     def settle(self, *, lost: bool = False) -> Cost:
-        """Charge what was used, ``lost`` where its result was thrown away. Idempotent."""
+        """Charge what was used, ``lost`` where its result was thrown away but for what is kept.
+        Idempotent."""
         if self._settled is None:
             used = self.used
-            self.stage.ledger._settle(self.id, used, steps=self._steps, lost=lost)
+            self.stage.ledger._settle(self.id, used, steps=self._steps, lost=lost, kept=self._kept)
             self._settled = used
         return self._settled
 

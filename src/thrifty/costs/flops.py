@@ -21,6 +21,7 @@ Exact for the products counted; norms, activations, softmax and the optimizer ar
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from thrifty.costs.adapted import regularising_flops
@@ -52,9 +53,9 @@ def score_flops(
     shape: ModelShape, batch: int, sequence: int, *, logits: bool = True, causal: bool = False
 ) -> float:
     """A forward pass, with or without the head: losses need it, hidden states do not."""
-    linear, attention, head_linear = _forward(shape)
+    linear, attention, head_linear, fixed = _forward(shape)
     linear += head_linear if logits else 0.0
-    return _count(linear, attention, batch, sequence, causal)
+    return _count(linear, attention, batch, sequence, causal) + fixed
 
 
 def train_flops(
@@ -117,7 +118,7 @@ def decode_flops(
     position gives the first token, then a pass a token over what the cache holds."""
     if generated < 1:
         return 0.0
-    linear, attention, head_linear = _forward(shape)
+    linear, attention, head_linear, _ = _forward(shape)
     prefill = _count(linear, attention, batch, prompt, causal) + batch * head_linear
     steps = generated - 1
     # Keys seen by step i, the token itself included: prompt + i, or the window.
@@ -140,19 +141,22 @@ def _count(linear: float, attention: float, batch: int, sequence: int, causal: b
 
 
 @lru_cache(maxsize=512)
-def _forward(shape: ModelShape) -> tuple[float, float, float]:
-    """FLOPs of the layers per token, of attention per token and key, of the head per token."""
-    setup = Setup(eager=True, backward=False)
+def _forward(shape: ModelShape) -> tuple[float, float, float, float]:
+    """FLOPs of the layers per token, of attention per token and key, of the head per token, and
+    those whatever the batch; of the adapter too that the model runs under."""
+    worn = shape.adapter
+    setup = Setup(eager=True, adapter=worn, backward=worn is not None)
     # The last product is the head's own; what comes before it belongs to the hidden states.
     *body, logits = _products(embedding(shape, setup), *layers(shape, setup), head(shape, setup))
-    return *_sum(body)[:2], _sum([logits])[0]
+    linear, attention, fixed = _sum(body)
+    return linear, attention, _sum([logits])[0], fixed
 
 
 def step_coefficients(shape: ModelShape, setting: MemorySetting) -> tuple[float, float]:
     """FLOPs of a step per token, and per token and key; those of ``fixed_flops`` come on top."""
     linear, attention, _ = _whole_step(shape, setting)
     if setting.reference:
-        own, keyed, head_linear = _forward(shape)
+        own, keyed, head_linear, _ = _forward(shape)
         linear, attention = linear + own + head_linear, attention + keyed
     return linear, attention
 
@@ -203,7 +207,7 @@ def _step(
     sliced: bool,
 ) -> tuple[float, float, float]:
     if zeroth_order:  # the loss on both sides of a random direction
-        linear, attention, head_linear = _forward(shape)
+        linear, attention, head_linear, _ = _forward(shape)
         return 2 * (linear + head_linear), 2 * attention, 0.0
     setup = Setup(
         eager=True,
@@ -215,6 +219,7 @@ def _step(
         recompute=bool(recompute),
         mlp_share=float(sliced),
     )
+    setup, beside = _under(shape, setup)
     body, top = tuple(layers(shape, setup)), head(shape, setup)
     products = _products(embedding(shape, setup), *body, top, backward=True)
     if recompute and not selective:
@@ -222,7 +227,25 @@ def _step(
     if chunked:  # a chunk's logits are made again for its backward
         products += _products(top)[-1:]
     linear, attention, fixed = _sum(products)
-    return linear, attention, fixed + regularising_flops(shape, adapter)
+    return linear + beside[0], attention, fixed + beside[1] + regularising_flops(shape, adapter)
+
+
+def _under(shape: ModelShape, setup: Setup) -> tuple[Setup, tuple[float, float]]:
+    """Of a step on a model that runs under an adapter: asked for are the adapter's weights too,
+    where those of the layers are; elsewhere it runs forward alone, FLOPs per token and whatever the
+    batch."""
+    worn, chosen = shape.adapter, setup.only_layers
+    if worn is None:
+        return setup, (0.0, 0.0)
+    if setup.adapter is None and setup.trains_all:
+        chosen = frozenset(range(shape.num_layers))
+        setup = replace(setup, only_layers=chosen, with_embedding=True, with_head=True)
+    if setup.adapter is None and chosen is not None:
+        own = range(shape.num_layers) if worn.layers is None else worn.layers
+        asked = replace(worn.unfrozen, layers=tuple(sorted(chosen.intersection(own))))
+        setup = replace(setup, adapter=asked)
+    whole, asked_for = _forward(shape), _forward(replace(shape, adapter=setup.adapter))
+    return setup, (whole[0] - asked_for[0], whole[3] - asked_for[3])
 
 
 def _products(*pieces: Sequence[Operation], backward: bool = False) -> list[Product]:

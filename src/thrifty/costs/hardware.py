@@ -26,7 +26,7 @@ from thrifty.core.durable import write_atomically
 GIB = 2.0**30
 LINK_SHARE = 0.8
 """Of a link's rate, what large copies reach."""
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,13 @@ class Device:
     tdp_watts: float | None = None
     source: str = ""
     matmul_rates: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
-    """dtype -> smallest dimension -> FLOP/s, as measured; empty: from the peak by rule."""
+    """dtype -> size -> FLOP/s of a linear's forward, as measured; empty: from the peak by rule. The
+    size is the smallest dimension; of a dtype that is emulated the side of a square weight."""
+    gradient_rates: Mapping[str, Mapping[str, Mapping[int, float]]] = field(default_factory=dict)
+    """The same of the backward, whose matrices lie otherwise: ``input`` (the gradient of what a
+    linear reads), ``weight``, ``attention`` (by the size of a head); empty: as the forward."""
+    emulated: tuple[str, ...] = ()
+    """dtypes that the processor has no instructions for."""
     attention_rates: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     """dtype -> size of a head -> FLOP/s of fused attention, as measured."""
     fault_seconds: float = 0.0
@@ -262,15 +268,22 @@ def _local() -> Device:
             f.name for f in fields(Device)
         }:
             raise ValueError
-        for name in ("matmul_rates", "attention_rates"):  # JSON knows no keys but strings
-            values[name] = {
-                dtype: {int(size): rate for size, rate in curve.items()}
-                for dtype, curve in values[name].items()
-            }
+        for name in ("matmul_rates", "attention_rates"):
+            values[name] = _curves(values[name])
+        of_gradients = values["gradient_rates"].items()
+        values["gradient_rates"] = {what: _curves(found) for what, found in of_gradients}
+        values["emulated"] = tuple(values["emulated"])
         values["factors"] = {dtype: tuple(four) for dtype, four in values["factors"].items()}
         return Device(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return _cautious()  # none measured, or by another version: measure anew
+
+
+def _curves(found: Mapping[str, Mapping[str, float]]) -> dict[str, dict[int, float]]:
+    """As they were: JSON knows no keys but strings."""
+    return {
+        dtype: {int(size): rate for size, rate in curve.items()} for dtype, curve in found.items()
+    }
 
 
 def _cautious() -> Device:

@@ -139,7 +139,7 @@ def update_bytes_of(found: Trained, setting: MemorySetting) -> tuple[float, floa
     if setting.in_backward:
         return 0.0, 0.0
     states, itemsize = setting.states, setting.trained_itemsize
-    gradients = found.num_elements * itemsize / setting.num_devices
+    gradients = found.num_elements * itemsize / setting.trained_shards
     if states is ADAMW and not setting.fused:
         states = UNFUSED_ADAMW[setting.device_kind]
     largest = float(found.largest)

@@ -54,11 +54,12 @@ def job_account(
     setting: MemorySetting,
     *,
     scoring_bytes: float = 0.0,
-    refreshes: bool = False,
+    looking_bytes: float = 0.0,
     generated_context: int = 0,
 ) -> MemoryAccount:
-    """``scoring_bytes``: a scorer's peak with its weights; ``refreshes``: it scores again while
-    training; ``generated_context``: tokens that an evaluation's generation holds in its cache."""
+    """``scoring_bytes``: a scorer's peak with its weights; ``looking_bytes``: that of one that
+    scores again while training; ``generated_context``: tokens that an evaluation's generation holds
+    in its cache."""
     step = account(shape, setting)
     resident = _terms(**_resident(shape, setting))
     phases = {"load": _terms(**_load(shape, setting))}
@@ -69,8 +70,8 @@ def job_account(
         )
     phases |= step.phases
     phases["evaluate"] = _added(resident, _evaluation(shape, _pass_of(setting, generated_context)))
-    if refreshes and scoring_bytes:
-        beside = scoring_beside(shape, setting, scoring_bytes)
+    if looking_bytes:
+        beside = scoring_beside(shape, setting, looking_bytes)
         phases["refresh"] = _added(resident, _terms(activations=beside))
     phases["save"] = resident
     if setting.adapter is not None:
@@ -94,7 +95,7 @@ def job_peaks(
     one, several = peaks(shape, settings, micro_batches)
     first = settings[0]
     rest = _resident(shape, first)
-    rest_bytes = (rest["weights"] + rest["adapter"]) * first.num_devices
+    rest_bytes = rest["weights"] + rest["adapter"]
     turns = turns_of(shape, first)
     states = [
         0.0
@@ -102,7 +103,7 @@ def job_peaks(
         else max(state_bytes_of(shape, turn, setting) for turn in turns)
         for setting in settings
     ]
-    held = (rest_bytes + np.array(states)) / first.num_devices
+    held = rest_bytes + np.array(states) / first.trained_shards
     passes = [_pass_of(first, generated_context)._replace(batch=size) for size in micro_batches]
     passing = np.array([sum(_evaluation(shape, each).values()) for each in passes])
     least = sum(_load(shape, first).values())
@@ -132,7 +133,10 @@ def _resident(shape: ModelShape, setting: MemorySetting) -> dict[str, float]:
         "adapter": adapter,
         "optimizer_states": _state_bytes(shape, setting),
     }
-    return {term: size / setting.num_devices for term, size in held.items()}
+    return {
+        term: size / (setting.num_devices if term == "weights" else setting.trained_shards)
+        for term, size in held.items()
+    }
 
 
 def _state_bytes(shape: ModelShape, setting: MemorySetting) -> float:
@@ -187,7 +191,7 @@ def _evaluation(shape: ModelShape, of: _Pass) -> dict[str, float]:
     found = whole.phases["layers"] if of.chunked else whole.by_term
     cache = kv_cache_bytes(shape, of.batch, of.context, of.dtype) if of.context else 0.0
     gathered = 0.0
-    if of.num_devices > 1:  # the layer at work and the next one, whole
+    if of.num_devices > 1:
         sharded = MemorySetting(
             dtype=of.dtype, num_devices=of.num_devices, device_kind=of.device_kind
         )

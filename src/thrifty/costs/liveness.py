@@ -75,8 +75,9 @@ class Instants(NamedTuple):
 
 
 def instants(points: Sequence[Point]) -> Instants:
-    rows = [(*total((p.kept, p.beside)), p.done, p.fresh, p.updated) for p in points]
-    return Instants(tuple(points), np.array(rows, dtype=float))
+    rows = np.array([(*p.kept, *p.beside, p.done, p.fresh, p.updated) for p in points], dtype=float)
+    columns = np.concatenate([rows[:, :3] + rows[:, 3:6], rows[:, 6:]], axis=1)
+    return Instants(tuple(points), columns)
 
 
 class Piece:

@@ -22,7 +22,7 @@ Limits: no autocast (the model itself has ``dtype``); eager PyTorch, not compile
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -159,7 +159,7 @@ def _peaks_at(
     """``peaks`` at one turn of blocks, or where none are taken."""
     found = trained_at(shape, turn) if turn else trained(shape, settings[0])
     passes: dict[float, tuple[Bytes, Bytes]] = {}
-    alone, several = [], []
+    always, states, updates, within = [], [], [], []  # an entry a setting
     for setting in settings:
         key = step_bytes(setting) if setting.in_backward else -1.0
         if key not in passes:
@@ -170,12 +170,15 @@ def _peaks_at(
                 accumulating = _of_passes(shape, now, batches, 2)
             passes[key] = _of_passes(shape, now, batches, 1), accumulating
             held = step.held - step.states["optimizer_states"]
-        states = 0.0 if setting.states_offloaded else state_bytes_of(shape, found, setting)
-        update = step.last().bytes if setting.zeroth_order else sum(update_bytes_of(found, setting))
-        own = held + states / setting.num_devices
-        alone.append(own + np.maximum(passes[key][0], update))
-        several.append(own + np.maximum(passes[key][1], update))
-    return np.stack(alone), np.stack(several)
+        always.append(held)
+        states.append(0.0 if setting.states_offloaded else state_bytes_of(shape, found, setting))
+        updates.append(
+            step.last().bytes if setting.zeroth_order else [sum(update_bytes_of(found, setting))]
+        )
+        within.append(passes[key])
+    own = np.array(always) + np.array(states)[:, None] / settings[0].trained_shards
+    update, most = np.array(updates), np.array(within)
+    return own + np.maximum(most[:, 0], update), own + np.maximum(most[:, 1], update)
 
 
 def _of_passes(
@@ -183,8 +186,7 @@ def _of_passes(
 ) -> Bytes:
     """The most of all phases but the update, beside what holds always. The same in however few bits
     the weights lie, and whatever the optimizer unless it updates within."""
-    alike = replace(
-        setting,
+    alike = setting.changed(
         gradient_accumulation_steps=accumulation_steps,
         storage=setting.storage and _FEW_BITS,
         states=setting.states if setting.in_backward else ADAMW,

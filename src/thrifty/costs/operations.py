@@ -18,7 +18,7 @@ Limits: eager PyTorch, without torch.compile, fused kernels from the hub, or aut
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 from typing import Any, NamedTuple
@@ -76,6 +76,8 @@ class Product(NamedTuple):
     columns: int
     heads: int = 0
     rows: int = 0
+    wide: bool = False
+    """In float32 beside a model of fewer bits, as an adapter's are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,16 @@ class Adapter:
             raise ValueError(
                 f"there is no adapter {self.form!r}\nhint: there are {', '.join(FORMS)}"
             )
+
+    @property
+    def saved(self) -> Adapter:
+        """As it is left for others: what the weights gave up has its own rank beside it."""
+        return replace(self, rank=2 * self.rank, start="") if self.start == "pissa" else self
+
+    @property
+    def unfrozen(self) -> Adapter:
+        """Where the gradients of all of it are asked for."""
+        return replace(self, form="lora") if self.form == "lora_fa" else self
 
     def names(self, shape: ModelShape) -> tuple[str, ...]:
         """Of the linears that it is put on."""
@@ -283,16 +295,17 @@ class Program:
     ) -> Tensor:
         """``[tokens, inputs] @ [inputs, outputs]``. Its backward needs the weight only to reach x,
         and x only for the weight's own gradient. ``kept``: a copy of the weight made for this."""
-        grad = x.grad or trained
+        grad, itemsize = x.grad or trained, itemsize or self.itemsize
+        product = (Product(inputs, outputs, wide=itemsize > self.itemsize),)
         return self.emit(
             "linear",
             (x, *kept),
-            Size(float(outputs * (itemsize or self.itemsize))),
+            Size(float(outputs * itemsize)),
             grad=grad,
             saves=((x,) if trained else ()) + (kept if x.grad else ()),
             packs="before" if grad else "",
-            forward=(Product(inputs, outputs),),
-            backward=(Product(inputs, outputs),) * (x.grad + trained),
+            forward=product,
+            backward=product * (x.grad + trained),
             weight_elements=inputs * outputs,
             trained=trained,
             unpacks=unpacks,
@@ -362,7 +375,8 @@ class Program:
     def weights_product(self, x: Tensor, inputs: int, outputs: int, *, rows: int) -> Tensor:
         """The same of a product, in the adapter's dtype."""
         size = Size(fixed=float(rows * outputs * self.adapter_itemsize))
-        product = (Product(inputs, outputs, rows=rows),)
+        wide = self.adapter_itemsize > self.itemsize
+        product = (Product(inputs, outputs, rows=rows, wide=wide),)
         return self.emit("linear", (x,), size, grad=False, forward=product, passes=(0.0, 0.0))
 
     def norm(self, x: Tensor, width: int, *, weighed: bool = True) -> Tensor:

@@ -59,9 +59,9 @@ class Step:
         self.passes = passes_of(shape, self.setup, micro_batches, setting.sequence)
         self.tokens, self.keys = self.passes.tokens, self.passes.keys
         self.itemsize = setting.trained_itemsize
-        self.shards = setting.num_devices
+        self.shards, shards = setting.num_devices, setting.trained_shards
         self.trained = trained(shape, setting)
-        self.gradients = self.trained.num_elements * self.itemsize / self.shards
+        self.gradients = self.trained.num_elements * self.itemsize / shards
         # While gradients accumulate all exist, and a new one lives until it is added to the old.
         # Replicas have theirs in the buckets that are added up, which stay.
         self.accumulating = setting.gradient_accumulation_steps > 1 or setting.replicas > 1
@@ -69,8 +69,8 @@ class Step:
         tied = shape.tie_word_embeddings and self.setup.trains_embedding(shape)
         self.tied = shape.head_parameters * self.itemsize if tied else 0.0
         # Bytes of an element of the gradients that stay as the backward goes on, and of one made.
-        self.left = 0.0 if self.accumulating or setting.in_backward else self.itemsize / self.shards
-        self.fresh = float(self.itemsize) if not self.left or self.shards > 1 else 0.0
+        self.left = 0.0 if self.accumulating or setting.in_backward else self.itemsize / shards
+        self.fresh = float(self.itemsize) if not self.left or shards > 1 else 0.0
         # And of one that an update uses up in the backward, beside what the update makes.
         self.update = step_bytes(setting) if setting.in_backward else 0.0
         self.per_element = (self.left, self.fresh, self.update)
@@ -93,7 +93,10 @@ class Step:
             "adapter": adapter,
             "optimizer_states": optimizer,
         }
-        return {term: size / self.shards for term, size in held.items()}
+        return {
+            term: size / (self.shards if term == "weights" else setting.trained_shards)
+            for term, size in held.items()
+        }
 
     @cached_property
     def held(self) -> Bytes:
@@ -102,11 +105,13 @@ class Step:
 
     @cached_property
     def gathered(self) -> float:
-        """Sharded: the layer at work and the next one, whole."""
+        """Sharded: the layer at work and the next one, whole, and as much of their gradients; or
+        the head, as it came and put together."""
         if self.shards == 1:
             return 0.0
         layer = max(self.shape.layer_parameters(i) for i in range(self.shape.num_layers))
-        return float(max(2 * layer, layer + self.shape.head_parameters) * self.setting.itemsize)
+        layers = 4 * layer if self.setting.trained_shards > 1 else 2 * layer
+        return float(max(layers, 2 * self.shape.head_parameters) * self.setting.itemsize)
 
     @cached_property
     def logits(self) -> Bytes:

@@ -6,7 +6,8 @@ what they save does not add up.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from thrifty.costs.blocks import Block, Blocks
 from thrifty.costs.layer import Setup
@@ -180,9 +181,27 @@ class MemorySetting:
                 "hint: gradient_accumulation_steps 1 and a larger micro-batch, or another optimizer"
             )
 
+    def changed(self, **fields: Any) -> MemorySetting:
+        """``dataclasses.replace`` in a tenth of its time: a search makes thousands."""
+        assert fields.keys() <= self.__dict__.keys(), fields
+        setting = object.__new__(MemorySetting)
+        setting.__dict__.update(self.__dict__, **fields)
+        setting.__post_init__()
+        return setting
+
     @property
     def tokens(self) -> int:
         return self.micro_batch * self.sequence
+
+    @property
+    def trained_shards(self) -> int:
+        """Devices over which what is trained is sharded; an adapter is whole on each."""
+        return self.num_devices if self.adapter is None else 1
+
+    @property
+    def num_ranks(self) -> int:
+        """Devices that work on a step, each on a micro-batch of its own."""
+        return self.num_devices * self.replicas
 
     @property
     def itemsize(self) -> int:
@@ -197,8 +216,7 @@ class MemorySetting:
 
 def at_turn(setting: MemorySetting, block: Block) -> MemorySetting:
     """The steps of one turn of ``setting.blocks``."""
-    return replace(
-        setting,
+    return setting.changed(
         only_layers=block.layers,
         with_embedding=block.embedding,
         with_head=block.head,

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from thrifty.costs.operations import Adapter
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of one element."""
@@ -171,6 +174,9 @@ class ModelShape:
     """In training, after attention and after the mlp."""
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
+    adapter: Adapter | None = None
+    """That the model runs under as it is: its products are in the FLOPs of every pass, scored or
+    evaluated. None: it has none, or a setting says how it is trained."""
 
     def __hash__(self) -> int:
         return self._hash
@@ -186,6 +192,10 @@ class ModelShape:
         from thrifty.costs import families
 
         return families.read(config)
+
+    def under(self, adapter: Adapter | None) -> ModelShape:
+        """The same model with ``adapter`` on it."""
+        return self if adapter is None else replace(self, adapter=adapter)
 
     @property
     def query_size(self) -> int:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -62,6 +61,9 @@ CAUSAL_BLOCK = 256
 SECONDS_MARGIN = 1.25
 """How much slower than predicted, or than it lately was, anything may turn out: what is reserved
 for it over what it should take."""
+
+PASSES = ("forward", "input", "weight")
+"""What a matrix product is of: the forward, the gradient of what a linear reads, its weight's."""
 
 CPU_PASSES: dict[str, tuple[float, float]] = {
     "silu": (4.0, 5.0),
@@ -139,8 +141,8 @@ def _seconds_of(
         *more, _ = _terms(shape, first, device, batches, "forward")
         passes = [one + other for one, other in zip(passes, more, strict=True)]
     fitted: Any = sum(factor * term for factor, term in zip(factors, passes, strict=True))
-    if device.kind == "cpu":  # whose cores the replicas share
-        fitted = fitted * first.replicas
+    if device.kind == "cpu":  # whose cores the ranks share
+        fitted = fitted * first.num_ranks
     fitted = fitted + _transfers(shape, first, device, batches)
     updates = [
         of_update * _optimizer_seconds(shape, setting, device, found)
@@ -183,7 +185,7 @@ def _terms(
 ) -> tuple[NDArray[np.float64], ...]:
     """The four terms at each micro-batch."""
     train = kind == "train"
-    work = _work(
+    work, columns = _work(
         shape,
         setup_of(shape, setting, backward=train),
         int(setting.recompute) if train else 0,
@@ -193,11 +195,7 @@ def _terms(
     sequence = setting.sequence
     tokens = np.array(micro_batches, dtype=float) * sequence
     keys = sequence if setting.masked else min(sequence, (sequence + CAUSAL_BLOCK) / 2)
-    products = np.zeros_like(tokens)
-    for product, times in work.products.items():
-        flops, dimension = _product(product, tokens, keys)
-        speed = (attention_rate if product.heads else rate)(device, setting.dtype, dimension)
-        products += times * flops / speed
+    products = _product_seconds(columns, tokens, keys, setting.dtype, device)
     memory = (work.moved.at(tokens, sequence) + work.moved_weights) / device.bytes_per_second
     if device.kind == "cpu":
         memory = memory + device.fault_seconds * _fresh_bytes(shape, setting, work, tokens, train)
@@ -247,7 +245,7 @@ def _optimizer_seconds(
     rate = device.bytes_per_second
     if setting.states_offloaded:
         rate = HOST_BYTES_PER_SECOND
-    return times * size / setting.num_devices / rate
+    return times * size / setting.trained_shards / rate
 
 
 def _transfers(
@@ -259,7 +257,7 @@ def _transfers(
     tokens = np.array(micro_batches, dtype=float)
     seconds = np.zeros_like(tokens)
     if setting.offload:
-        kept = replace(setting, offload=False)
+        kept = setting.changed(offload=False)
         there = saved_bytes(shape, kept, micro_batches, head=False)
         seconds += 2.0 * there / device.host_bytes_per_second
     if setting.num_devices > 1:
@@ -278,7 +276,7 @@ def _offloaded_seconds(setting: MemorySetting, device: Device, found: Trained) -
     """Gradients and weights down to the moments on the host, and weights up again."""
     if not setting.states_offloaded:
         return 0.0
-    size = found.num_elements * setting.trained_itemsize / setting.num_devices
+    size = found.num_elements * setting.trained_itemsize / setting.trained_shards
     return 3.0 * size / device.host_bytes_per_second
 
 
@@ -294,7 +292,8 @@ def _parked_seconds(
 class Work(NamedTuple):
     """What a step does, independent of its tokens."""
 
-    products: Counter[Product]
+    products: Counter[tuple[Product, str]]
+    """Each with which of ``PASSES`` it is of."""
     moved: Size
     """Read and written by elementwise kernels."""
     moved_weights: float
@@ -312,7 +311,8 @@ def _work(
     recompute: int = 0,
     selective: bool = False,
     chunked: bool = False,
-) -> Work:
+) -> tuple[Work, NDArray[np.float64]]:
+    """Also its products as columns, to be timed together."""
     body, top = tuple(layers(shape, setup)), head(shape, setup)
     pieces = Counter((embedding(shape, setup), top, *body))
     done = [(_once(each, setup.itemsize, setup.on_cpu), n) for each, n in pieces.items()]
@@ -320,14 +320,14 @@ def _work(
         done.append((_again(each, setup.itemsize, setup.on_cpu, selective), times))
     if chunked:  # a chunk's logits are made again for its backward
         done.append((_again(top, setup.itemsize, setup.on_cpu, False), 1))
-    products: Counter[Product] = Counter()
+    products: Counter[tuple[Product, str]] = Counter()
     written: Counter[Size] = Counter()
     gradients: Counter[float] = Counter()
     moved: list[Size] = []
     weights = kernels = 0.0
     for work, times in done:
-        for product, number in work.products.items():
-            products[product] += times * number
+        for one, number in work.products.items():
+            products[one] += times * number
         for size, number in work.written.items():
             written[size] += times * number
         for gradient, number in work.gradients.items():
@@ -335,7 +335,10 @@ def _work(
         moved.append(work.moved.times(times))
         weights += times * work.moved_weights
         kernels += times * work.kernels
-    return Work(products, total(moved), weights, written, gradients, kernels)
+    work = Work(products, total(moved), weights, written, gradients, kernels)
+    kinds = dict.fromkeys(product for product, _ in products)
+    rows = [(*each, *(products[each, name] for name in PASSES)) for each in kinds]
+    return work, np.array(rows, dtype=float)
 
 
 @lru_cache(maxsize=2048)
@@ -361,7 +364,7 @@ def _again(operations: Operations, itemsize: int, on_cpu: bool, selective: bool)
 
 def _of_kernels(kernels: Iterable[tuple[Operation, bool]], itemsize: int, on_cpu: bool) -> Work:
     """Of operations, each with whether it is its backward."""
-    products: Counter[Product] = Counter()
+    products: Counter[tuple[Product, str]] = Counter()
     written: Counter[Size] = Counter()
     gradients: Counter[float] = Counter()
     token = keyed = fixed = count = weights = 0.0
@@ -369,7 +372,7 @@ def _of_kernels(kernels: Iterable[tuple[Operation, bool]], itemsize: int, on_cpu
         done = operation.backward if backward else operation.forward
         if operation.inside:  # whose operations are there themselves
             done = ()
-        products.update(done)
+        products.update(zip(done, _passes_of(operation, backward), strict=False))
         passes = operation.passes[backward]
         count += passes + len(done)
         if on_cpu:
@@ -394,20 +397,50 @@ def _of_kernels(kernels: Iterable[tuple[Operation, bool]], itemsize: int, on_cpu
     return Work(products, Size(token, keyed, fixed), weights, written, gradients, count)
 
 
-def _product(product: Product, tokens: Any, keys: float) -> tuple[Any, Any]:
-    """FLOPs and smallest dimension."""
-    if product.heads:
-        return 2.0 * product.heads * product.inner * tokens * keys, product.inner
-    if product.rows:
-        flops = 2.0 * product.rows * product.inner * product.columns
-        return flops, min(product.rows, product.inner, product.columns)
-    flops = 2.0 * tokens * product.inner * product.columns
-    return flops, np.minimum(tokens, min(product.inner, product.columns))
+def _passes_of(operation: Operation, backward: bool) -> tuple[str, ...]:
+    """Of each product of an operation in turn: what it reads has its gradient first."""
+    if not backward:
+        return ("forward",) * len(operation.forward)
+    of_input = int(any(tensor.grad for tensor in operation.reads[:1]))
+    return ("input",) * of_input + ("weight",) * (len(operation.backward) - of_input)
 
 
-def rate(device: Device, dtype: str, dimension: Any) -> Any:
-    """FLOP/s of a product whose smallest dimension is ``dimension``, a number or an array."""
+def _product_seconds(
+    columns: NDArray[np.float64],
+    tokens: NDArray[np.float64],
+    keys: float,
+    dtype: str,
+    device: Device,
+) -> NDArray[np.float64]:
+    """Of all products together, at each batch; ``columns``: the fields of a ``Product``, and how
+    many there are of it in each of ``PASSES``, [num_products, 8]."""
+    inner, outer, heads, rows, wide, *times = columns.T[:, :, None]
+    rows = np.where(rows, rows, tokens)
+    outer = np.where(heads, heads * keys, outer)
+    smallest = np.where(heads, inner, np.minimum(rows, np.minimum(inner, outer)))
+    flops = 2.0 * rows * inner * outer
+    attends = heads[:, 0] > 0
+    seconds = np.zeros_like(flops)
+    if not device.matmul_rates:  # peaks, of wide matrices however they lie
+        speed = rate(device, dtype, smallest)
+        speed[attends] = attention_rate(device, dtype, smallest[attends])
+        seconds += sum(times) * flops / speed
+    for name, number in zip(PASSES, times, strict=True) if device.matmul_rates else ():
+        # Without instructions for it no block of a matrix is used twice.
+        size = np.sqrt(inner * outer) + 0.0 * rows if dtype in device.emulated else smallest
+        own = rate(device, dtype, size, name)
+        speed = np.where(wide, rate(device, "float32", smallest, name), own)
+        speed[attends] = attention_rate(device, dtype, smallest[attends], name)
+        seconds += number * flops / speed
+    together: NDArray[np.float64] = seconds.sum(axis=0)
+    return together
+
+
+def rate(device: Device, dtype: str, dimension: Any, of: str = "forward") -> Any:
+    """FLOP/s of a product in one of ``PASSES`` whose smallest dimension is ``dimension``, a number
+    or an array; of a dtype that is emulated: whose weight is square with that side."""
     curve = device.matmul_rates.get(dtype) or {}
+    curve = device.gradient_rates.get(of, {}).get(dtype) or curve
     if curve:
         return _interpolated(curve, dimension)
     peak = device.flops_per_second.get(dtype) or device.flops_per_second["float32"]
@@ -416,13 +449,16 @@ def rate(device: Device, dtype: str, dimension: Any) -> Any:
     return peak * LARGE_EFFICIENCY * np.minimum(1.0, (np.asarray(dimension) / _LARGE) ** 0.5)
 
 
-def attention_rate(device: Device, dtype: str, head_size: int) -> Any:
-    """FLOP/s of fused attention over heads of this size. Below the smallest measured it falls with
-    the size: an exponential a score is what is left to do."""
+def attention_rate(device: Device, dtype: str, head_size: Any, of: str = "forward") -> Any:
+    """FLOP/s of fused attention over heads of this size, a number or an array. Below the smallest
+    measured it falls with the size: an exponential a score is what is left to do."""
     curve = device.attention_rates.get(dtype) or {}
+    if of != "forward":
+        curve = device.gradient_rates.get("attention", {}).get(dtype) or curve
     if curve:
         smallest = min(curve)
-        return _interpolated(curve, max(head_size, smallest)) * min(1.0, head_size / smallest)
+        below = np.minimum(1.0, np.asarray(head_size) / smallest)
+        return _interpolated(curve, np.maximum(head_size, smallest)) * below
     return ATTENTION_EFFICIENCY * rate(device, dtype, head_size)
 
 

@@ -175,14 +175,13 @@ class PackedDataset:
         cut = next((cut for cut in self._cuts if first < cut), first + len(packs))
         self._packs += packs[: cut - first]
 
-    def begin_anew(self, examples: Sequence[Example]) -> list[int]:
-        """End the epoch before the first item that nobody has read yet, and draw what follows from
+    def begin_anew(self, examples: Sequence[Example], item: int) -> list[int]:
+        """End the epoch before ``item``, which nobody has read yet, and draw what follows from
         ``examples``, which begin with those there were. Returns the examples that were to come in
         the epoch."""
-        cut = self.num_read
-        unread = [i for members in self._packs[cut:] for i in members]
-        del self._packs[cut:]
-        self.restore(examples, [*self._cuts, cut])
+        unread = [i for members in self._packs[item:] for i in members]
+        del self._packs[item:]
+        self.restore(examples, [*self._cuts, item])
         return unread
 
     def restore(self, examples: Sequence[Example], cuts: Sequence[int]) -> None:

@@ -28,6 +28,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -237,16 +238,32 @@ def _encode(texts: list[_Text], tokenizer: Any) -> list[Encoded]:
         chosen = [i for i, text in enumerate(texts) if text.special_tokens == special_tokens]
         if not chosen:
             continue
-        encoded = tokenizer(
-            [texts[i].text for i in chosen],
-            add_special_tokens=special_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
+        with _patterns_told(tokenizer):
+            encoded = tokenizer(
+                [texts[i].text for i in chosen],
+                add_special_tokens=special_tokens,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
         for j, (i, ids) in enumerate(zip(chosen, encoded["input_ids"], strict=True)):
             results[i] = ids, _mask(encoded, j, texts[i], len(ids))
     return results
+
+
+@contextmanager
+def _patterns_told(tokenizer: Any) -> Iterator[None]:
+    """Raises ValueError where a pattern of the tokenizer's goes back and forth in a row until its
+    engine gives up, after some ten million tries. In Rust that is a panic, and no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(
+            f"the tokenizer in {tokenizer.name_or_path!r} gives up on a row: {error}\n"
+            "hint: a pattern in its tokenizer.json backtracks without end; look where it is from"
+        ) from None
 
 
 def _mask(encoded: Any, j: int, text: _Text, num_tokens: int) -> NDArray[np.bool_]:

@@ -88,10 +88,10 @@ class Marginal(DecodingPolicy):
         )
 
     def _price(self, means: Means, cost: float) -> float:
-        """What a budget leaves over has no other use."""
+        """What a budget leaves over has no other use, unless more questions come."""
         if self.price is not None:
             return self.price
-        if means.price or math.isfinite(means.left):
+        if means.price or (math.isfinite(means.left) and not means.more_to_come):
             return means.price
         return 1 / (self.samples_worth * cost) if cost > 0 else 0.0
 

@@ -25,7 +25,9 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from thrifty.core.contracts import DecodingPolicy
+from thrifty.core.budget import Cost
+from thrifty.core.contracts import DecodingPolicy, Meter
+from thrifty.core.question_reading import ReadsQuestions
 from thrifty.core.ranges import check_ranges
 from thrifty.core.sampling import Action, Asked, Draw, Finish, Means, Outcome, vote
 
@@ -47,7 +49,7 @@ class Worth(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Router(DecodingPolicy):
+class Router(DecodingPolicy, ReadsQuestions):
     """The model that pays for this question, told from its text."""
 
     models: tuple[str, ...] = ()
@@ -66,6 +68,19 @@ class Router(DecodingPolicy):
         check_ranges(self, samples=(1, math.inf), z=(0, math.inf))
 
     # -- asking -----------------------------------------------------------------------------------
+
+    def reading(self, prompts: Sequence[str]) -> Cost:
+        if not self.embedding:
+            return Cost()
+        from thrifty.signals.question_vectors import most_to_read
+
+        return most_to_read(prompts, self.embedding)
+
+    def read(self, prompts: Sequence[str], meter: Meter) -> None:
+        if self.embedding:
+            from thrifty.signals.question_vectors import read_by_model
+
+            read_by_model(prompts, self.embedding, meter)
 
     def check(self, means: Means) -> None:
         if not means.learnt:

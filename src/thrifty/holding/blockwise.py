@@ -9,7 +9,6 @@ Works with every optimizer that keeps them in its ``state`` and leaves alone wha
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from thrifty.core.contracts import Trainable
@@ -37,7 +36,7 @@ class Blockwise(Trainable):
         return None
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(setting, blocks=self.blocks)
+        return setting.changed(blocks=self.blocks)
 
     def prepare(self, model: Any, shape: ModelShape, seed: int) -> Any:
         """What is ever trained requires a gradient. Raises ValueError where a block is larger than

@@ -11,16 +11,17 @@ in float32 whatever the dtype, with labels shifted by one and -100 left out.
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from thrifty.data.packing import IGNORED
 from thrifty.holding.recompute import decoder_of, plain_model
+from thrifty.signals.sharded import is_sharded
 
 
 def hold_few_logits(model: Any, tokens: int) -> None:
@@ -32,7 +33,9 @@ def hold_few_logits(model: Any, tokens: int) -> None:
     plain = plain_model(model)
     _check(plain)
     plain.token_losses = partial(_token_losses, plain, tokens)
-    plain.forward = partial(_forward, plain, plain.forward)
+    plain.forward = partial(_forward, plain, tokens, plain.forward)
+    if is_sharded(plain):  # what is not asked through its forward gathers no weights by itself
+        register_fsdp_forward_method(plain, "token_losses")
 
 
 def _check(plain: Any) -> None:
@@ -52,6 +55,7 @@ def _check(plain: Any) -> None:
 
 def _forward(
     plain: Any,
+    tokens: int,
     whole: Any,
     input_ids: Any = None,
     *,
@@ -67,7 +71,7 @@ def _forward(
         return whole(input_ids, **inputs)
     if shift_labels is None:
         shift_labels = functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
-    losses = plain.token_losses(shift_labels, input_ids=input_ids, **inputs)
+    losses = _token_losses(plain, tokens, shift_labels, input_ids=input_ids, **inputs)
     items = num_items_in_batch
     if items is None:
         items = (shift_labels != IGNORED).sum()
@@ -106,7 +110,8 @@ def _losses(
 
 def _logits(plain: Any, decoder: str, decoded: Any) -> torch.Tensor:
     """[batch, sequence, vocab], as the family makes them of what its decoder put out."""
-    asked = copy.copy(plain)
+    asked = object.__new__(type(plain))
+    asked.__dict__.update(plain.__dict__)
     asked._modules = {**plain._modules, decoder: _Decoded(decoded)}
     return type(plain).forward(asked).logits  # type: ignore[no-any-return]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -55,7 +55,7 @@ class LowRank(Trainable):
         return refusal(self.adapter, shape)
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(setting, adapter=self.adapter, adapter_dtype=self.adapter_dtype)
+        return setting.changed(adapter=self.adapter, adapter_dtype=self.adapter_dtype)
 
     def prepare(self, model: Any, shape: ModelShape, seed: int) -> Any:
         from thrifty.holding.adapters import with_adapter

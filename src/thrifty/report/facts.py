@@ -251,8 +251,9 @@ class Facts:
         }
 
     def serving(self) -> dict[str, Any] | None:
-        """What the FLOPs left pay for, of the kept model's answers to the questions that the budget
-        is to answer, by its evaluation; None where there are none, or before the first."""
+        """What the FLOPs that training left pay for, of the kept model's answers to the questions
+        that the budget is to answer, by its evaluation; None where there are none, or before the
+        first."""
         serving, step = self.plan.objective.serving, self.dev_loss("budget")["step"]
         history = self.evaluations("budget")
         kept = [each for each in history if each["step"] == step and "votes" in each["beside"]]
@@ -260,7 +261,8 @@ class Facts:
             return None
         votes = kept[-1]["beside"]["votes"]
         each, curve = flops_a_sample(votes), curve_of(votes)
-        left = max(self.budget.flops - self.spent("budget").flops, 0.0)
+        own = [c for c in self._charges if c["account"] == "budget" and c["stage"] != "decode"]
+        left = max(self.budget.flops - self._sum(own).flops, 0.0)
         samples = samples_left(left, serving.questions, each, serving.max_samples)
         told = [d["detail"] for d in self.decisions if d["name"] == _ENDING and not d["undone"]]
         return {

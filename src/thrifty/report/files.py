@@ -1,4 +1,4 @@
-"""What the files of a run folder say about its rows: chosen, left out, set aside.
+"""What the files of a run folder say about its rows (chosen, left out, set aside) and answers.
 
 A file that is not there is nothing; one that cannot be read is named, and is no reason to have no
 report.
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from thrifty.report.answers import Answers
 from thrifty.run_folder import RunFolder
 
 MAX_BYTES = 64 * 2**20
@@ -61,6 +62,11 @@ class Files:
         """Some selected and some rejected rows."""
         found = self._read(self.run.selected("budget") / "examples.json") or {}
         return {part: _rows(found.get(part)) for part in ("selected", "rejected")}
+
+    def answers(self) -> Answers | None:
+        """What `thrifty decode RUN` left; None where nothing was asked."""
+        asked = self._read(self.run.decoded / "decode.json")
+        return None if asked is None else Answers(self.run.decoded, asked)
 
     def _read(self, path: Path) -> dict[str, Any] | None:
         if not path.is_file():

@@ -46,7 +46,7 @@ def render(run: RunFolder) -> str:
     """The page's text."""
     summary = summarize(run)
     files = Files(run)
-    examples = files.examples()
+    examples, answers = files.examples(), files.answers()
     drawn = [
         (name, figures.histogram_figure(histogram, number))
         for number, (name, histogram) in enumerate(list(files.histograms().items())[:_SHOWN_COUNTS])
@@ -67,6 +67,7 @@ def render(run: RunFolder) -> str:
             },
             histograms=[(name, Markup(svg)) for name, svg in drawn if svg],
             examples={part: rows[:_SHOWN_ROWS] for part, rows in examples.items()},
+            answers=answers.shown() if answers else {},
             decisions=_decisions(summary["decisions"]),
             reasons=REASONS,
             unreadable=sorted({*summary["unreadable"], *files.unreadable}),
@@ -93,6 +94,7 @@ def _environment() -> Environment:
         "number": _number,
         "count": _count,
         "score": _score,
+        "percent": lambda share: f"{share:.1%}",
         "resource": words.name_of,
         "per": lambda resource: quantities.PER.get(resource, (1.0, str(resource)))[1],
         "row_text": lambda text: marked(text or "", _SHOWN_CHARACTERS, lines=True),

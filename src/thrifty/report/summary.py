@@ -35,6 +35,7 @@ def summarize(run: RunFolder) -> dict[str, Any]:
     with run.reading() as ledger:
         facts = Facts(plan, ledger)
     files = Files(run)
+    answers = files.answers()
     spent = facts.spent("budget")
     dev = facts.dev_loss("budget")
     gain = difference(dev["before"], dev["after"])
@@ -80,6 +81,7 @@ def summarize(run: RunFolder) -> dict[str, Any]:
         "floors": facts.floors(),
         "unit_map": facts.unit_map(),
         "serving": facts.serving(),
+        "decoding": None if answers is None else answers.summary(),
         "control": control,
         "control_wanted": plan.control,
         "selection": files.selection(),

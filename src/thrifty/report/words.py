@@ -14,6 +14,7 @@ from thrifty.core import quantities
 from thrifty.core.budget import RESOURCES
 from thrifty.core.quantities import NAMES, PER, short
 from thrifty.data.inert import visible
+from thrifty.report.answers import answers_told
 
 BOUND = 0.9
 """Share of a limit from which it counts as what bound the run."""
@@ -88,6 +89,7 @@ def headline(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Brought", outcome(summary)),
         ("Floors", floors(summary)),
         ("Units", unit_map(summary)),
+        ("Answers", answers_told(summary)),
         ("Prior", prior(summary)),
         ("Control", against_control(summary)[0]),
     ]
@@ -389,26 +391,13 @@ def text_summary(summary: Mapping[str, Any]) -> str:
         lines.append((f"{rows} {own_name(summary)}", _loss_line(summary, summary[key], unit)))
     if floors(summary):
         lines.append(("floors", floors(summary).rstrip(".")))
-    if answers := serving(summary):
+    if answers := answers_told(summary):
         lines.append(("answers", answers.rstrip(".")))
     if prior(summary):
         lines.append(("prior", prior(summary)))
     lines.append(("control", against_control(summary)[0]))
     width = max(10, *(len(name) for name, _ in lines))
     return "\n".join(f"{name:<{width}} {text}" for name, text in lines)
-
-
-def serving(summary: Mapping[str, Any]) -> str:
-    """What is left for answering questions; empty where the budget is to answer none."""
-    found = summary["serving"]
-    if not found:
-        return ""
-    return (
-        f"{amount(found['flops_left'], 'flops')} are left for {found['questions']:,} questions: "
-        f"{found['samples']:.1f} samples each, of whose votes {found['accuracy']:.4f} are right by "
-        f"the dev rows ({found['accuracy_of_one']:.4f} of single samples; more than "
-        f"{found['most_useful_samples']} bring nothing)."
-    )
 
 
 def _worth_a_line(summary: Mapping[str, Any], resource: str) -> bool:

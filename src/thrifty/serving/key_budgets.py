@@ -70,8 +70,8 @@ class Client:
             raise ValueError(f"the key of {self.name} is no sha256: 64 hexadecimal digits are")
         if len(self.key) < _LEAST_CHARACTERS:
             raise ValueError(
-                f"the key of {self.name} has fewer than {_LEAST_CHARACTERS} characters, to be "
-                "guessed"
+                f"the key of {self.name} has fewer than {_LEAST_CHARACTERS} characters, and could "
+                "be guessed\nhint: openssl rand -hex 16"
             )
 
     @property

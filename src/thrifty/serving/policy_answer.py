@@ -1,8 +1,9 @@
 """A request answered by a policy: drawn again while that pays, and the answer chosen.
 
-The loop is that of every decoding (``drawing.py``), with a pool of this one question; what is drawn
-is held and settled on the key's account, draw by draw. What the loop cannot improve, or a backend
-cannot be told, is handed on as it is instead, with the reason.
+The loop is that of every decoding (``drawing.py``), with a pool of this one question and what those
+before it taught (``one_by_one.py``); what is drawn is held and settled on the key's account, draw
+by draw. What the loop cannot improve, or a backend cannot be told, is handed on as it is instead,
+with the reason.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from thrifty.backends.backend import Answered, Asking, AskingFailed, Backend
 from thrifty.backends.payload import RESERVED
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import AnswerForm, DecodingPolicy
+from thrifty.core.given import AddingUp
+from thrifty.core.question_reading import ReadsQuestions
 from thrifty.core.resolve import name_of
 from thrifty.core.sampling import Asked, Draw, Means, Offer, Outcome, Sample
 from thrifty.drawing import Drawing
@@ -30,6 +33,7 @@ from thrifty.serving.errors import Refused
 from thrifty.serving.event_stream import DONE, event_of
 from thrifty.serving.key_budgets import Account
 from thrifty.serving.metrics import ServeMetrics
+from thrifty.serving.one_by_one import OneByOne
 from thrifty.serving.request_limits import Wanted
 from thrifty.serving.told import Told
 
@@ -54,6 +58,8 @@ class Improver:
     """Right answers that a unit of the resource must bring."""
     fit_on: Sequence[Outcome] = ()
     """Outcomes with gold answers, for policies that learn."""
+    mean_samples: float | None = None
+    """Of a question, on average, which a pooled policy shares out among those that come."""
     backends: Mapping[str, Backend]
     """By model, the cheapest first."""
     max_samples: int
@@ -64,9 +70,17 @@ class Improver:
     expected: dict[str, tuple[float, int]] = field(default_factory=dict)
     """model -> what its samples took so far, and how many there were."""
     _learnt: Mapping[str, Any] = field(default_factory=dict, init=False)
+    _flow: OneByOne = field(init=False)
 
     def __post_init__(self) -> None:
         """Raises ValueError where the policy cannot work with what is at hand."""
+        self._flow = OneByOne(self.mean_samples)
+        if self.mean_samples is not None and not (self.policy.pooled and not self.worth):
+            raise ValueError(
+                "a mean of samples is shared out by a policy that weighs questions against each "
+                "other, and sets what a sample is worth\n"
+                "hint: --policy marginal without --worth, or no --samples"
+            )
         means = Means(
             offers=tuple(Offer(model=model) for model in self.backends), resource=self.resource
         )
@@ -109,12 +123,16 @@ class Improver:
         return await _Question(self, wanted, account).answered()
 
     def means(self, asking: Asking, account: Account) -> Means:
+        offers = self._offers(asking)
+        price = self._flow.price(account.client.name) / (offers[0].cost or 1.0)
         return Means(
-            offers=self._offers(asking),
+            offers=offers,
             resource=self.resource,
             left=account.left().get(self.resource, math.inf),
+            more_to_come=True,
             max_samples=self.max_samples,
-            price=self.worth,
+            price=self.worth or price,
+            past=self._flow.past if self.policy.pooled else (),
             learnt=self._learnt,
         )
 
@@ -125,6 +143,11 @@ class Improver:
             most = backend.upper(asking).of(self.resource) or 0.0
             found.append(Offer(model=model, cost=total / number if number else most / 2))
         return tuple(found)
+
+    def answered(self, asked: Asked, account: Account) -> None:
+        """For those that come later."""
+        if self.policy.pooled:
+            self._flow.note(account.client.name, asked)
 
     def note(self, model: str, cost: float, number: int) -> None:
         total, before = self.expected.get(model, (0.0, 0))
@@ -149,6 +172,7 @@ class _Question:
         self._failure: Refused | None = None
 
     async def answered(self) -> tuple[dict[str, Any], Told]:
+        await self._let_read()
         means = self._improver.means(self._base, self._account)
         drawing = Drawing(self._improver.policy, [self._asked], means)
         while batch := drawing.next(1):
@@ -159,6 +183,7 @@ class _Question:
         chosen = self._first_of(said)
         if chosen is None:
             raise self._failure or Refused(502, f"there is no answer: {finish.reason}")
+        self._improver.answered(self._asked, self._account)
         told = Told(
             policy=self._improver.name,
             model=chosen.model,
@@ -171,6 +196,20 @@ class _Question:
             left=self._account.left(),
         )
         return self._shaped(said.text or chosen.text, chosen, told), told
+
+    async def _let_read(self) -> None:
+        """Where the policy has a model of its own. Raises Refused."""
+        policy, prompts = self._improver.policy, [self._asked.prompt]
+        if not isinstance(policy, ReadsQuestions) or (most := policy.reading(prompts)) == Cost():
+            return
+        hold, took, cost = self._account.hold(most), AddingUp(), most
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._improver.readers, policy.read, prompts, took)
+            cost = took.cost
+        finally:
+            self._cost += cost
+            hold.settle(cost)
 
     async def _draw(self, drawing: Drawing, asked: Asked, draw: Draw) -> None:
         backend = self._improver.backends[draw.model]

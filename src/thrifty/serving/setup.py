@@ -135,6 +135,7 @@ def improver(
     metrics: ServeMetrics,
 ) -> Improver | None:
     """What answers by the policy; None where the policy is to hand on."""
+    most = at_least("--max-samples", options.max_samples, 1)
     form = None if options.answer == "none" else answer_form_named(options.answer)
     reward = None if options.reward is None else reward_named(options.reward)
     fit_on = read_outcomes(options.fit) if options.fit else []
@@ -145,6 +146,8 @@ def improver(
         policy = resolve("policy", spec)
         say(f"policy: {spec} ({why})")
     if name_of(policy) == "first":
+        if options.samples is not None:
+            raise ValueError("handed on, a request is one sample\nhint: --policy marginal")
         return None
     if policy.needs == "rewards" and reward is None:
         raise ValueError(
@@ -167,8 +170,9 @@ def improver(
         reward=judged.function,
         worth=options.worth,
         fit_on=fit_on,
+        mean_samples=options.samples,
         backends={backend.model: backend for backend in judged.backends},
-        max_samples=at_least("--max-samples", options.max_samples, 1),
+        max_samples=most,
         knows_flops=all(tariff.shape is not None for tariff in tariffs),
         resource="dollars" if priced else "tokens",
         metrics=metrics,
@@ -265,6 +269,9 @@ def greeting(
     lines = [f"serving http://{host}:{listening.getsockname()[1]}/v1"]
     for upstream in upstreams:
         lines.append(f"  asks {upstream.url}" + (f", {upstream.model}" if upstream.model else ""))
+    if options.policy not in ("first", "auto"):  # the choice of auto was told before
+        mean = "" if options.samples is None else f", {options.samples:g} on average"
+        lines.append(f"  answers by {options.policy}, up to {options.max_samples} samples{mean}")
     for account in budgets.accounts[:10]:
         left = account.left()
         shown = ", ".join(quantities.FORMATS[name](amount) for name, amount in left.items())

@@ -11,17 +11,36 @@ if TYPE_CHECKING:
     from thrifty.costs.operations import Adapter
 
 
-def with_adapter(model: Any, targets: Sequence[str], rank: int, alpha: float, seed: int) -> Any:
-    """``model`` itself, its weights frozen and LoRA adapters on the linears named ``targets``.
+def with_adapter(
+    model: Any,
+    targets: Sequence[str],
+    rank: int,
+    alpha: float,
+    seed: int,
+    layers: Sequence[int] | None = None,
+) -> Any:
+    """``model`` itself, its weights frozen and LoRA adapters on the linears named ``targets``, of
+    all decoder layers or of those with these places.
 
     Raises ValueError where there are none of these names.
     """
     from peft import LoraConfig
 
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=list(targets), task_type="CAUSAL_LM"
-    )
+    places: dict[str, Any] = {"target_modules": list(targets), "task_type": "CAUSAL_LM"}
+    if layers is not None:
+        places |= {"layers_to_transform": list(layers), "layers_pattern": _layers_name(model)}
+    config = LoraConfig(**places, r=rank, lora_alpha=alpha)
     return adapted(model, config, seed)
+
+
+def _layers_name(model: Any) -> str:
+    """Of the list of decoder layers: by itself PEFT would count the innermost list, of experts,
+    say."""
+    from thrifty.signals.models import layers_of
+
+    layers = layers_of(model)
+    name = next(name for name, module in model.named_modules() if module is layers)
+    return name.rpartition(".")[2]
 
 
 def adapted(model: Any, config: Any, seed: int) -> Any:

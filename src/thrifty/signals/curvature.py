@@ -157,12 +157,7 @@ def ridge(features: Any, directions: Any, damping: float) -> Any:
 
 def adapter_sizes(shape: ModelShape, adapter: Adapter) -> list[tuple[int, int]]:
     """Of the matrices of a LoRA adapter."""
-    linears = [
-        linear
-        for index in range(shape.num_layers)
-        for linear in shape.linears_of(index)
-        if adapter.adapts(shape, linear)
-    ]
+    linears = adapter.linears(shape)
     down = [(adapter.rank, linear.in_features) for linear in linears]
     return down + [(linear.out_features, adapter.rank) for linear in linears]
 

@@ -32,10 +32,11 @@ def row_vectors(
 
     vectors: dict[int, NDArray[np.float32]] = {}
     lengths = [len(example.input_ids) for example in examples]
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def visit(batch: list[int], ids: Any, keep: Any) -> None:
         meter.tick(Cost(flops=score_flops(shape, *ids.shape, logits=False)))
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
+        hidden = inner.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
         place = torch.arange(1, ids.shape[1] + 1, device=ids.device, dtype=torch.float32)
         ends = torch.tensor([lengths[i] for i in batch], device=ids.device)
         weights = place * (place <= ends[:, None])

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import Meter, Tokens
@@ -33,6 +33,10 @@ from thrifty.data.packing import padded_batches
 from thrifty.signals.forward import next_token_losses, padded
 from thrifty.signals.pack_layout import PackLayout
 from thrifty.signals.seen import Seen, gradient_of, is_cheaper_by_tokens, sides, wide
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 BATCH_TOKENS = 2048
 """Padded tokens of a batch, one example at least."""
@@ -291,15 +295,20 @@ def each_batch(
     examples: Sequence[Tokens],
     meter: Meter,
     flops: Callable[[int, int], float],
+    known: NDArray[np.bool_] | None = None,
 ) -> Iterator[tuple[list[int], BatchGradients]]:
     """Places in ``examples`` and their gradients, a padded batch of like lengths at a time.
 
-    ``flops``: of rows and their padded length, what a batch takes; ticked before it.
+    ``flops``: of rows and their padded length, what a batch takes; ticked before it. ``known``: of
+    which examples nothing is asked; batches of them alone are left out, and the others are the same
+    as ever, so that what goes on ends in the same bits.
     """
     lengths = [len(example.input_ids) for example in examples]
     device = next(model.parameters()).device
     with ExampleGradients(model, wanted) as gradients:
         for batch in padded_batches(lengths, max(BATCH_TOKENS, max(lengths, default=1))):
+            if known is not None and known[batch].all():
+                continue
             ids, keep = padded([examples[i] for i in batch], device)
             meter.tick(Cost(flops=flops(*ids.shape)))
             yield batch, gradients.of(ids, keep)
@@ -347,7 +356,8 @@ def _begin(_module: Any, _args: Any, output: Any) -> Any:
 
     if output.requires_grad or not torch.is_grad_enabled():
         return output
-    return output.detach().requires_grad_()
+    # No leaf, to which an adapter could not add in place.
+    return output.detach().requires_grad_().clone()
 
 
 def _no_infinity(found: Any) -> Any:

@@ -23,6 +23,7 @@ from thrifty.costs.shape import read_shape
 from thrifty.costs.time import forward_seconds
 from thrifty.data.packing import padded_batches
 from thrifty.signals.models import locate
+from thrifty.signals.sharded import without_gradients
 
 if TYPE_CHECKING:
     from thrifty.costs.shape import ModelShape
@@ -192,13 +193,12 @@ def each_batch(
     """``visit(places, ids, keep)`` a padded batch of examples of like lengths at a time, without
     gradients and in evaluation mode: ids ``[batch, sequence]``, and which of the tokens after the
     first carry loss ``[batch, sequence - 1]``. ``share``: of so many the number whose batches."""
-    import torch
 
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with without_gradients(model):
             lengths = [len(e.input_ids) for e in examples]
             number, of = share
             for batch in _batches(shape, lengths, max_tokens)[number::of]:
@@ -219,6 +219,14 @@ def losses_flops(
         forward_flops(shape, len(batch), lengths[batch[0]])
         for batch in _batches(shape, lengths, max_tokens)[number::of]
     )
+
+
+def num_passes(
+    shape: ModelShape, lengths: Sequence[int], max_tokens: int | None, share: tuple[int, int]
+) -> int:
+    """That ``example_losses`` makes over examples of these lengths."""
+    number, of = share
+    return len(_batches(shape, lengths, max_tokens)[number::of])
 
 
 def _batches(shape: ModelShape, lengths: Sequence[int], max_tokens: int | None) -> list[list[int]]:

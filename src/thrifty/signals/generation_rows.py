@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.random import Generator
 from numpy.typing import NDArray
 
 from thrifty.signals.next_token import log_probability, pick, shares
+
+if TYPE_CHECKING:
+    from numpy.random import Generator
 
 Prompt = Sequence[int] | NDArray[np.integer]
 

@@ -1,21 +1,13 @@
 """Examples' gradients in few dimensions, kept on disk for targets that are not known yet.
 
     store.json                    what they are the gradients of; written first
-    rows-000000000000-4096.bin    id, fingerprint, scale and codes of each row of a shard; whole or
-                                  not at all
-    x_j  ~  scale * code_j,       code: float16, an 8-bit integer, or a sign in one bit
+    rows-000000000000-4096.bin    records of a shard's rows (``gradient_records.py``); whole or not
+                                  at all
+    .rows-...                     of a shard that is being written, as far as it has come
 
-The scale is a row's own: its largest element for 16 and 8 bits (absmax, QLESS, arXiv:2502.01703),
-|x| / sqrt(d) for a sign, so that the norm is kept. QLESS quantises the target's gradient as well;
-here it stays as it is. A row that is not finite has a scale of NaN, and so has all that is worked
-out with it, and nothing else.
-
-Measured, LoRA of a small model, 512 to 2,048 numbers a row: the order of scores agrees with that of
-exact ones (Spearman) to 1.0 for 16 bits, .9997 for 8, and .69 to .90 for one, where the best fifth
-shares 60 to 83% of its rows.
-
-Rows are files mapped to memory and read some at a time, in any order. A killed scoring goes on at
-the shard. A store of another model, pool, seed or setting is refused.
+Rows are files mapped to memory and read some at a time, in any order; each is compared with its
+seal once a process, before it is used. A killed scoring goes on at the batch: what the shard's file
+was to be made of lies beside it. A store of another model, pool, seed or setting is refused.
 
 Limits: one run at a time should write to a store; two waste work, but no file is torn.
 """
@@ -24,38 +16,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
+from thrifty.core import sums
 from thrifty.core.contracts import Pool, Rows
-from thrifty.core.durable import rename_durably, write_atomically
+from thrifty.core.durable import rename_durably
+from thrifty.signals.gradient_records import are_whole, decoded, prints_of, record, sealed_records
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "store.json"
-BITS = (16, 8, 1)
 CHUNK = 2**22
 """Elements of rows that are unpacked at a time."""
-
-
-def record(dimensions: int, bits: int) -> np.dtype[np.void]:
-    """A row as it lies in a file. Raises ValueError for bits that there are not."""
-    if bits not in BITS:
-        raise ValueError(f"gradients are not kept in {bits} bits\nhint: 16, 8 or 1")
-    codes = {16: ("<f2", dimensions), 8: ("i1", dimensions), 1: ("u1", -(-dimensions // 8))}[bits]
-    fields = [
-        ("id", "<i8"),
-        ("fingerprint", "V16"),
-        ("scale", "<f4"),
-        ("codes", codes[0], codes[1]),
-    ]
-    return np.dtype(fields)
 
 
 def store_bytes(num_rows: int, dimensions: int, bits: int) -> int:
@@ -86,7 +67,9 @@ class GradientStore:
         path = folder / MANIFEST
         if path.is_file():
             _check(path, wanted)
-        elif folder.is_dir() and any(each.name[0] != "." for each in folder.iterdir()):
+        elif folder.is_dir() and any(
+            each.name[0] != "." and each.name != sums.NAME for each in folder.iterdir()
+        ):
             raise ValueError(
                 f"{str(folder)!r} holds other files and is no store of gradients\n"
                 "hint: name a folder that is empty or not there yet"
@@ -100,12 +83,17 @@ class GradientStore:
                 "hint: fewer bits (8 or 1), fewer dimensions, or another disk"
             )
         if not path.is_file():
-            write_atomically(path, json.dumps(wanted, indent=1))
+            sums.write(path, json.dumps(wanted, indent=1))
         return store
 
     @property
     def num_rows(self) -> int:
         return sum(int(file.stem.rpartition("-")[2]) for file in self._files())
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it holds gradients, be it of a shard that is not whole."""
+        return any(self.folder.glob("*rows-*.bin*"))
 
     @property
     def num_not_finite(self) -> int:
@@ -124,28 +112,15 @@ class GradientStore:
         self._part(rows)
         return True
 
-    def add(self, rows: Rows, features: NDArray[np.floating]) -> None:
-        """``features`` [n, dimensions] of a shard's rows; those that are there already stay."""
-        file = self._file(rows)
-        if file.is_file():
-            return
-        assert features.shape == (len(rows), self.dimensions)
-        written = np.empty(len(rows), dtype=record(self.dimensions, self.bits))
-        written["id"] = rows.ids
-        written["fingerprint"] = _fingerprints(rows)
-        for some in _chunks(len(rows), self.dimensions):
-            written["scale"][some], written["codes"][some] = _encoded(features[some], self.bits)
-        aside = file.with_name(f".{file.name}.{os.getpid()}")
-        written.tofile(aside)
-        rename_durably(aside, file)
-        for remains in self.folder.glob(f".{file.name}.*"):  # of a writing that was killed
-            remains.unlink(missing_ok=True)
+    def writing(self, rows: Rows) -> ShardWriting:
+        """Of a shard that it does not hold, from what an earlier writing left of it."""
+        return ShardWriting(self, rows, self._file(rows))
 
     def features(self, rows: Rows) -> Iterator[tuple[slice, NDArray[np.float32]]]:
         """Some rows of a shard at a time: which, and their features [n, dimensions]."""
         part = self._part(rows)
         for some in _chunks(len(part), self.dimensions):
-            yield some, _decoded(part["scale"][some], part["codes"][some], self)
+            yield some, decoded(part[some], self.dimensions, self.bits)
 
     def products(
         self, rows: Rows, directions: NDArray[np.float32], *, cosine: bool = False
@@ -176,7 +151,7 @@ class GradientStore:
         file = self._file(rows)
         part = self._mapped(file)
         same = len(part) == len(rows) and np.array_equal(part["id"], rows.ids)
-        if not same or not np.array_equal(part["fingerprint"], _fingerprints(rows)):
+        if not same or not np.array_equal(part["fingerprint"], prints_of(rows.fingerprints)):
             raise ValueError(
                 f"{str(file)!r} holds other rows than the pool's\n"
                 "hint: give the pool a store of its own, or delete this one"
@@ -184,10 +159,101 @@ class GradientStore:
         return part
 
     def _mapped(self, file: Path) -> NDArray[np.void]:
+        """Raises ValueError where a row is not as it was written."""
         kind = record(self.dimensions, self.bits)
-        if file.stat().st_size % kind.itemsize or not file.stat().st_size:
-            raise ValueError(f"{str(file)!r} is damaged\nhint: delete it to compute it anew")
+        for fault in _faults(file, kind):
+            raise ValueError(f"{fault}\nhint: delete it to compute it anew")
         return np.memmap(file, dtype=kind, mode="r")
+
+
+class ShardWriting:
+    """A shard's rows on their way into a store, some at a time and in any order."""
+
+    def __init__(self, store: GradientStore, rows: Rows, file: Path) -> None:
+        self._file, self._rows, self._bits = file, rows, store.bits
+        self._prints = prints_of(rows.fingerprints)
+        self._records = np.empty(len(rows), dtype=record(store.dimensions, store.bits))
+        self.there = np.zeros(len(rows), dtype=bool)
+        """[n]: of which rows the gradients are known."""
+        self._aside = self._new_name()
+        left = list(file.parent.glob(f".{file.name}.*"))
+        for each in left:
+            with suppress(FileNotFoundError):  # another run has taken it over
+                self._take_over(each)
+        if self.there.any():
+            self._append(self._records[self.there])
+        for each in left:
+            each.unlink(missing_ok=True)
+
+    def add(self, places: Sequence[int], features: NDArray[np.floating]) -> None:
+        """``features`` [n, dimensions] of the rows at ``places``."""
+        chosen = np.asarray(places)
+        made = sealed_records(self._rows.ids[chosen], self._prints[chosen], features, self._bits)
+        self._append(made)
+        self._records[chosen], self.there[chosen] = made, True
+
+    def finish(self) -> None:
+        """Give the shard its file, once all rows are there; one that is there already stays."""
+        assert self.there.all()
+        if not self._file.is_file():
+            whole = self._new_name()
+            self._records.tofile(whole)
+            rename_durably(whole, self._file)
+        self._aside.unlink(missing_ok=True)
+
+    def _new_name(self) -> Path:
+        return self._file.with_name(f".{self._file.name}.{uuid4().hex}")
+
+    def _append(self, records: NDArray[np.void]) -> None:
+        """Not synced: a process that is killed loses nothing of it, a power cut what seals tell."""
+        with self._aside.open("ab") as stream:
+            stream.write(records.tobytes())
+
+    def _take_over(self, left: Path) -> None:
+        """Rows that a killed writing left whole."""
+        kind = self._records.dtype
+        data = left.read_bytes()
+        found = np.frombuffer(data, dtype=kind, count=len(data) // kind.itemsize)
+        found = found[are_whole(found)]
+        order = np.argsort(self._rows.ids)
+        places = order[np.searchsorted(self._rows.ids, found["id"], sorter=order) % len(order)]
+        same = (self._rows.ids[places] == found["id"]) & (
+            self._prints[places] == found["fingerprint"]
+        )
+        self._records[places[same]], self.there[places[same]] = found[same], True
+
+
+def faults(folder: Path) -> Iterator[str]:
+    """What is wrong with the files of a store, in words, whoever made it."""
+    told = list(sums.faults(folder))
+    yield from told
+    if told:
+        return  # how rows lie in their files is not known
+    made_of = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if made_of["format"] != FORMAT:
+        yield f"{str(folder)!r} is of another version: format {made_of['format']}, not {FORMAT}"
+        return
+    kind = record(made_of["dimensions"], made_of["bits"])
+    for file in sorted(folder.glob("rows-*.bin")):
+        yield from _faults(file, kind)
+
+
+def _faults(file: Path, kind: np.dtype[np.void]) -> Iterator[str]:
+    seen = file.stat()
+    if not seen.st_size or seen.st_size % kind.itemsize:
+        yield f"{str(file)!r} is damaged: it is cut off"
+        return
+    places = _broken(file, kind, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
+    if places:
+        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        yield f"{str(file)!r} is damaged: row {places[0]} of it{more} is not as it was written"
+
+
+@lru_cache(maxsize=1 << 16)
+def _broken(file: Path, kind: np.dtype[np.void], *as_it_lies: int) -> tuple[int, ...]:
+    """Places of rows that are not as they were written; looked for once a process."""
+    records = np.memmap(file, dtype=kind, mode="r")
+    return tuple(np.flatnonzero(~are_whole(records)).tolist())
 
 
 def pool_identity(pool: Pool) -> tuple[str, int]:
@@ -214,6 +280,7 @@ def model_identity(model: Any) -> str:
 
 
 def _check(path: Path, wanted: Mapping[str, Any]) -> None:
+    sums.check(path, f"delete {str(path.parent)!r} to compute it anew")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         differing = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
@@ -236,37 +303,6 @@ def _short(value: Any) -> str:
     return f"{value[:12]}..." if isinstance(value, str) and len(value) > 40 else str(value)
 
 
-def _fingerprints(rows: Rows) -> NDArray[np.void]:
-    return np.array([np.void(each) for each in rows.fingerprints], dtype="V16")
-
-
 def _chunks(num_rows: int, dimensions: int) -> Iterator[slice]:
     size = max(1, CHUNK // dimensions)
     return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
-
-
-def _encoded(features: NDArray[np.floating], bits: int) -> tuple[Any, Any]:
-    """Scales [n] and codes [n, ...]."""
-    x = np.asarray(features, dtype=np.float32)
-    finite = np.asarray(np.isfinite(x).all(axis=1))
-    x = np.where(finite[:, None], x, np.float32(0))
-    largest = np.abs(x).max(axis=1)
-    unit = x / np.where(largest > 0, largest, 1)[:, None]  # also of the smallest numbers
-    if bits == 16:
-        scale, codes = largest, unit.astype("<f2")
-    elif bits == 8:
-        scale, codes = largest / np.float32(127), np.rint(unit * 127).astype("i1")
-    else:
-        norms = np.linalg.norm(unit, axis=1) * largest
-        scale, codes = norms / np.sqrt(x.shape[1]), np.packbits(x > 0, axis=1)
-    return np.where(finite, scale, np.nan), codes
-
-
-def _decoded(scale: Any, codes: Any, store: GradientStore) -> NDArray[np.float32]:
-    if store.bits == 1:
-        ones = np.unpackbits(codes, axis=1, count=store.dimensions)
-        values = ones.astype(np.float32) * 2 - 1
-    else:
-        values = codes.astype(np.float32)
-    found: NDArray[np.float32] = values * np.asarray(scale)[:, None]
-    return found

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from thrifty.core.budget import Cost, PoolStats
 from thrifty.core.contracts import Work
+from thrifty.costs.adapted import FORMS
 from thrifty.costs.flops import gradient_score_flops, step_flops
 from thrifty.costs.operations import Adapter
 from thrifty.costs.setting import MemorySetting
@@ -20,20 +21,28 @@ if TYPE_CHECKING:
 
 
 def last_layers_weights(model: Any, num_layers: int) -> list[Any]:
-    """Of the last ``num_layers`` decoder layers; of the whole model for 0.
+    """Of the last ``num_layers`` decoder layers; of the whole model for 0. Those that DoRA scales
+    rows by are left out: they are given no tokens.
 
     Raises ValueError for a model without that many.
     """
     if not num_layers:
-        return [weight for weight in model.parameters() if weight.is_floating_point()]
+        return _with_tokens(model)
     layers = layers_of(model)
     if len(layers) < num_layers:
         raise ValueError(
             f"{type(model).__name__} has {len(layers)} layers, not {num_layers}\n"
             "hint: ask for fewer"
         )
-    chosen = list(layers)[-num_layers:]
-    return [w for layer in chosen for w in layer.parameters() if w.is_floating_point()]
+    return [weight for layer in list(layers)[-num_layers:] for weight in _with_tokens(layer)]
+
+
+def _with_tokens(module: Any) -> list[Any]:
+    return [
+        weight
+        for name, weight in module.named_parameters()
+        if weight.is_floating_point() and "lora_magnitude_vector" not in name
+    ]
 
 
 def last_layers_flops(shape: ModelShape, num_layers: int) -> Callable[[int, int], float]:
@@ -52,6 +61,28 @@ def last_layers_cost(work: Work, stats: PoolStats, num_layers: int, model: str =
     elements = sum(shape.layer_parameters(index) for index in indices)
     setting = MemorySetting(only_layers=frozenset(indices))
     return gradients_cost(work, stats, setting, elements, model)
+
+
+def last_layers_elements(shape: ModelShape, num_layers: int) -> int:
+    """Of the last layers' weights, those of an adapter on them included."""
+    indices = _last(shape, num_layers)
+    own = sum(shape.layer_parameters(index) for index in indices)
+    if shape.adapter is None:
+        return own
+    layers = tuple(set(indices).intersection(shape.adapter.layers or indices))
+    return own + replace(shape.adapter, layers=layers).num_parameters(shape)
+
+
+def norms_flops(shape: ModelShape, num_layers: int, length: int) -> float:
+    """Of the squared norm of an example's gradient over the last layers
+    (``BatchGradients.squared_norms``): of each matrix tokens with tokens, or it is formed again."""
+    matrices = []
+    for linear in (each for index in _last(shape, num_layers) for each in shape.linears_of(index)):
+        matrices.append((linear.in_features, linear.out_features))
+        worn = shape.adapter
+        if worn is not None and worn.adapts(shape, linear):
+            matrices += FORMS[worn.unfrozen.form].matrices(linear, worn.rank)
+    return sum(2.0 * length * min(length * (m + n), m * n) for m, n in matrices)
 
 
 # -- of a model in training -----------------------------------------------------------------------

@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import Meter, Models, Pool, Rows, Tokens, Work
 from thrifty.core.ranges import check_ranges
-from thrifty.costs.operations import Adapter
 from thrifty.signals.beside import Beside, decompositions_cost
 from thrifty.signals.curvature import Sizes, adapter_sizes, num_elements
 from thrifty.signals.example_gradients import BatchGradients
@@ -88,7 +87,8 @@ class InfluenceScorer(WarmedUp):
         return range(0 if self.every_checkpoint else self.epochs - 1, self.epochs)
 
     def cost(self, work: Work) -> Cost:
-        sizes = adapter_sizes(shape_of(work, self.model), Adapter(rank=self.rank))
+        shape = shape_of(work, self.model)
+        sizes = adapter_sizes(shape, self.adapter(shape))
         sample = work.pool.part(min(1.0, self.max_curvature_rows / max(work.pool.num_examples, 1)))
         curving = self.curving(sizes, sample.num_examples, len(work.targets))
         each = decompositions_cost(work, curving.once)
@@ -103,7 +103,8 @@ class InfluenceScorer(WarmedUp):
         return replace(total, peak_memory_bytes=total.peak_memory_bytes + held)
 
     def _pass_cost(self, work: Work, stats: Any, beside: Beside) -> Cost:
-        return features_cost(work, stats, self.rank, self.model, beside)
+        adapter = self.adapter(shape_of(work, self.model))
+        return features_cost(work, stats, adapter, self.model, beside)
 
     def prepare(
         self, pool: Pool, targets: Mapping[str, Rows], models: Models, meter: Meter

@@ -80,7 +80,8 @@ class PassMeter:
     def _forward_flops(self, batch: int, sequence: int) -> float:
         if self._shape is None:
             return 2.0 * self._num_parameters * batch * sequence
-        return forward_flops(self._shape, batch, sequence)
+        adapter = self.setting.adapter if self.setting else self._adapter
+        return forward_flops(self._shape.under(adapter), batch, sequence)
 
     def add(self, used: Cost) -> None:
         """What a pass took beside what its shapes tell."""

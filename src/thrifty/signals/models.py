@@ -212,12 +212,17 @@ class ModelInTraining:
         return rows.tokens  # type: ignore[no-any-return]
 
 
-def load_model(folder: Path, dtype: str, device: str, quantization: Any = None) -> Any:
+def load_model(
+    folder: Path, dtype: str, device: str, quantization: Any = None, shards: int = 1
+) -> Any:
     """A ``transformers`` causal LM from safetensors, on ``device``; ``quantization``: the library's
-    configuration of how its linears are stored in few bits as they are read."""
+    configuration of how its linears are stored in few bits as they are read; ``shards``: ranks that
+    call this together and have a part of each weight."""
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+
+    from thrifty.signals.sharded import cut_over, save_tied_once
 
     check_index(folder)
     check_no_adapter(folder)
@@ -236,13 +241,16 @@ def load_model(folder: Path, dtype: str, device: str, quantization: Any = None) 
             local_files_only=True,
             quantization_config=quantization,
             device_map=None if quantization is None else {"": device},
+            distributed_config=cut_over(folder, shards) if shards > 1 else None,
         )
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"the weights in {folder} cannot be loaded: {error}\n"
             "hint: are the files complete, and of the architecture that config.json names?"
         ) from None
-    return model.to(device) if quantization is None else model
+    if shards > 1:
+        save_tied_once(model)
+    return model.to(device) if quantization is None and shards == 1 else model
 
 
 def layers_of(model: Any) -> Any:

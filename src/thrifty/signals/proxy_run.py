@@ -68,7 +68,9 @@ def proxy_run(
             parameter.requires_grad_(parameter.is_floating_point())
     else:
         targets = adapter.targets or shape.lora_targets
-        copied = with_adapter(sharing_copy(model), targets, adapter.rank, 2.0 * adapter.rank, seed)
+        alpha = 2.0 * adapter.rank
+        shared = sharing_copy(model)
+        copied = with_adapter(shared, targets, adapter.rank, alpha, seed, adapter.layers)
         copied.train()
     trained = [parameter for parameter in copied.parameters() if parameter.requires_grad]
     device = trained[0].device

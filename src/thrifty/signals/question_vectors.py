@@ -14,12 +14,14 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from thrifty.core.budget import Cost
+from thrifty.core.given import AddingUp, Meter
 from thrifty.signals.ngrams import hashed_ngrams
 
 Arrays = dict[str, NDArray[Any]]
@@ -65,7 +67,8 @@ def _raw(texts: Sequence[str], learnt: Mapping[str, NDArray[Any]], embedding: st
     texts = [_readable(text) for text in texts]
     form = np.array([_form(text) for text in texts])
     if embedding:
-        about = _sentence_model(embedding).vectors(texts, _Unmetered())
+        by_text = read_by_model(texts, embedding, AddingUp())  # kept, where they were read before
+        about = np.array([by_text[text] for text in texts])
     else:
         about = _weighed(_counted(texts), learnt["idf"]) @ learnt["directions"]
     return np.hstack([about, form])
@@ -109,6 +112,44 @@ def _form(text: str) -> list[float]:
     ]
 
 
+# -- what a sentence-transformers model makes of them ---------------------------------------------
+
+
+KEPT = 50_000
+"""Questions whose vectors are kept: they are read once, and decided on twice or more."""
+_kept: dict[tuple[str, str], NDArray[np.float32]] = {}
+_one_at_a_time = Lock()
+
+
+def most_to_read(texts: Sequence[str], embedding: str) -> Cost:
+    """What ``read_by_model`` can take: each as long as the longest of them."""
+    unread = [text for text in _distinct(texts) if (embedding, text) not in _kept]
+    if not unread:
+        return Cost()
+    model = _sentence_model(embedding)
+    return Cost(flops=model.encoder.flops(len(unread), model.longest(unread)))
+
+
+def read_by_model(texts: Sequence[str], embedding: str, meter: Meter) -> Arrays:
+    """Text -> its vector, by the model in the folder ``embedding``, which reads those that are not
+    kept."""
+    with _one_at_a_time:
+        wanted = _distinct(texts)
+        found = {t: _kept[embedding, t] for t in wanted if (embedding, t) in _kept}
+        unread = [text for text in wanted if text not in found]
+        if unread:
+            made = _sentence_model(embedding).vectors(unread, meter)
+            found |= dict(zip(unread, made, strict=True))
+            _kept.update({(embedding, text): found[text] for text in unread})
+            for oldest in list(_kept)[: max(len(_kept) - KEPT, 0)]:
+                del _kept[oldest]
+    return found
+
+
+def _distinct(texts: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(_readable(text) for text in texts))
+
+
 @lru_cache(maxsize=1)
 def _sentence_model(folder: str) -> Any:
     """Raises ValueError where the folder holds none."""
@@ -120,10 +161,3 @@ def _sentence_model(folder: str) -> Any:
             "hint: one with modules.json in it, or no embedding"
         )
     return SentenceModel(Path(folder), "float32")
-
-
-class _Unmetered:
-    """A question's encoding is small beside its answer, and a policy has no meter."""
-
-    def tick(self, cost: Cost, *, steps: int = 0) -> None:
-        return None

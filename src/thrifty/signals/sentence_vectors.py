@@ -67,6 +67,11 @@ class SentenceModel(TextModel):
     def encoder(self) -> EncoderShape:
         return encoder_of(self.folder)
 
+    def longest(self, texts: Sequence[str]) -> int:
+        """Tokens of the longest text, as far as the model reads."""
+        ids = self.base().tokenize(list(texts)).get("input_ids")
+        return 0 if ids is None or ids.dim() != 2 else int(ids.shape[1])
+
     def vectors(self, texts: Sequence[str], meter: Meter) -> NDArray[np.float32]:
         """[n, width], each of unit length. Ticks ``meter`` with the FLOPs of every batch as
         padded."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,14 @@ from numpy.typing import NDArray
 from thrifty.core.budget import Cost, PoolStats
 from thrifty.core.contracts import Meter, Models, Pool, Rows, Scorer, Tokens, Work
 from thrifty.core.ranges import check_ranges
-from thrifty.signals.gradient_store import GradientStore, model_identity, pool_identity, record
+from thrifty.costs.operations import Adapter
+from thrifty.signals.forward import shape_of
+from thrifty.signals.gradient_records import record
+from thrifty.signals.gradient_store import GradientStore, model_identity, pool_identity
 from thrifty.signals.warm_up import WarmUp, features_cost, warm_up, warm_up_cost
+
+if TYPE_CHECKING:
+    from thrifty.costs.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +37,9 @@ class WarmedUp(Scorer):
     """Of the warm-up; a checkpoint each."""
     learning_rate: float = 1e-3
     rank: int = 8
+    layers: int = 0
+    """The adapter is on the last so many decoder layers, and the backward ends below them; 0: on
+    all."""
     max_target_rows: int = 128
     """Target rows whose gradients are averaged, the first so many."""
     seed: int = 0
@@ -48,12 +57,24 @@ class WarmedUp(Scorer):
             epochs=(1, inf),
             learning_rate=(0, 1),
             rank=(1, inf),
+            layers=(0, inf),
             max_target_rows=(1, inf),
             seed=(0, 2**32 - 1),
         )
 
+    def adapter(self, shape: ModelShape) -> Adapter:
+        """What the warm-up trains. Raises ValueError for more layers than there are."""
+        if self.layers > shape.num_layers:
+            raise ValueError(
+                f"{shape.model_type} has {shape.num_layers} layers, not {self.layers}\n"
+                "hint: ask for fewer, or for 0, which is all"
+            )
+        last = tuple(range(shape.num_layers))[-self.layers :]
+        return Adapter(rank=self.rank, layers=last if self.layers else None)
+
     def _warm_up_cost(self, work: Work) -> Cost:
-        return warm_up_cost(work, self.max_warmup_rows, self.epochs, self.rank, self.model)
+        adapter = self.adapter(shape_of(work, self.model))
+        return warm_up_cost(work, self.max_warmup_rows, self.epochs, adapter, self.model)
 
     def _shown_stats(self, work: Work) -> list[PoolStats]:
         """Of the targets' rows that are looked at."""
@@ -77,7 +98,7 @@ class WarmedUp(Scorer):
             max_rows=self.max_warmup_rows,
             epochs=self.epochs,
             learning_rate=self.learning_rate,
-            rank=self.rank,
+            adapter=self.adapter(own.shape),
             num_dimensions=num_dimensions,
             seed=self.seed,
             files=files,
@@ -108,13 +129,13 @@ class WarmScorer(WarmedUp):
 
     def cost(self, work: Work) -> Cost:
         """What is in the store is not paid for again; where it is another's, nothing is."""
-        warmed_up = self.store and all(file.is_file() for file in self._checkpoints)
-        total = Cost() if warmed_up else self._warm_up_cost(work)
+        total = Cost() if self._is_warm else self._warm_up_cost(work)
+        adapter = self.adapter(shape_of(work, self.model))
         for folder in self._folders:
             held = GradientStore(folder, self.dimensions, self.bits).num_rows if self.store else 0
             left = work.pool.part(max(0.0, 1 - held / max(work.pool.num_examples, 1)))
             for stats in (left, *self._shown_stats(work)):
-                total += features_cost(work, stats, self.rank, self.model)
+                total += features_cost(work, stats, adapter, self.model)
         return total
 
     @property
@@ -125,6 +146,11 @@ class WarmScorer(WarmedUp):
     @property
     def _checkpoints(self) -> list[Path]:
         return [folder / "adapter.safetensors" for folder in self._folders if self.store]
+
+    @property
+    def _is_warm(self) -> bool:
+        """Whether the warm-up lies in the store."""
+        return bool(self.store) and all(file.is_file() for file in self._checkpoints)
 
     def _stores(self, pool: Pool, own: Models) -> list[GradientStore]:
         """One a checkpoint. Raises ValueError where one is of something else."""
@@ -137,16 +163,23 @@ class WarmScorer(WarmedUp):
             "direction": "Adam's" if self.by_adam else "gradient",
             "seed": self.seed,
             "rank": self.rank,
+            "layers": self.layers,
             "epochs": self.epochs,
             "learning_rate": self.learning_rate,
             "max_warmup_rows": self.max_warmup_rows,
         }
-        return [
+        stores = [
             GradientStore.open(
                 folder, self.dimensions, self.bits, {**made_of, "checkpoint": number}, num_rows
             )
             for number, folder in enumerate(self._folders)
         ]
+        if any(store.has_begun for store in stores) and not self._is_warm:
+            raise ValueError(
+                f"{self.store!r} holds gradients of a warm-up that is no longer there\n"
+                "hint: delete it, and all is computed anew"
+            )
+        return stores
 
     def prepare(
         self, pool: Pool, targets: Mapping[str, Rows], models: Models, meter: Meter

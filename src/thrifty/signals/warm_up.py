@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from thrifty.core import sums
 from thrifty.core.budget import Cost, PoolStats
 from thrifty.core.contracts import Meter, Models, Pool, Rows, Tokens, Work
-from thrifty.core.durable import rename_durably
 from thrifty.costs.flops import train_flops
 from thrifty.costs.setting import Adapter, MemorySetting
 from thrifty.signals.adapters import adapter_weights
@@ -51,7 +51,7 @@ class Checkpoint:
     step: int
 
     def save(self, file: Path) -> None:
-        """As safetensors, whole or not at all."""
+        """As safetensors, whole or not at all, its hash beside it."""
         from safetensors.torch import save_file
 
         parts = {"weights": self.weights, "first": self.first, "second": self.second}
@@ -62,12 +62,14 @@ class Checkpoint:
         }
         aside = file.with_name(f".{file.name}.{os.getpid()}")
         save_file(tensors, aside, metadata={"step": str(self.step)})
-        rename_durably(aside, file)
+        sums.keep(aside, file)
 
     @classmethod
     def load(cls, file: Path, device: Any) -> Checkpoint:
+        """Raises ValueError where the file is not as it was written."""
         from safetensors import safe_open
 
+        sums.check(file, "delete the whole store; the warm-up and the gradients are made anew")
         with safe_open(file, "pt", device=str(device)) as kept:
             places = range(len(kept.keys()) // 3)
             weights, first, second = (
@@ -118,10 +120,16 @@ class WarmUp:
         return adapter_weights(self.model)
 
     def gradients(
-        self, examples: Sequence[Tokens], number: int, meter: Meter, beside: Beside = NOTHING
+        self,
+        examples: Sequence[Tokens],
+        number: int,
+        meter: Meter,
+        beside: Beside = NOTHING,
+        known: NDArray[np.bool_] | None = None,
     ) -> Iterator[tuple[list[int], BatchGradients]]:
         """Of the adapter at checkpoint ``number``: places in ``examples`` and their gradients, a
-        batch at a time. ``beside``: what is made of them, to be ticked too."""
+        batch at a time. ``beside``: what is made of them, to be ticked too; ``known``: as of
+        ``each_batch``."""
         import torch
 
         weights = self.weights
@@ -133,7 +141,7 @@ class WarmUp:
             own = train_flops(self.models.shape, rows, length, adapter=self.adapter)
             return own + beside.flops(rows, length)
 
-        return each_batch(self.model, weights, examples, meter, flops)
+        return each_batch(self.model, weights, examples, meter, flops, known)
 
     def features(
         self, examples: Sequence[Tokens], number: int, meter: Meter, *, adam: bool, unit: bool
@@ -141,10 +149,25 @@ class WarmUp:
         """[n, num_dimensions]: sketches of the examples' gradients at checkpoint ``number``, or of
         Adam's directions; of unit length if asked for. An example without loss has zeros, one whose
         gradient is not finite NaN."""
+        found = np.zeros((len(examples), self.sketch.num_dimensions), dtype=np.float32)
+        for batch, some in self._each(examples, number, meter, adam=adam, unit=unit):
+            found[batch] = some
+        return found
+
+    def _each(
+        self,
+        examples: Sequence[Tokens],
+        number: int,
+        meter: Meter,
+        *,
+        adam: bool,
+        unit: bool,
+        known: NDArray[np.bool_] | None = None,
+    ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+        """Places in ``examples`` and their features, a batch at a time."""
         import torch
 
-        found = np.zeros((len(examples), self.sketch.num_dimensions), dtype=np.float32)
-        for batch, gradients in self.gradients(examples, number, meter):
+        for batch, gradients in self.gradients(examples, number, meter, known=known):
             flat = gradients.flat()
             norms = flat.norm(dim=1, keepdim=True)
             if adam:
@@ -153,8 +176,7 @@ class WarmUp:
             if unit:
                 sketches = sketches / sketches.norm(dim=1, keepdim=True).clamp_min(1e-30)
             finite = sketches.isfinite().all(1, keepdim=True)
-            found[batch] = sketches.where(finite, torch.nan).float().cpu().numpy()
-        return found
+            yield batch, sketches.where(finite, torch.nan).float().cpu().numpy()
 
     def products(
         self,
@@ -167,14 +189,18 @@ class WarmUp:
         unit: bool,
     ) -> NDArray[np.float32]:
         """[n, m]: of rows' ``features`` with m directions, by way of the store where there is one:
-        what it holds is not computed again."""
+        what it holds is not computed again, what it lacks kept a batch at a time."""
         if not self.stores:
             tokens = self.models.tokens(shard)
             return self.features(tokens, number, meter, adam=adam, unit=unit) @ directions.T
         store = self.stores[number]
         if not store.holds(shard):
-            tokens = self.models.tokens(shard)
-            store.add(shard, self.features(tokens, number, meter, adam=adam, unit=False))
+            tokens, writing = self.models.tokens(shard), store.writing(shard)
+            for batch, some in self._each(
+                tokens, number, meter, adam=adam, unit=False, known=writing.there
+            ):
+                writing.add(batch, some)
+            writing.finish()
         return store.products(shard, directions, cosine=unit)
 
     def _adams(self, gradients: Any, checkpoint: Checkpoint) -> Any:
@@ -195,17 +221,16 @@ def warm_up(
     max_rows: int,
     epochs: int,
     learning_rate: float,
-    rank: int,
+    adapter: Adapter,
     num_dimensions: int,
     seed: int,
     files: Sequence[Path] = (),
 ) -> WarmUp:
-    """Train an adapter on every linear with ``max_rows`` of the pool, drawn at random.
+    """Train an adapter with ``max_rows`` of the pool, drawn at random.
 
     ``num_dimensions``: of its features; 0 where none are asked for. ``files``: where its
     checkpoints are, if they all are, or where to leave them.
     """
-    adapter = Adapter(rank=rank)
     if files and all(file.is_file() for file in files):
         device = next(models.base().parameters()).device
         kept = [Checkpoint.load(file, device) for file in files]
@@ -246,18 +271,17 @@ def _sketch(checkpoints: Sequence[Checkpoint], num_dimensions: int, seed: int) -
     return CountSketch(elements, num_dimensions, seed)
 
 
-def warm_up_cost(work: Work, max_rows: int, epochs: int, rank: int, model: str) -> Cost:
+def warm_up_cost(work: Work, max_rows: int, epochs: int, adapter: Adapter, model: str) -> Cost:
     """Predicted cost of ``warm_up``."""
     stats = work.pool.part(min(1.0, max_rows / max(work.pool.num_examples, 1)))
-    return proxy_run_cost(work, stats, epochs, model, Adapter(rank=rank))
+    return proxy_run_cost(work, stats, epochs, model, adapter)
 
 
 def features_cost(
-    work: Work, stats: PoolStats, rank: int, model: str, beside: Beside = NOTHING
+    work: Work, stats: PoolStats, adapter: Adapter, model: str, beside: Beside = NOTHING
 ) -> Cost:
     """Predicted cost of ``WarmUp.features``, or of ``WarmUp.gradients`` and what is made of them,
     of one checkpoint over rows like ``stats``."""
-    adapter = Adapter(rank=rank)
     elements = adapter.num_parameters(shape_of(work, model))
     cost = gradients_cost(work, stats, MemorySetting(adapter=adapter), elements, model)
     return cost + beside.cost(work, stats)

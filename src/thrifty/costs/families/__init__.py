@@ -113,9 +113,12 @@ def _text_part(config: Mapping[str, Any]) -> Config:
         model_type = TEXT_PARTS[model_type]
         config = {**text, "model_type": model_type}
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        what = f"model_type {model_type!r} is not supported" if model_type else "no model_type"
+        if not model_type:
+            raise ValueError(
+                "no model_type in the model's config\nhint: compare with the published config.json"
+            )
         raise ValueError(
-            f"{what} in the model's config\n"
+            f"model_type {model_type!r} is not supported in the model's config\n"
             "hint: `thrifty plan --measure` builds the model without weights and counts; with a "
             f"closed form are {', '.join(sorted(FAMILIES))}"
         )

@@ -6,7 +6,7 @@ has the most.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
@@ -47,7 +47,7 @@ class ChunkedMLP(ActivationMemory):
         return None
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(setting, mlp_chunk=self.tokens)
+        return setting.changed(mlp_chunk=self.tokens)
 
     def hold(self, model: Any) -> None:
         from thrifty.holding.chunked_mlp import run_in_slices

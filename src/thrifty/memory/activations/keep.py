@@ -14,6 +14,7 @@ class Keep(ActivationMemory):
 
     makes = "faster"
     runs = True
+    shards = True
     source = "the reference"
     worth = Worth(1.0, 0.0, "the same arithmetic")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from thrifty.core.contracts import ActivationMemory, Worth
@@ -24,7 +24,7 @@ class Offload(ActivationMemory):
         return "there is no other place to put them" if setting.device_kind == "cpu" else None
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(setting, offload=True)
+        return setting.changed(offload=True)
 
     def hold(self, model: Any) -> None:
         from thrifty.holding.host_activations import offload

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from thrifty.core.contracts import ActivationMemory, Worth
@@ -15,6 +15,7 @@ class Recompute(ActivationMemory):
 
     makes = "fit"
     runs = True
+    shards = True
     source = "arXiv:1604.06174"
     worth = Worth(1.0, 0.0, "the same arithmetic")
 
@@ -22,7 +23,7 @@ class Recompute(ActivationMemory):
         return "without a backward nothing is kept" if setting.zeroth_order else None
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(setting, recompute=1)
+        return setting.changed(recompute=1)
 
     def hold(self, model: Any) -> None:
         from thrifty.holding.recompute import recompute

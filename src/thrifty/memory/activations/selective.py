@@ -5,7 +5,7 @@ No product runs twice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from thrifty.core.contracts import ActivationMemory, Worth
@@ -18,6 +18,7 @@ class Selective(ActivationMemory):
 
     makes = "fit"
     runs = True
+    shards = True
     source = "arXiv:2205.05198"
     worth = Worth(1.0, 0.0, "the same arithmetic")
 
@@ -25,7 +26,7 @@ class Selective(ActivationMemory):
         return "without a backward nothing is kept" if setting.zeroth_order else None
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(setting, recompute=1, selective=True)
+        return setting.changed(recompute=1, selective=True)
 
     def hold(self, model: Any) -> None:
         from thrifty.holding.recompute import recompute

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
@@ -17,6 +17,7 @@ class Chunked(LossMemory):
 
     makes = "fit"
     runs = True
+    shards = True
     source = "arXiv:2411.09009"
     worth = Worth(1.0, 0.0, "the same arithmetic")
 
@@ -29,7 +30,7 @@ class Chunked(LossMemory):
         return "without a backward no logits are kept" if setting.zeroth_order else None
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(setting, loss_chunk=self.tokens)
+        return setting.changed(loss_chunk=self.tokens)
 
     def hold(self, model: Any) -> None:
         from thrifty.holding.chunked_loss import hold_few_logits

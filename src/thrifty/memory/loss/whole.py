@@ -14,6 +14,7 @@ class Whole(LossMemory):
 
     makes = "faster"
     runs = True
+    shards = True
     source = "the reference"
     worth = Worth(1.0, 0.0, "reference")
 

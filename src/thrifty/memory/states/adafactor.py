@@ -5,12 +5,22 @@ A float32 mean square a row and a column of each matrix; its step works in float
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from thrifty.core.contracts import OptimizerStates, Worth
 from thrifty.costs.setting import MemorySetting, States, needs_a_gradient
 from thrifty.costs.shape import ModelShape
+
+STATES = States(
+    name="adafactor",
+    edge=4.0,
+    vector=4.0,
+    step_largest=8.0,
+    step_casts=2.0,
+    moved=9.0,
+    cpu_factor=13.0,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,18 +36,7 @@ class Adafactor(OptimizerStates):
         return needs_a_gradient(setting)
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(
-            setting,
-            states=States(
-                name="adafactor",
-                edge=4.0,
-                vector=4.0,
-                step_largest=8.0,
-                step_casts=2.0,
-                moved=9.0,
-                cpu_factor=13.0,
-            ),
-        )
+        return setting.changed(states=STATES)
 
     def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape) -> Any:
         from transformers.optimization import Adafactor as Factored

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from thrifty.core.contracts import OptimizerStates, Worth
 from thrifty.costs.setting import MemorySetting, States, needs_a_gradient
 from thrifty.costs.shape import ModelShape
+
+STATES = States(
+    name="adalomo",
+    edge=4.0,
+    vector=4.0,
+    step_largest=8.0,
+    step_casts=1.0,
+    moved=9.0,
+    cpu_factor=13.0,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,19 +39,7 @@ class AdaLomo(OptimizerStates):
         return None if setting.adapter is None else "an adapter's gradients are small as they are"
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(
-            setting,
-            states=States(
-                name="adalomo",
-                edge=4.0,
-                vector=4.0,
-                step_largest=8.0,
-                step_casts=1.0,
-                moved=9.0,
-                cpu_factor=13.0,
-            ),
-            in_backward=True,
-        )
+        return setting.changed(states=STATES, in_backward=True)
 
     def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape) -> Any:
         from thrifty.holding import in_backward

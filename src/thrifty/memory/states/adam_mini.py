@@ -5,12 +5,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from thrifty.core.contracts import OptimizerStates, Worth
 from thrifty.costs.setting import MemorySetting, States, needs_a_gradient
 from thrifty.costs.shape import ModelShape
+
+STATES = States(
+    name="adam_mini",
+    relative=1.0,
+    edge=4.0,
+    step_largest=4.0,
+    step_casts=3.0,
+    moved=15.0,
+    cpu_factor=4.0,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,18 +36,7 @@ class AdamMini(OptimizerStates):
         return needs_a_gradient(setting)
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(
-            setting,
-            states=States(
-                name="adam_mini",
-                relative=1.0,
-                edge=4.0,
-                step_largest=4.0,
-                step_casts=3.0,
-                moved=15.0,
-                cpu_factor=4.0,
-            ),
-        )
+        return setting.changed(states=STATES)
 
     def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape) -> Any:
         from thrifty.holding import adam_mini

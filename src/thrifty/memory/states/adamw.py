@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from thrifty.core.contracts import OptimizerStates, Worth
@@ -16,6 +16,7 @@ class AdamW(OptimizerStates):
 
     makes = "faster"
     runs = True
+    shards = True
     source = "arXiv:1711.05101"
     worth = Worth(1.0, 0.0, "reference")
 
@@ -23,7 +24,7 @@ class AdamW(OptimizerStates):
         return needs_a_gradient(setting)
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(setting, states=ADAMW)
+        return setting.changed(states=ADAMW)
 
     def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape) -> Any:
         import torch

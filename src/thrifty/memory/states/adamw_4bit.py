@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from thrifty.core.contracts import OptimizerStates, Worth
 from thrifty.costs.setting import MemorySetting, States, needs_a_gradient
 from thrifty.costs.shape import ModelShape
+
+STATES = States(name="adamw_4bit", absolute=1.0625, vector=8.0, step_cpu=26.0, cpu_factor=70.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +26,7 @@ class AdamW4bit(OptimizerStates):
         return needs_a_gradient(setting)
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(
-            setting,
-            states=States(
-                name="adamw_4bit", absolute=1.0625, vector=8.0, step_cpu=26.0, cpu_factor=70.0
-            ),
-        )
+        return setting.changed(states=STATES)
 
     def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape) -> Any:
         from thrifty.holding.few_bit_states import adamw_4bit

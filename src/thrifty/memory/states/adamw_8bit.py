@@ -5,12 +5,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from thrifty.core.contracts import OptimizerStates, Worth
 from thrifty.costs.setting import MemorySetting, States, needs_a_gradient
 from thrifty.costs.shape import ModelShape
+
+STATES = States(
+    name="adamw_8bit",
+    absolute=2.03125,
+    wide_embedding=8.0,
+    step_cpu=20.0,
+    step_cpu_casts=1.0,
+    cpu_factor=35.0,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +36,7 @@ class AdamW8bit(OptimizerStates):
         return needs_a_gradient(setting)
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(
-            setting,
-            states=States(
-                name="adamw_8bit",
-                absolute=2.03125,
-                wide_embedding=8.0,
-                step_cpu=20.0,
-                step_cpu_casts=1.0,
-                cpu_factor=35.0,
-            ),
-        )
+        return setting.changed(states=STATES)
 
     def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape) -> Any:
         from thrifty.holding.few_bit_states import adamw_8bit

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from thrifty.core.contracts import OptimizerStates, Worth
 from thrifty.costs.setting import MemorySetting, States, needs_a_gradient
 from thrifty.costs.shape import ModelShape
+
+STATES = States(name="adamw_bf16", relative=2.0, step_casts=5.75, moved=105.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +31,7 @@ class AdamWBF16(OptimizerStates):
         return None if trained == "bfloat16" else f"weights in {trained} need no such rounding"
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(
-            setting, states=States(name="adamw_bf16", relative=2.0, step_casts=5.75, moved=105.0)
-        )
+        return setting.changed(states=STATES)
 
     def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape) -> Any:
         from thrifty.holding.adamw_rounded import RoundedAdamW

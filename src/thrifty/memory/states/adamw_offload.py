@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from thrifty.core.contracts import OptimizerStates, Worth
@@ -25,7 +25,7 @@ class AdamWOffload(OptimizerStates):
         return "there is no other place to put them" if setting.device_kind == "cpu" else None
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(setting, states=ADAMW, states_offloaded=True)
+        return setting.changed(states=ADAMW, states_offloaded=True)
 
     def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape) -> Any:
         from thrifty.holding.host_states import HostAdamW

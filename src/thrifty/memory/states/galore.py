@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
@@ -34,8 +34,7 @@ class GaLore(OptimizerStates):
         return needs_wide_matrices(setting, self.rank)
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(
-            setting,
+        return setting.changed(
             states=States(
                 name="galore",
                 relative=2.0,

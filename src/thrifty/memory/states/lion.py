@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from thrifty.core.contracts import OptimizerStates, Worth
 from thrifty.costs.setting import MemorySetting, States, needs_a_gradient
 from thrifty.costs.shape import ModelShape
+
+STATES = States(
+    name="lion",
+    relative=1.0,
+    step_largest=4.0,
+    step_casts=3.0,
+    moved=13.0,
+    cpu_factor=4.0,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,17 +33,7 @@ class Lion(OptimizerStates):
         return needs_a_gradient(setting)
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(
-            setting,
-            states=States(
-                name="lion",
-                relative=1.0,
-                step_largest=4.0,
-                step_casts=3.0,
-                moved=13.0,
-                cpu_factor=4.0,
-            ),
-        )
+        return setting.changed(states=STATES)
 
     def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape) -> Any:
         from thrifty.holding import lion

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from thrifty.core.contracts import OptimizerStates, Worth
 from thrifty.costs.setting import MemorySetting, States, needs_a_gradient
 from thrifty.costs.shape import ModelShape
+
+STATES = States(
+    name="lion_8bit",
+    absolute=1.015625,
+    wide_embedding=4.0,
+    step_cpu=20.0,
+    step_cpu_casts=1.0,
+    moved=4.0,
+    cpu_factor=20.0,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,18 +35,7 @@ class Lion8bit(OptimizerStates):
         return needs_a_gradient(setting)
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(
-            setting,
-            states=States(
-                name="lion_8bit",
-                absolute=1.015625,
-                wide_embedding=4.0,
-                step_cpu=20.0,
-                step_cpu_casts=1.0,
-                moved=4.0,
-                cpu_factor=20.0,
-            ),
-        )
+        return setting.changed(states=STATES)
 
     def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape) -> Any:
         from thrifty.holding.few_bit_states import lion_8bit

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from thrifty.core.contracts import OptimizerStates, Worth
 from thrifty.costs.setting import MemorySetting, States, needs_a_gradient
 from thrifty.costs.shape import ModelShape
+
+STATES = States(name="lomo", moved=3.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,7 @@ class LOMO(OptimizerStates):
         return None if setting.adapter is None else "an adapter's gradients are small as they are"
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(setting, states=States(name="lomo", moved=3.0), in_backward=True)
+        return setting.changed(states=STATES, in_backward=True)
 
     def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape) -> Any:
         from thrifty.holding import in_backward

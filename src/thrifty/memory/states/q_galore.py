@@ -6,7 +6,7 @@ else too: 2 (1 + 4/256) bytes. The paper's weights in 8 bits are not among this.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
@@ -50,8 +50,7 @@ class QGaLore(OptimizerStates):
         return needs_wide_matrices(setting, self.rank)
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(
-            setting,
+        return setting.changed(
             states=States(
                 name="q_galore",
                 absolute=2 * (1 + SCALE),

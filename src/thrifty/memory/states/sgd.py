@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from thrifty.core.contracts import OptimizerStates, Worth
 from thrifty.costs.setting import MemorySetting, States
 from thrifty.costs.shape import ModelShape
+
+STATES = States(name="sgd", step_casts=2.0, moved=5.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,7 @@ class SGD(OptimizerStates):
     worth = Worth(0.3, 0.2, "transformers need adaptive steps, arXiv:1912.03194")
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(setting, states=States(name="sgd", step_casts=2.0, moved=5.0))
+        return setting.changed(states=STATES)
 
     def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape) -> Any:
         from thrifty.holding import sgd

@@ -8,7 +8,7 @@ matrices keep while it trains, so that what is saved has zeros where ranks were 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
@@ -70,7 +70,7 @@ class AdaLoRA(Trainable):
         return Adapter(rank=self.rank, targets=self.targets or None, form="adalora")
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(setting, adapter=self._adapter, adapter_dtype="float32")
+        return setting.changed(adapter=self._adapter, adapter_dtype="float32")
 
     def prepare(self, model: Any, shape: ModelShape, seed: int) -> Any:
         from thrifty.holding.adalora import Ranks

@@ -14,6 +14,7 @@ class Full(Trainable):
 
     makes = "faster"
     runs = True
+    shards = True
     source = "the reference"
     worth = Worth(1.0, 0.0, "reference")
 

@@ -5,7 +5,7 @@ y = l * W x for keys and values, y = W (l * x) for the mlp's last linear; l begi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from thrifty.core.contracts import MemoryTechnique, Trainable, Worth
@@ -21,6 +21,7 @@ class IA3(Trainable):
     makes = "fit"
     searched = False
     runs = True
+    shards = True
     source = "arXiv:2205.05638"
     worth = Worth(0.2, 0.1, "made for a few dozen examples, arXiv:2205.05638; a guess beyond")
     learning_rate = 10.0  # arXiv:2205.05638 takes 3e-3
@@ -40,7 +41,7 @@ class IA3(Trainable):
         return Adapter(rank=1, targets=self.targets or None, form="ia3")
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(setting, adapter=self._adapter, adapter_dtype=self.adapter_dtype)
+        return setting.changed(adapter=self._adapter, adapter_dtype=self.adapter_dtype)
 
     def prepare(self, model: Any, shape: ModelShape, seed: int) -> Any:
         from thrifty.holding.adapters import with_adapter

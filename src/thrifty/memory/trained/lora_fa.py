@@ -17,6 +17,7 @@ class LoRAFA(LowRank):
     """LoRA of which one matrix alone is trained, so that no input is kept."""
 
     searched = False
+    shards = True
     source = "arXiv:2308.03303"
     worth = Worth(0.55, 0.15, "arXiv:2308.03303: LoRA less 0 to 1 points")
     learning_rate = 10.0  # arXiv:2308.03303 searches where LoRA does

@@ -8,7 +8,7 @@ sequences are all of one length, and a smaller micro-batch saves the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
@@ -39,7 +39,7 @@ class MeZO(Trainable):
         return None
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(setting, zeroth_order=True)
+        return setting.changed(zeroth_order=True)
 
     def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape, seed: int) -> Any:
         from thrifty.holding.zeroth_order import ZerothOrder

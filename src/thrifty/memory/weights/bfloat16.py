@@ -6,7 +6,7 @@ only read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ class BFloat16(WeightStorage):
 
     makes = "faster"
     runs = True
+    shards = True
     source = "arXiv:1905.12322"
     worth = Worth(1.0, 0.0, "read only, bf16 is what most models come in")
     worth_trained = Worth(0.9, 0.1, "plain bf16 lost 0.04 of 1.01 nats in a small run, docs/log.md")
@@ -28,9 +29,14 @@ class BFloat16(WeightStorage):
         return only_in_full(setting)
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(setting, dtype="bfloat16")
+        return setting.changed(dtype="bfloat16")
 
     def load(self, folder: Path, device: str) -> Any:
         from thrifty.signals.models import load_model
 
         return load_model(folder, "bfloat16", device)
+
+    def load_sharded(self, folder: Path, device: str, count: int) -> Any:
+        from thrifty.signals.models import load_model
+
+        return load_model(folder, "bfloat16", device, shards=count)

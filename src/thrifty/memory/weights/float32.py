@@ -5,7 +5,7 @@ The reference: every update counts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ class Float32(WeightStorage):
 
     makes = "faster"
     runs = True
+    shards = True
     source = "the reference"
     worth = Worth(1.0, 0.0, "reference")
 
@@ -26,9 +27,14 @@ class Float32(WeightStorage):
         return only_in_full(setting)
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(setting, dtype="float32")
+        return setting.changed(dtype="float32")
 
     def load(self, folder: Path, device: str) -> Any:
         from thrifty.signals.models import load_model
 
         return load_model(folder, "float32", device)
+
+    def load_sharded(self, folder: Path, device: str, count: int) -> Any:
+        from thrifty.signals.models import load_model
+
+        return load_model(folder, "float32", device, shards=count)

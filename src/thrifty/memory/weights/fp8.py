@@ -6,7 +6,7 @@ weight whole in bf16, so that it takes no hardware of its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class FP8(WeightStorage):
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         storage = Storage(name="fp8", bits=8.0, row_bytes=4.0)
-        return replace(setting, dtype="bfloat16", storage=storage)
+        return setting.changed(dtype="bfloat16", storage=storage)
 
     def load(self, folder: Path, device: str) -> Any:
         from thrifty.holding.float8 import load_float8

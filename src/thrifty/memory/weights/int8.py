@@ -5,7 +5,7 @@ W = CB * s / 127, one float32 s an output row; each use makes the weight whole i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Int8(WeightStorage):
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         storage = Storage(name="int8", bits=8.0, row_bytes=4.0)
-        return replace(setting, dtype="bfloat16", storage=storage)
+        return setting.changed(dtype="bfloat16", storage=storage)
 
     def load(self, folder: Path, device: str) -> Any:
         from thrifty.holding.few_bits import load_int8

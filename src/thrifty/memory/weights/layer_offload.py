@@ -5,7 +5,7 @@ A step brings each but one over the link for its forward, and again for its back
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class LayerOffload(WeightStorage):
         return only_in_full(setting)
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
-        return replace(setting, dtype="bfloat16", layers_on_host=True)
+        return setting.changed(dtype="bfloat16", layers_on_host=True)
 
     def load(self, folder: Path, device: str) -> Any:
         from thrifty.holding.host_layers import load_on_host

@@ -6,7 +6,7 @@ stored in 8 bits, blocks of 256 of them sharing one: 4 + 8/64 + 32/(64 * 256) bi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class NF4(WeightStorage):
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         bits = 4 + 8 / 64 + 32 / (64 * 256) if self.double else 4 + 32 / 64
-        return replace(setting, dtype="bfloat16", storage=Storage(name="nf4", bits=bits))
+        return setting.changed(dtype="bfloat16", storage=Storage(name="nf4", bits=bits))
 
     def refuses_model(self, shape: ModelShape, device_kind: str) -> str | None:
         if device_kind != "cpu":

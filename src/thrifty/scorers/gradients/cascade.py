@@ -51,6 +51,8 @@ class Cascade(Scorer):
     """Rows of the short-list that the warm-up for the gradients trains on, drawn at random."""
     epochs: int = 2
     """Of the warm-up; a checkpoint each."""
+    layers: int = 0
+    """Gradients are of the last so many decoder layers; 0: of all."""
     max_target_rows: int = 128
     """Target rows that the later stages compare with, the first so many."""
     seed: int = 0
@@ -71,6 +73,7 @@ class Cascade(Scorer):
             share_by_gradients=(0, 1),
             max_warmup_rows=(1, inf),
             epochs=(1, inf),
+            layers=(0, inf),
             max_target_rows=(1, inf),
             seed=(0, 2**32 - 1),
         )
@@ -83,7 +86,12 @@ class Cascade(Scorer):
     def _stages(self) -> list[tuple[int, Scorer, float]]:
         """Number, scorer and share of each stage that decides something."""
         shown = {"model": self.model, "max_target_rows": self.max_target_rows}
-        warm = {"max_warmup_rows": self.max_warmup_rows, "epochs": self.epochs, "seed": self.seed}
+        warm = {
+            "max_warmup_rows": self.max_warmup_rows,
+            "epochs": self.epochs,
+            "layers": self.layers,
+            "seed": self.seed,
+        }
         first: Any = {"dsir": {"by": "word"}} if self.first == "dsir" else self.first
         specs = [first, {"embedding": shown}, {"less": shown | warm}]
         shares = [1.0, self.share_by_vectors, self.share_by_gradients, 0.0]

@@ -9,10 +9,10 @@ warm-up and without Adam's direction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,18 @@ from numpy.typing import NDArray
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import Meter, Models, Pool, Rows, Scorer, Tokens, Work, Worth
 from thrifty.core.ranges import check_ranges
+from thrifty.signals.beside import products_cost
 from thrifty.signals.example_gradients import BatchGradients, each_batch
-from thrifty.signals.gradients import last_layers_cost, last_layers_flops, last_layers_weights
+from thrifty.signals.gradients import (
+    last_layers_cost,
+    last_layers_elements,
+    last_layers_flops,
+    last_layers_weights,
+    norms_flops,
+)
+
+if TYPE_CHECKING:
+    from thrifty.costs.shape import ModelShape
 
 _SHOWN_ELEMENTS = 8192
 """Of a weight's gradient, by which its direction is compared."""
@@ -48,6 +58,9 @@ class GradCosine(Scorer):
 
     def cost(self, work: Work) -> Cost:
         total = last_layers_cost(work, work.pool, 1)
+        length = max(2, min(round(work.pool.mean_tokens), work.max_length))
+        each = self._compared(work.shape, len(work.targets), length)
+        total += products_cost(work, each * work.pool.num_examples)
         for target in work.targets.values():
             share = min(1.0, self.max_target_rows / max(target.num_examples, 1))
             total += last_layers_cost(work, target, 1) * share
@@ -61,9 +74,11 @@ class GradCosine(Scorer):
         import torch
 
         directions = []
+        flops = last_layers_flops(models.shape, 1)
         for target in targets.values():
             total: Any = 0.0
-            for _, gradients in self._each(models, target.tokens[: self.max_target_rows], meter):
+            shown = target.tokens[: self.max_target_rows]
+            for _, gradients in self._each(models, shown, meter, flops):
                 flat = gradients.flat()
                 total = total + (flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-30)).sum(0)
             directions.append(total / total.norm().clamp_min(1e-30))
@@ -73,7 +88,13 @@ class GradCosine(Scorer):
     def score(self, shard: Rows, state: Any, meter: Meter) -> NDArray[np.float32]:
         models, directions = state
         found = np.zeros((len(shard), len(directions[0])), dtype=np.float32)
-        for places, gradients in self._each(models, shard.tokens, meter):
+        each = last_layers_flops(models.shape, 1)
+
+        def flops(rows: int, length: int) -> float:
+            compared = self._compared(models.shape, len(directions[0]), length)
+            return each(rows, length) + rows * compared
+
+        for places, gradients in self._each(models, shard.tokens, meter, flops):
             norms = gradients.squared_norms().sqrt().clamp_min(1e-30)
             cosines = gradients.products(directions) / norms[:, None]
             found[places] = cosines.float().cpu().numpy()
@@ -90,10 +111,18 @@ class GradCosine(Scorer):
             kept.append(direction[:, places].float().cpu().numpy())
         return np.concatenate(kept, axis=1)
 
+    @staticmethod
+    def _compared(shape: ModelShape, num_targets: int, length: int) -> float:
+        """FLOPs of an example's norm and of its products with the directions."""
+        products = 2.0 * num_targets * last_layers_elements(shape, 1)
+        return products + norms_flops(shape, 1, length)
+
     def _each(
-        self, models: Models, examples: Sequence[Tokens], meter: Meter
+        self,
+        models: Models,
+        examples: Sequence[Tokens],
+        meter: Meter,
+        flops: Callable[[int, int], float],
     ) -> Iterator[tuple[list[int], BatchGradients]]:
         wanted = last_layers_weights(models.base(), 1)
-        return each_batch(
-            models.base(), wanted, examples, meter, last_layers_flops(models.shape, 1)
-        )
+        return each_batch(models.base(), wanted, examples, meter, flops)

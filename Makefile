@@ -24,10 +24,10 @@ demo: setup
 	$(BIN)/thrifty demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "not long and not slow and not gpu" -n 2 --dist loadgroup
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow" -n 2
+	$(BIN)/python -m pytest -m "long or slow" -n 2 --dist loadgroup
 
 golden: setup
 	THRIFTY_RECORD=1 $(BIN)/python -m pytest -q tests/test_golden.py

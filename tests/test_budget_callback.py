@@ -64,6 +64,7 @@ def step_flops(tiny_model):
 
 
 @pytest.mark.parametrize("steps", [1, 7])
+@pytest.mark.long
 def test_stops_before_the_step_that_would_pass_the_limit(steps, step_flops, tiny_model, tmp_path):
     budget = BudgetCallback(flops=(steps + 0.5) * step_flops)
     run = trainer(tiny_model, tmp_path, budget)
@@ -82,6 +83,7 @@ def test_gradient_accumulation_counts_every_micro_batch(step_flops, tiny_model, 
     assert run.state.global_step == 3
 
 
+@pytest.mark.long
 def test_tokens_and_time_limit_too(tiny_model, tmp_path):
     run = trainer(tiny_model, tmp_path / "tokens", BudgetCallback(tokens=500))
     run.train()
@@ -94,6 +96,7 @@ def test_tokens_and_time_limit_too(tiny_model, tmp_path):
         assert 0 < ledger.spent().seconds <= 1
 
 
+@pytest.mark.long
 def test_a_resumed_run_goes_on_from_what_was_spent(step_flops, tiny_model, tmp_path):
     limit = 7.5 * step_flops
     first = trainer(
@@ -113,6 +116,7 @@ def test_a_resumed_run_goes_on_from_what_was_spent(step_flops, tiny_model, tmp_p
         assert ledger.spent(lost=True).flops == 0
 
 
+@pytest.mark.long
 def test_starting_over_in_the_same_folder_books_the_first_run_as_lost(
     step_flops, tiny_model, tmp_path
 ):
@@ -137,6 +141,7 @@ def test_less_than_one_step_is_refused(tiny_model, tmp_path):
     [["q_proj", "v_proj"], "all-linear", r".*\.(q|v)_proj", ["model.layers.1.mlp.down_proj"]],
     ids=str,
 )
+@pytest.mark.long
 def test_with_lora_the_cheaper_backward_is_counted(targets, tiny_model, tmp_path):
     from peft import LoraConfig, get_peft_model
 
@@ -171,6 +176,7 @@ def test_evaluation_is_charged(step_flops, tiny_model, tmp_path):
         assert ledger.spent().flops > 4.2 * step_flops
 
 
+@pytest.mark.long
 def test_evaluations_do_not_pass_the_budget(step_flops, tiny_model, tmp_path):
     """The first shows what one costs, the next comes only if it fits."""
     free = trainer(
@@ -219,6 +225,7 @@ def test_a_first_evaluation_that_cannot_fit_is_refused_at_its_first_batch(
         assert ledger.spent().flops <= 2.6 * step_flops
 
 
+@pytest.mark.long
 def test_evaluating_after_training_and_training_once_more(step_flops, tiny_model, tmp_path):
     run = trainer(tiny_model, tmp_path, BudgetCallback(flops=9.5 * step_flops), max_steps=4)
     run.train()

@@ -197,6 +197,7 @@ def test_memory_without_a_unit_and_beyond_the_device(tiny_model, capsys):
     assert json.loads(out)["predicted"]["device_bytes"] <= 23.6 * 2**30
 
 
+@pytest.mark.long
 def test_what_gains_are_measured_on_is_said(arguments, tiny_data, tmp_path, capsys):
     assert main([*arguments, "-o", str(tmp_path / "one")]) == 0
     err = capsys.readouterr().err
@@ -343,6 +344,7 @@ def test_a_pool_with_no_valid_row_and_an_empty_target(arguments, tmp_path, capsy
         pytest.param(15, 0, "", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.long
 def test_tiny_pools(rows, code, says, tiny_model, tmp_path, capsys):
     few = [{"prompt": f"say {n}", "completion": f" {n} plums"} for n in range(rows)]
     pool = write_jsonl(tmp_path / "few.jsonl", few)
@@ -496,6 +498,7 @@ def test_ctrl_c_then_kill_then_the_same_command_goes_on(tiny_model, tiny_data, t
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX here")
+@pytest.mark.long
 def test_ctrl_c_while_planning_leaves_nothing(tiny_model, tmp_path):
     rows = [{"prompt": f"say {n}", "completion": " plum" * 40} for n in range(60_000)]
     pool = write_jsonl(tmp_path / "pool.jsonl", rows)
@@ -525,6 +528,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.long
 def test_plan_and_report_make_no_posix_call(tiny_model, tiny_data, tmp_path):
     """They promise to run on macOS and Windows, where these are not."""
     folder = tmp_path / "run"

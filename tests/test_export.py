@@ -111,6 +111,7 @@ def trained(run, tmp_path_factory) -> tuple[Any, Any, list[float]]:
     return written, *trained_by_trl(written.folder)
 
 
+@pytest.mark.long
 def test_trl_trains_as_planned(run, trained):
     import torch
 
@@ -165,6 +166,7 @@ def test_trl_sees_the_chosen_rows_and_the_same_loss_tokens(run, trained):
     assert len((written.folder / "data" / "validation.jsonl").read_text().splitlines()) == len(dev)
 
 
+@pytest.mark.long
 def test_trl_keeps_packed_documents_apart(trained):
     import torch
     from torch.nn.functional import cross_entropy
@@ -186,6 +188,7 @@ def test_trl_keeps_packed_documents_apart(trained):
     assert together.item() == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
+@pytest.mark.long
 def test_trl_trains_the_adapter_of_the_plan(run, tmp_path):
     lora = {"lora": {"rank": 4, "alpha": 12.0, "targets": ["q_proj", "down_proj"]}}
     made = edited(run, tmp_path / "run", trained=lora, states="adafactor", activations="recompute")

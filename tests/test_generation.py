@@ -52,6 +52,7 @@ def by_transformers(model, prompt, new: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.long
 def test_greedy_answers_are_those_of_transformers_and_flops_are_counted_exactly(name):
     from torch.utils.flop_counter import FlopCounterMode
 

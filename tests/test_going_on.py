@@ -29,6 +29,7 @@ def edit(folder, old: str, new: str) -> None:
     plan.write_text(text.replace(old, new, 1))
 
 
+@pytest.mark.long
 def test_killed_before_the_first_checkpoint_starts_over(
     tiny_model, tiny_data, tmp_path, monkeypatch
 ):
@@ -143,6 +144,7 @@ def test_resuming_warns_of_a_missing_weight_and_not_of_a_tied_one(
     )
 
 
+@pytest.mark.long
 def test_a_model_of_another_selection_is_not_taken_for_this_ones(tiny_model, tiny_data, tmp_path):
     folder = tmp_path / "run"
     planned(folder, tiny_model, tiny_data)
@@ -191,6 +193,7 @@ def test_a_refused_test_leaves_a_control_on_dev_rows_and_is_made_up_for(
 # -- the best evaluated model -------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_best_evaluated_model_is_kept_whatever_comes_after(tiny_model, tiny_data, tmp_path):
     """A learning rate that ruins the model: what was best stays, or the base where none was."""
 
@@ -323,6 +326,7 @@ def test_the_schedule_ends_at_zero_from_wherever_it_cools():
 
 
 @pytest.mark.parametrize("scorer", ["perplexity", "grad_cosine"])
+@pytest.mark.long
 def test_scoring_never_passes_the_budget_whatever_was_predicted(
     scorer, tiny_model, tiny_data, tmp_path
 ):
@@ -408,6 +412,7 @@ def plan_step(folder, plan) -> float:
         return work.predicted(plan).step.flops
 
 
+@pytest.mark.long
 def test_a_killed_scoring_goes_on_at_the_shard(tiny_model, tiny_data, tmp_path, monkeypatch):
     from thrifty.data.store import build_store
     from thrifty.scorers.baselines.length import Length

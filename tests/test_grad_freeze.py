@@ -43,6 +43,7 @@ def _decisions(folder):
     return [d for d in runs.ledger(folder).decisions() if d["name"] == name]
 
 
+@pytest.mark.long
 def test_what_is_frozen_is_not_charged(frozen, tiny_model, tiny_data, tmp_path):
     decisions = _decisions(frozen)
     assert decisions

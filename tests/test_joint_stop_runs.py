@@ -109,6 +109,7 @@ def endings(folder: Path) -> list[dict[str, Any]]:
     return [d for d in ledger(folder).decisions() if d["name"] == DECISION]
 
 
+@pytest.mark.long
 def test_many_questions_stop_training_where_samples_are_the_better_buy(many):
     (stop,) = [d for d in endings(many) if d["chosen"] == COOL_DOWN]
     choice, told = stop["choice"], stop["detail"]["serving"]
@@ -124,6 +125,7 @@ def test_many_questions_stop_training_where_samples_are_the_better_buy(many):
     assert replay({**choice, "price": 0.0}).chosen == "train on"
 
 
+@pytest.mark.long
 def test_few_questions_do_not(few):
     assert all(d["choice"] is None or d["choice"]["price"] == 0 for d in endings(few))
     assert all(d["chosen"] == "train on" for d in endings(few))
@@ -208,6 +210,7 @@ def test_a_plan_keeps_an_answer_to_each_question_or_there_is_none(tiny_model, to
         serving(tmp_path / "other", tiny_model, torn, questions=50_000, fixed=free)
 
 
+@pytest.mark.long
 def test_a_run_interrupted_midway_decides_alike(many, tiny_model, torn, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     serving(folder, tiny_model, torn, questions=MANY)

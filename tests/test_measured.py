@@ -65,6 +65,7 @@ def test_parameters_are_the_closed_forms(name):
     [(LLAMA, None, 0), (QWEN3_MOE, LORA, 1)],
     ids=("llama, full", "qwen3_moe, lora, recompute"),
 )
+@pytest.mark.long
 def test_bytes_and_flops_are_near_the_closed_forms(config, adapter, recompute):
     counted, shape = Measured(config), ModelShape.from_config(config)
     setting = MemorySetting(
@@ -95,6 +96,7 @@ def test_bytes_and_flops_are_near_the_closed_forms(config, adapter, recompute):
     ],
     ids=lambda value: value.get("model_type") or ", ".join(value),
 )
+@pytest.mark.long
 def test_bytes_are_those_of_the_step_on_fake_tensors(config, fields):
     setting = MemorySetting(sequence=48, **{"device_kind": "cuda"} | fields)
     step = run_step(skeleton(config, setting, 2), setting)

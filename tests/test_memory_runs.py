@@ -65,6 +65,7 @@ def logits(folder: Any, base: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("memory", ways())
+@pytest.mark.long
 def test_a_run_is_charged_as_priced_and_resumes_bit_for_bit(
     memory, tiny_model, tiny_data, tmp_path, monkeypatch
 ):

@@ -41,6 +41,7 @@ def switched(tmp_path_factory, tiny_model, tiny_data):
     return folder
 
 
+@pytest.mark.long
 def test_where_flops_bind_it_stops_recomputing(switched, tiny_model, tiny_data, tmp_path):
     (decision,) = _switches(switched)
     assert decision["chosen"].endswith("keep")

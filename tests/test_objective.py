@@ -82,6 +82,7 @@ def done(tmp_path_factory, tiny_model, echo) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_the_score_rises_and_the_best_model_by_it_is_kept(done):
     found = ledger(done).evaluations()
     losses = [row["objective"] for row in found]
@@ -94,6 +95,7 @@ def test_the_score_rises_and_the_best_model_by_it_is_kept(done):
     assert summarize(RunFolder(done))["dev_score"]["after"] == 1 - best.dev_loss
 
 
+@pytest.mark.long
 def test_the_user_reads_the_score_in_its_own_unit(done, tiny_model, echo, tmp_path):
     s = summarize(RunFolder(done))
     assert s["objective"]["unit"] == s["dev_score"]["unit"] == "exact_match"
@@ -194,6 +196,7 @@ def test_planning_predicts_answers_and_their_memory(tiny_model, echo, tmp_path):
     assert by_statistics.test.flops == pytest.approx(exact.test.flops, rel=0.1)
 
 
+@pytest.mark.long
 def test_a_run_interrupted_midway_ends_bit_for_bit_alike(
     done, tiny_model, echo, tmp_path, monkeypatch
 ):
@@ -218,6 +221,7 @@ def guarded(echo: dict[str, Path], most: float) -> dict[str, Any]:
     return {"guard.sources": [str(echo["guard"])], "guard.max_worse": most}
 
 
+@pytest.mark.long
 def test_a_guard_that_binds_keeps_the_base(tiny_model, echo, tmp_path):
     """Training on one answer spoils all other text from the first evaluation on."""
     folder, said = tmp_path / "run", []
@@ -265,6 +269,7 @@ def test_there_is_no_use_in_going_on_where_a_floor_stays_broken(worse, to_come, 
     assert hopeless([[], [], []], to_come) is None
 
 
+@pytest.mark.long
 def test_a_guard_that_does_not_bind_changes_nothing_but_the_bill(done, tiny_model, echo, tmp_path):
     folder = tmp_path / "run"
     scored(folder, tiny_model, echo, fixed=guarded(echo, 100.0))
@@ -285,6 +290,7 @@ def test_a_guard_that_does_not_bind_changes_nothing_but_the_bill(done, tiny_mode
     assert "What must not get worse than the base" in (folder / "report.html").read_text()
 
 
+@pytest.mark.long
 def test_of_two_targets_the_one_with_a_floor_decides_what_is_kept(tiny_model, echo, tmp_path):
     """The model gets better on one target and worse on the other: what is kept is within the floor,
     though the weighted objective prefers others."""
@@ -378,6 +384,7 @@ def share_of_words(prompt: str, answer: str, gold: str) -> float:
         ("two", "gave a score of 2"),
     ],
 )
+@pytest.mark.long
 def test_a_function_that_does_not_score_says_so_and_nothing_is_lost(
     function, says, tiny_model, echo, tmp_path
 ):
@@ -389,6 +396,7 @@ def test_a_function_that_does_not_score_says_so_and_nothing_is_lost(
     assert ledger(folder).evaluations() == []
 
 
+@pytest.mark.long
 def test_a_function_of_the_user_s_steers_a_run_and_names_its_unit(tiny_model, echo, tmp_path):
     own = {"callable": {"function": f"{__name__}:share_of_words"}}
     scored(tmp_path / "run", tiny_model, echo, fixed={"objective.metric": own})
@@ -404,6 +412,7 @@ def test_a_function_of_the_user_s_steers_a_run_and_names_its_unit(tiny_model, ec
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.long
 def test_a_task_of_lm_eval_steers_a_run_by_its_own_questions(
     tiny_model, echo, tmp_path, monkeypatch
 ):
@@ -421,6 +430,7 @@ def test_a_task_of_lm_eval_steers_a_run_by_its_own_questions(
         pipeline.run(folder, silent, ("objective.metric={lm_eval: {task: other}}",))
 
 
+@pytest.mark.long
 def test_a_dev_set_of_one_row_runs_and_knows_that_it_knows_nothing(tiny_model, echo, tmp_path):
     one = write_jsonl(tmp_path / "one.jsonl", ECHO[:1])
     alone = {"echo": replace(target(echo, floor=0.1), dev=(str(one),), test=())}
@@ -431,6 +441,7 @@ def test_a_dev_set_of_one_row_runs_and_knows_that_it_knows_nothing(tiny_model, e
     assert summarize(RunFolder(tmp_path / "run"))["state"] == "done"
 
 
+@pytest.mark.long
 def test_the_objective_cannot_be_changed_on_the_way(tiny_model, echo, tmp_path):
     folder = tmp_path / "run"
     scored(folder, tiny_model, echo, fixed={"training.max_steps": 10})

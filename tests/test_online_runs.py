@@ -38,6 +38,7 @@ def run(folder, model, data, online):
         for n in METHODS
     ],
 )
+@pytest.mark.long
 def test_a_run_says_what_it_cost_and_saved_and_keeps_within_the_budget(
     name, tiny_model, tiny_data, tmp_path
 ):
@@ -88,6 +89,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(name, tiny_model, tiny_data, tmp
     assert books[1].spent(lost=True).flops == 0
 
 
+@pytest.mark.long
 def test_what_was_prepared_is_paid_for_once(tiny_model, tiny_data, tmp_path, monkeypatch):
     fixed = {**SEVERAL_PASSES, "training.online": "self_paced"}
     folder = tmp_path / "run"
@@ -105,6 +107,7 @@ def test_what_was_prepared_is_paid_for_once(tiny_model, tiny_data, tmp_path, mon
     assert book.spent(lost=True).flops == 0
 
 
+@pytest.mark.long
 def test_other_options_are_another_training(tiny_model, tiny_data, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     planned(folder, tiny_model, tiny_data, fixed=SEVERAL_PASSES)
@@ -205,6 +208,7 @@ def test_padding_belongs_to_no_row():
 
 
 @pytest.mark.parametrize("name", ["greats", "colm"])
+@pytest.mark.long
 def test_what_choosing_takes_is_told_of_every_micro_batch(name, tiny_model, tiny_data, tmp_path):
     fixed = {**SEVERAL_PASSES, "training.online": name}
     fixed |= {"training.per_device_train_batch_size": 2, "training.gradient_accumulation_steps": 2}

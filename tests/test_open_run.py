@@ -192,6 +192,7 @@ def test_the_price_is_in_the_plan(tiny_model, tiny_data, tmp_path):
     assert plan.dollars_per_hour > 0
 
 
+@pytest.mark.long
 def test_a_limit_in_dollars_can_be_added_by_editing_the_plan(run):
     watts = ledger(run).rates.watts
     edit(run, "dollars_per_hour", 3.6)

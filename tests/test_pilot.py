@@ -44,6 +44,7 @@ def piloted(tmp_path_factory, tiny_model, tiny_data):
     return folder, plan
 
 
+@pytest.mark.long
 def test_it_goes_by_rows_of_its_own_which_are_kept_apart(tmp_path, tiny_model, tiny_data):
     """Fewer rows are cheaper to ask, and the dev rows stay unseen until training."""
     folder, few = tmp_path / "run", tmp_path / "few.jsonl"
@@ -63,6 +64,7 @@ def test_it_goes_by_rows_of_its_own_which_are_kept_apart(tmp_path, tiny_model, t
 # -- planned ------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_it_is_predicted_within_its_share_and_reserved(piloted):
     _, plan = piloted
     assert plan.pilot.share == 0.1
@@ -173,6 +175,7 @@ def test_a_dear_scorer_is_tried_on_the_sample_and_its_price_taken_off(
 # -- what follows -------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_choice_is_in_the_ledger_and_replays(piloted):
     folder, plan = piloted
     with runs.ledger(folder) as ledger:
@@ -221,6 +224,7 @@ def test_the_run_goes_by_the_winner(piloted):
     assert (folder / "pilot" / "choice.yaml").read_bytes() == before
 
 
+@pytest.mark.long
 def test_another_winner_is_followed_by_every_command(tmp_path, tiny_model, tiny_data, monkeypatch):
     """Whatever the losses: the rule is made to see one ahead that the plan did not choose."""
     plan = plan_of(tmp_path / "run", tiny_model, tiny_data)
@@ -242,6 +246,7 @@ def test_another_winner_is_followed_by_every_command(tmp_path, tiny_model, tiny_
     assert "score" not in activities  # kept from the pilot
 
 
+@pytest.mark.long
 def test_interrupted_and_killed_it_goes_on_bit_for_bit(
     piloted, tmp_path, tiny_model, tiny_data, monkeypatch
 ):

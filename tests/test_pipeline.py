@@ -98,6 +98,7 @@ def test_the_report_is_written(done):
     assert "bm25" in page
 
 
+@pytest.mark.long
 def test_lora_leaves_an_adapter_that_peft_loads(tiny_model, tiny_data, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -157,6 +158,7 @@ def test_continued_pretraining_with_replay(tiny_model, tiny_data, tmp_path):
         assert first_pass == pytest.approx(chosen / 0.75, rel=0.05)
 
 
+@pytest.mark.long
 def test_without_a_target_dev_rows_come_from_the_pool_and_are_not_trained_on(
     tiny_model, tiny_data, tmp_path
 ):
@@ -174,6 +176,7 @@ def test_without_a_target_dev_rows_come_from_the_pool_and_are_not_trained_on(
     assert not dev & {bytes(p) for p in chosen.fingerprints}
 
 
+@pytest.mark.long
 def test_a_run_of_few_steps_keeps_a_row_however_many_passes_were_asked(
     tiny_model, tiny_data, tmp_path
 ):
@@ -214,6 +217,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(
     assert other.spent(lost=True).flops == 0
 
 
+@pytest.mark.long
 def test_work_lost_to_a_torn_checkpoint_is_charged_and_the_run_goes_on(
     tiny_model, tiny_data, tmp_path, monkeypatch
 ):
@@ -242,6 +246,7 @@ def test_work_lost_to_a_torn_checkpoint_is_charged_and_the_run_goes_on(
     )
 
 
+@pytest.mark.long
 def test_another_base_model_is_refused(tiny_model, tiny_data, tmp_path, monkeypatch):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     folder = tmp_path / "run"
@@ -281,6 +286,7 @@ def test_a_second_process_is_refused(tiny_model, tiny_data, tmp_path):
     ],
     ids=str,
 )
+@pytest.mark.long
 def test_no_budget_is_passed(budget, tiny_model, tiny_data, tmp_path):
     folder = tmp_path / "run"
     planned(folder, tiny_model, tiny_data, budget=budget)
@@ -330,6 +336,7 @@ def test_a_memory_budget_that_holds_no_plan_says_the_least(tiny_model, tiny_data
         planned(tmp_path / "run", tiny_model, tiny_data, budget=Budget(memory_bytes=1e6))
 
 
+@pytest.mark.long
 def test_a_budget_lowered_below_what_is_spent_stops_before_training(
     tiny_model, tiny_data, tmp_path
 ):
@@ -342,6 +349,7 @@ def test_a_budget_lowered_below_what_is_spent_stops_before_training(
     assert ledger(folder).decisions()[-1]["name"] == "budget"
 
 
+@pytest.mark.long
 def test_a_gradient_that_is_not_finite_stops_and_the_last_checkpoint_stays(
     tiny_model, tiny_data, tmp_path, monkeypatch
 ):
@@ -370,6 +378,7 @@ def test_a_gradient_that_is_not_finite_stops_and_the_last_checkpoint_stays(
     assert all(torch.isfinite(w).all() for w in weights(folder / "model").values())
 
 
+@pytest.mark.long
 def test_what_is_measured_reaches_a_reporter(tiny_model, tiny_data, tmp_path):
     """TensorBoard's files stand for all: the Trainer brings the reporters, thrifty the numbers."""
     pytest.importorskip("tensorboardX")
@@ -436,6 +445,7 @@ def test_changed_selection_settings_are_noticed(tiny_model, tiny_data, tmp_path)
         finish(folder)
 
 
+@pytest.mark.long
 def test_a_full_disk_keeps_the_last_checkpoint_and_the_same_command_goes_on(
     tiny_model, tiny_data, tmp_path, monkeypatch, capsys
 ):

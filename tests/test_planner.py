@@ -98,6 +98,7 @@ def test_within_a_prior_s_error_the_faster_wins(planned):
     assert not wide or wide[0].total.seconds > 2 * found.chosen.total.seconds
 
 
+@pytest.mark.long
 def test_a_small_device_takes_techniques_that_make_it_fit(planned):
     small, _ = planned(device="rtx4090", flops=1e18)
     large, _ = planned(device="b200", flops=1e18)
@@ -166,7 +167,7 @@ def test_scoring_that_binds_offers_a_smaller_proxy(planned):
     assert ways["evict"].frees_bytes == 0
     assert "before the training states exist" in ways["evict"].text
     found, request = planned(flops=1e18, using=("full", "bfloat16", "adamw", "recompute"))
-    again = replace(found.chosen, scoring_bytes=60e9, refreshes=True)
+    again = replace(found.chosen, scoring_bytes=60e9, looking_bytes=60e9)
     assert again.account.peak_phase == "refresh"
     ways = {way.way: way for way in scoring_relief(again.account, request)}
     states = again.account.phases["refresh"]["optimizer_states"]

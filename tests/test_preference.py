@@ -197,6 +197,7 @@ def done(tiny_model, data, tmp_path_factory) -> Iterator[dict[str, Path]]:
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.long
 def test_a_run_lowers_the_loss_within_its_budget(done, mode):
     with ledger(done[mode]) as book:
         losses = [each["objective"] for each in book.evaluations()]
@@ -242,6 +243,7 @@ def test_what_is_charged_is_what_the_batches_take(done, mode, tiny_model):
 @pytest.mark.parametrize(
     "mode", ["precomputed", pytest.param("adapter off", marks=pytest.mark.slow)]
 )
+@pytest.mark.long
 def test_an_interrupted_run_ends_with_the_same_weights(
     mode, done, tiny_model, data, tmp_path, monkeypatch
 ):

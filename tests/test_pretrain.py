@@ -66,6 +66,7 @@ def test_the_trained_weights_were_saved(made: Pretrained) -> None:
     assert loss < made.losses[0] - 0.5
 
 
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_files(made: Pretrained, tmp_path: Path) -> None:
     again = pretrain(TEXTS, tmp_path / "again", **TINY)
     other = pretrain(TEXTS, tmp_path / "other", **TINY, seed=1)

@@ -128,6 +128,7 @@ def losses(folder: Path) -> list[float]:
     return [e["loss"] for e in json.loads(state.read_text())["log_history"] if "loss" in e]
 
 
+@pytest.mark.long
 def test_ranks_with_half_the_weights_learn_what_one_process_does(one, cut):
     check_alike(one, cut)
 
@@ -181,6 +182,7 @@ def test_answers_dealt_to_ranks_score_and_cost_the_same(plan_of, tmp_path):
     assert costs[1] == pytest.approx(costs[0], rel=1e-12)
 
 
+@pytest.mark.long
 def test_ranks_with_half_the_weights_spend_as_much(one, cut):
     alone, together = (ledger(each).spent(activity="train").flops for each in (one, cut))
     assert together == pytest.approx(alone, rel=1e-12)
@@ -214,6 +216,7 @@ def test_no_limit_is_passed_and_all_ranks_stop_at_once(two, plan_of, tmp_path):
 @pytest.mark.parametrize(
     "layout", ["two", pytest.param("cut", marks=pytest.mark.slow)], ids=["ddp", "fsdp"]
 )
+@pytest.mark.long
 def test_killed_and_gone_on_bit_for_bit(layout, request, plan_of, tmp_path, monkeypatch):
     unbroken = request.getfixturevalue(layout)
     folder = plan_of(tmp_path / "run", {"two": TWO, "cut": CUT}[layout])

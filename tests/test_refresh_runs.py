@@ -51,6 +51,7 @@ def fixed(tmp_path_factory, tiny_model, tiny_data):
     return folder
 
 
+@pytest.mark.long
 def test_other_rows_are_trained_on_where_they_are_chosen_anew(fixed):
     found = _refreshes(fixed)
     assert [step for step, _ in found] == [20, 40]
@@ -91,6 +92,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(fixed, tmp_path, monkeypatch, st
     assert _refreshes(folder) == _refreshes(fixed)
 
 
+@pytest.mark.long
 def test_the_governed_one_weighs_it_and_says_why(tiny_model, tiny_data, tmp_path):
     """Every verdict rests on options that can be weighed again."""
     folder = tmp_path / "run"
@@ -106,6 +108,7 @@ def test_the_governed_one_weighs_it_and_says_why(tiny_model, tiny_data, tmp_path
     assert won == {step for step, _ in _refreshes(folder)}
 
 
+@pytest.mark.long
 def test_another_scorer_looks_at_the_model_in_training(
     tiny_model, tiny_data, tmp_path, monkeypatch
 ):
@@ -162,6 +165,7 @@ def test_what_cannot_be_refreshed_is_refused(tiny_model, tiny_data, tmp_path, se
         )
 
 
+@pytest.mark.long
 def test_where_no_probe_can_be_paid_for_only_the_width_is_weighed(tiny_model, tiny_data, tmp_path):
     """A choice without a look is kept, and gone on from, like any other."""
     folder = tmp_path / "run"
@@ -206,6 +210,7 @@ def test_two_ranks_go_on_with_the_same_rows(tiny_model, tiny_data, tmp_path, mon
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.long
 def test_groups_have_their_shares_of_each_choice_and_replay_goes_on(
     tiny_model, tiny_data, tmp_path
 ):

@@ -57,6 +57,7 @@ def test_the_next_run_takes_over_and_says_what_it_saved(select):
     assert known["method"] == "embedding"
 
 
+@pytest.mark.long
 def test_other_options_and_other_targets_are_scored_anew(select, tiny_data):
     select("first")
     other, _ = select("options", **{"selection.scorer": {"embedding": {"by": "mean"}}})
@@ -65,6 +66,7 @@ def test_other_options_and_other_targets_are_scored_anew(select, tiny_data):
     assert spent(target).flops > 0
 
 
+@pytest.mark.long
 def test_switched_off_or_damaged_it_is_as_if_there_were_none(select, tmp_path, monkeypatch):
     select("first")
     for file in (tmp_path / "cache" / "scores").glob("*/cost.json"):

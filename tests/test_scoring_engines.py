@@ -46,6 +46,7 @@ WITH_A_MODEL = ["embedding", "grand", "grad_cosine", {"less": FEW}, {"tracin": F
 @pytest.mark.parametrize(
     "scorer", ["bm25", *(pytest.param(s, marks=pytest.mark.slow) for s in WITH_A_MODEL)], ids=str
 )
+@pytest.mark.long
 def test_worker_processes_give_the_same_scores(scorer, tiny_model, tiny_data, tmp_path):
     plan, here = scored(tmp_path / "here", tiny_model, tiny_data, scorer, None)
     engine = engine_named("processes", 2)
@@ -74,6 +75,7 @@ def test_workers_fill_a_store_of_gradients_as_one_process_does(tiny_model, tiny_
     assert files["here"][1] == files["there"][1]
 
 
+@pytest.mark.long
 def test_a_shard_that_is_given_back_is_scored_here(tiny_model, tiny_data, tmp_path, monkeypatch):
     from thrifty import selection
     from thrifty.scoring_engines import Scored

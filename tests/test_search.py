@@ -72,6 +72,7 @@ def planned(tmp_path, monkeypatch):
         pytest.param(8, 12, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.long
 def test_a_candidate_s_account_is_the_table_s_number(planned, devices, memory):
     found, request = planned(devices=devices, memory_bytes=memory * GIB, flops=1e18)
     assert any(c.held.num_devices == devices for c in found.candidates)
@@ -84,6 +85,7 @@ def test_a_candidate_s_account_is_the_table_s_number(planned, devices, memory):
             assert account.phase_bytes(phase) <= account.peak_memory_bytes
 
 
+@pytest.mark.long
 def test_scoring_counts_in_every_candidate(planned):
     _, asked = planned(device="rtx4090", flops=1e19)
     rows = PoolStats(num_examples=100_000, num_tokens=50_000_000, max_tokens=900)
@@ -98,6 +100,7 @@ def test_scoring_counts_in_every_candidate(planned):
 
 
 @pytest.mark.parametrize("num_devices", [pytest.param(1, marks=pytest.mark.slow), 8])
+@pytest.mark.long
 def test_priced_peaks_are_those_of_one_account_after_another(planned, num_devices):
     _, request = planned(SMALL, devices=num_devices)
     found = combinations_of(request, 256)
@@ -126,6 +129,7 @@ def test_a_sharded_job_never_holds_the_whole_model(planned):
     assert sharded.phase_bytes("save") == pytest.approx(alone.phase_bytes("save") / 8)
 
 
+@pytest.mark.long
 def test_refreshing_and_generating_are_priced_where_they_are_asked_for(planned):
     _, request = planned(SMALL, flops=1e18)
     rows = PoolStats(num_examples=100_000, num_tokens=50_000_000, max_tokens=900)
@@ -203,6 +207,7 @@ def test_what_is_worth_little_hides_nothing(planned):
 @pytest.mark.parametrize(
     "limits", [{"flops": 1e17}, {"flops": 1e19}, {"seconds": 7200.0}, {"dollars": 30.0}]
 )
+@pytest.mark.long
 def test_usual_budgets_train_with_adam(planned, limits):
     found, _ = planned(**limits)
     assert found.chosen.techniques["states"].startswith("adam")
@@ -337,6 +342,7 @@ def test_where_nothing_fits_a_device_that_would_do_is_named(planned):
                 planned(device=other, flops=1e18, using=("full", "float32", "adamw"))
 
 
+@pytest.mark.long
 def test_shorter_rows_are_offered_where_they_would_do(planned):
     asked = {"using": ("lora", "bfloat16", "keep", "whole"), "flops": 1e18, "device": "rtx4090"}
     with pytest.raises(NoPlanFits) as error:
@@ -350,6 +356,7 @@ def test_shorter_rows_are_offered_where_they_would_do(planned):
     assert "max_length" not in str(error.value)
 
 
+@pytest.mark.long
 def test_scoring_that_does_not_fit_offers_its_ways_out(planned):
     _, request = planned(SMALL, device="h100", flops=1e19, memory_bytes=4 * GIB)
     rows = PoolStats(num_examples=100_000, num_tokens=50_000_000, max_tokens=1000)
@@ -420,6 +427,7 @@ def test_the_devices_of_a_run_share_what_does_not_fit_one(planned):
         planner.search(replace(request, fixed={**fixed, "training.parallel": "ddp"}))
 
 
+@pytest.mark.long
 def test_the_devices_of_a_run_hold_everything_each(planned):
     _, request = planned(SMALL, flops=1e18)
     rows = PoolStats(num_examples=1000, num_tokens=500_000, max_tokens=900)

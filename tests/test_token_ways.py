@@ -122,6 +122,7 @@ def between(model, shape) -> float:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.long
 def test_early_exits_are_counted_exactly_whichever_layers_rows_leave_after(name: str):
     shape, model = model_of(name, layers=4)
     if refusal(shape, TokenSettings(early_exit=0.5)):
@@ -191,6 +192,7 @@ def test_a_token_that_leaves_early_pays_for_every_time_that_it_was_asked():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.long
 def test_greedy_tokens_are_the_same_with_a_draft_and_flops_exact(name: str):
     shape, model = model_of(name)
     if refusal(shape, TokenSettings(draft_model="draft")):
@@ -215,6 +217,7 @@ def test_a_row_is_the_same_whatever_it_drafts_beside():
     assert ids(together) == ids(alone)
 
 
+@pytest.mark.long
 def test_drafts_end_where_answers_do():
     shape, model = model_of("llama")
     plain, _ = run(model, shape, wanted(shape, 12))
@@ -294,6 +297,7 @@ def test_pass_flops_of_several_tokens_are_counted_exactly():
 
 
 @pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.long
 def test_a_cache_in_few_bits_has_the_bytes_that_are_counted_and_nearly_the_same_logits(bits: int):
     shape, model = model_of("llama")
     kept = KVCache(bits=bits)

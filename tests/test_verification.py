@@ -72,6 +72,7 @@ BATCH = dict(micro_batch=2, sequence=96)
     [dict(masked=False), dict(recompute=1, fused=False, device_kind="cuda")],
     ids=", ".join,
 )
+@pytest.mark.long
 def test_torchs_own_tracker_sees_the_same_peak(fields):
     from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -90,6 +91,7 @@ def test_torchs_own_tracker_sees_the_same_peak(fields):
 @pytest.mark.parametrize(
     ("config", "adapter"), [(LLAMA, None), (LLAMA, Adapter(rank=4)), (GPT2, None)]
 )
+@pytest.mark.long
 def test_a_real_step_allocates_as_much(config, adapter):
     setting = MemorySetting(micro_batch=4, sequence=96, dtype="float32", adapter=adapter)
     fields = dict(config)
@@ -138,6 +140,7 @@ def _allocated_peak(run: Any) -> int:
     ],
     ids=lambda value: value.get("model_type") or ", ".join(value),
 )
+@pytest.mark.long
 def test_the_closed_form_is_near(config, fields):
     found = verify(config, MemorySetting(**BATCH, **fields), full_depth=True)
     assert found.error == pytest.approx(0.0, abs=0.03)
@@ -154,6 +157,7 @@ def test_the_closed_form_is_near(config, fields):
     ],
     ids=lambda value: ", ".join(map(str, value)) if isinstance(value, tuple) else None,
 )
+@pytest.mark.long
 def test_few_layers_tell_of_all(config, fields, depths):
     setting = MemorySetting(**BATCH | fields)
 
@@ -199,6 +203,7 @@ FACTORED, ADALOMO = states_of("adafactor"), states_of("adalomo")
     ],
     ids=lambda value: ", ".join(value),
 )
+@pytest.mark.long
 def test_every_technique_that_is_traced_is_near(fields):
     setting = MemorySetting(**BATCH, **fields, device_kind="cuda")
     found = verify(WIDE, setting, full_depth=True)
@@ -224,6 +229,7 @@ def test_every_technique_that_is_traced_is_near(fields):
     ],
     ids=lambda value: value.get("model_type") or ", ".join(value),
 )
+@pytest.mark.long
 def test_what_families_hold_in_the_backward(config, fields):
     setting = MemorySetting(**BATCH | fields, device_kind="cuda")
     found = verify(config, setting, full_depth=True)
@@ -250,6 +256,7 @@ def test_a_run_adapts_what_is_priced(tmp_path):
 
 
 @pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.long
 def test_a_plan_is_verified_on_demand(pooled, tiny_model, tiny_data, tmp_path, capsys):
     command = ["plan", "--model", str(tiny_model), "--flops", "6e9", "--verify"]
     command += ["--set", "training.max_length=64", "--using", "adamw"]
@@ -282,6 +289,7 @@ def test_a_step_that_cannot_be_traced_is_refused(tiny_model, capsys):
     assert "not verified: a step with reference True cannot" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_attention_on_cuda_stays_fused():
     for config in (LATENT, GPT2):
         shapes = {
@@ -346,6 +354,7 @@ def test_an_architecture_without_a_closed_form():
     assert "no closed form" in str(found)
 
 
+@pytest.mark.long
 def test_what_is_traced_at_two_depths_is_the_whole():
     found = verify(SIX, MemorySetting(**BATCH))
     assert found.depths == (2, 3)

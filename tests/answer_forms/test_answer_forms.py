@@ -221,6 +221,7 @@ def test_math_compares(mathematics, one, other, same):
     assert mathematics.same(other, one) == same
 
 
+@pytest.mark.long
 def test_math_is_bounded_off_the_main_thread_and_goes_on_afterwards():
     pytest.importorskip("math_verify")
     form = resolve("answer", {"math": {"seconds": 1.0}})

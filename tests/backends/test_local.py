@@ -315,6 +315,7 @@ class TestPrompts:
         "draft",
     ],
 )
+@pytest.mark.long
 def test_every_way_of_making_tokens_is_charged_exactly(local, tiny_model, settings, counted):
     if settings == "draft":
         settings = {"draft_model": str(tiny_model), "draft_tokens": 3}

@@ -18,7 +18,12 @@ from thrifty.core.ledger import Ledger
 def free(monkeypatch):
     """Bytes that the disk says it has: ``free.bytes = 0``."""
     free = SimpleNamespace(bytes=10**9)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free.bytes))
+
+    def usage(folder):
+        assert folder.is_dir()
+        return SimpleNamespace(free=free.bytes)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
     return free
 
 
@@ -52,13 +57,15 @@ def test_one_that_a_kill_left_is_taken_over_and_half_a_one_is_not(room, file):
 
 
 def test_it_is_given_back_once(room, file):
-    room.release()
     file.write_bytes(b"")
     room.release()  # never held: another's
     assert file.exists()
     room.hold()
     room.release()
     assert not file.exists()
+    room.hold()
+    file.unlink()
+    room.release()  # somebody else took it
     file.write_bytes(b"")
     room.release()
     assert file.exists()

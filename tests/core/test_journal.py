@@ -4,6 +4,7 @@ import json
 import sqlite3
 import struct
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -122,12 +123,14 @@ def test_a_number_that_cannot_be_written_stops_no_transaction(path, monkeypatch)
 
 
 def test_how_far_it_had_come(tmp_path):
-    path = tmp_path / "head"
+    path, open_files = tmp_path / "head", Path("/proc/self/fd")
+    before = len(list(open_files.glob("*")))
     assert read_head(path) is None
     for number in (0, 1, 1 << 40, 3):
         write_head(path, number)
         assert read_head(path) == number
         assert path.stat().st_size == 12
+    assert len(list(open_files.glob("*"))) == before
     assert not path.stat().st_mode & 0o111
     whole = path.read_bytes()
     assert whole[:8] == struct.pack("<q", 3)

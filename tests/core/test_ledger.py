@@ -431,6 +431,24 @@ def test_a_torn_store_leaves_the_one_before(tmp_path):
         assert read_counter(file) is None
 
 
+def test_the_newest_of_many_stores_is_read(tmp_path):
+    counter = Counter(tmp_path / "a.counter")
+    for n in range(300):
+        counter.write(n, Cost(flops=n), 1.0)
+        assert read_counter(counter.path) == (n, Cost(flops=n, seconds=1))
+    counter.remove()
+
+
+def test_a_counter_is_synced_once_and_gives_its_file_back(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("os.fsync", synced.append)
+    counter = Counter(tmp_path / "a.counter")
+    counter.write(1, Cost(flops=1), 1.0)
+    assert len(synced) == 1
+    counter.close()
+    assert counter._map.closed
+
+
 def test_what_is_kept_stands_beside_what_was_used(tmp_path):
     file = tmp_path / "a.counter"
     counter = Counter(file)

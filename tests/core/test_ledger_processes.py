@@ -98,6 +98,7 @@ def taken(reader):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, to start at once")
+@pytest.mark.long
 def test_sixteen_processes_that_are_killed_never_pass_a_limit_together():
     """Each goes on in another process; what it had reserved stays so until it is recovered."""
     memory = Path("/dev/shm")  # to sync there takes no time

@@ -112,6 +112,7 @@ plans = st.builds(
 
 @settings(max_examples=50)
 @given(plans)
+@pytest.mark.long
 def test_a_plan_survives_its_file(plan):
     assert from_dict(yaml.safe_load(dump(plan))) == plan
 

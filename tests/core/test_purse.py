@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from contextlib import suppress
@@ -47,6 +48,7 @@ def test_holds_what_it_can_take_and_gives_the_rest_back(tmp_path: Path) -> None:
     amounts=st.lists(st.tuples(st.integers(1, 40), st.floats(0, 1)), max_size=30),
     limit=st.integers(1, 200),
 )
+@pytest.mark.long
 def test_never_passes_the_limit_whatever_the_order(
     amounts: list[tuple[int, float]], limit: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -125,7 +127,10 @@ def test_what_nobody_has_kept_is_lost_where_it_ends_badly(tmp_path: Path) -> Non
         assert kept.seconds < lost.seconds + kept.seconds - 0.01
         assert kept.joules == pytest.approx(1e6 * kept.seconds)
         assert kept.dollars == pytest.approx(kept.seconds, abs=1e-6)
-        assert [charge["lost"] for charge in ledger.charges()] == [False, True]
+        found = [(charge["lost"], charge["step_to"]) for charge in ledger.charges()]
+        assert found == [(False, 0), (True, 0)]
+        (part,) = ledger._journal.rows("SELECT reserved FROM leases WHERE id = 2")
+        assert json.loads(part["reserved"])["tokens"] == 20
         assert ledger.faults() == []
         assert ledger.reserved() == Cost()
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from thrifty.core.budget import Budget, Cost, Rates
-from thrifty.core.counter import read_counter
+from thrifty.core.counter import read_counter, read_kept
 from thrifty.core.ledger import BudgetExceeded, Ledger
 
 BUDGET = Budget(flops=1000.0, tokens=50.0, seconds=100.0)
@@ -265,7 +265,10 @@ def test_work_that_takes_none_of_what_has_run_out_goes_on(ledger):
             lease.tick(Cost(flops=1))
 
 
-@pytest.mark.parametrize("cost", [Cost(tokens=-1), Cost(flops=-1, tokens=1), Cost(flops=math.nan)])
+@pytest.mark.parametrize(
+    "cost",
+    [Cost(tokens=-1), Cost(flops=-1, tokens=1), Cost(flops=math.nan), Cost(tokens=math.inf)],
+)
 def test_what_is_no_amount_is_named(ledger, cost):
     with ledger.stage("train", "x") as stage, stage.spending("train", Cost(flops=9)) as lease:
         lease.tick(Cost(flops=5, tokens=5), steps=1)
@@ -275,6 +278,13 @@ def test_what_is_no_amount_is_named(ledger, cost):
         f"train reports a cost that is negative or no number: {cost!r}\n"
         "hint: a cost is what was used, at least zero"
     )
+
+
+def test_what_is_kept_stays_so_whatever_is_ticked_after_it(ledger):
+    with ledger.stage("serve", "x") as stage, stage.spending("serve", Cost(tokens=9)) as lease:
+        lease.count(Cost(tokens=5), Cost(tokens=3))
+        lease.tick(Cost(tokens=1), steps=1)
+        assert read_kept(lease._counter.path) == Cost(tokens=3)
 
 
 def test_a_settled_lease_counts_no_more(ledger):

@@ -45,6 +45,7 @@ def cycle_of(shape, blocks):
 @pytest.mark.parametrize("recompute", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("blocks", DIVIDED.values(), ids=DIVIDED)
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+@pytest.mark.long
 def test_flops_are_the_mean_of_a_cycle(config, blocks, recompute):
     shape = ModelShape.from_config(config)
     model = build(config, attention="eager", recompute=bool(recompute))
@@ -110,6 +111,7 @@ USUAL = ("badam", "badam, every layer again", "lisa", "hift")
         for name, fields in TRACED.items()
     ],
 )
+@pytest.mark.long
 def test_the_peak_is_that_of_the_worst_turn(fields, tied):
     """Of the real step of each turn, on fake tensors. Their device has no host beside it, on which
     states could wait."""

@@ -60,6 +60,7 @@ def test_full_training(name):
 
 @pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", TINY)
+@pytest.mark.long
 def test_adapters(family, recompute):
     shape = ModelShape.from_config(THREE[family])
     everywhere = Adapter(rank=4)
@@ -90,6 +91,7 @@ def test_forward(family):
 
 
 @pytest.mark.parametrize("name", DECODED)
+@pytest.mark.long
 def test_decoding(name):
     shape, model = ModelShape.from_config(THREE[name]), build(THREE[name], attention="eager").eval()
     model.config.use_cache = True
@@ -225,6 +227,7 @@ def by_the_counter():
 
 
 @pytest.mark.parametrize("way", six_n.WAYS)
+@pytest.mark.long
 def test_the_small_model_is_counted_to_the_last_flop(way, by_the_counter):
     shape = ModelShape.from_config(six_n.SMALL)
     assert step_flops(shape, six_n.WAYS[way]) == by_the_counter[way].flops

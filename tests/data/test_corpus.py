@@ -54,6 +54,7 @@ def made_up(package: str, number: int, name: str | None = None) -> Function:
     )
 
 
+@pytest.mark.long
 def test_the_header_counts_what_was_written(corpus: CorpusFiles, rows: dict) -> None:
     assert {part: len(found) for part, found in rows.items()} == corpus.num_rows
     in_pool = [row for row in rows["pool"] if row["package"] == "asyncio"]
@@ -103,6 +104,7 @@ def test_rows_are_functions_of_a_fair_size(rows: dict) -> None:
             assert 80 <= len(row["completion"]) <= 3_000
 
 
+@pytest.mark.long
 def test_the_same_again(tmp_path: Path, monkeypatch) -> None:
     some = frozenset({"asyncio", "email", "json"})  # of all packages it would take a while
     monkeypatch.setattr(sys, "stdlib_module_names", some)

@@ -153,11 +153,13 @@ WHOLE = [row["prompt"] + row["completion"] for row in ROWS]
 
 
 @pytest.mark.parametrize("source", ["rows.jsonl", "*.jsonl", ""])
+@pytest.mark.long
 def test_rows_are_read_from_s3(bucket: str, source: str) -> None:
     assert texts(f"{bucket}/{source}") == WHOLE
 
 
 @pytest.mark.parametrize("faults", [["busy"] * 3, ["cut", "reset", "busy", "cut"]])
+@pytest.mark.long
 def test_faults_of_the_network_pass_by(bucket: str, faults: list[str]) -> None:
     FaultyProxy.faults = list(faults)
     assert texts(f"{bucket}/rows.jsonl") == WHOLE
@@ -189,6 +191,7 @@ def test_what_is_not_there_is_told_at_once(bucket: str) -> None:
         read_rows([f"{bucket}/other.jsonl"])
 
 
+@pytest.mark.long
 def test_a_run_from_s3_to_s3(
     bucket: str,
     tiny_model: Path,

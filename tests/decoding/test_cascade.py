@@ -197,6 +197,7 @@ def true_risk(risk, threshold):
 @pytest.mark.parametrize(
     ("risk", "level"), [("lost", 0.06), ("lost", 0.1), ("wrong", 0.15), ("calls", 0.55)]
 )
+@pytest.mark.long
 def test_a_bound_fails_no_more_often_than_it_says(risk, level):
     """400 calibrations on 150 questions: in no more than delta of them is any threshold allowed
     whose true risk is above the level (binomial slack of three standard errors)."""

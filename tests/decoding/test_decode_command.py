@@ -194,6 +194,7 @@ def test_bad_prompts_are_named(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_run_answers_on_what_its_budget_has_left(
     tiny_model: Path,
     tiny_data: dict[str, Path],

@@ -130,6 +130,7 @@ def test_options_have_defaults_and_it_is_described(name):
 
 @pytest.mark.parametrize("stream", STREAMS)
 @pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.long
 def test_it_ends_within_the_limit_and_says_why(name, stream):
     for most in (1, 2, 3, 17):
         if most < LEAST_SAMPLES.get(name, 1):

@@ -131,6 +131,7 @@ def test_a_step_of_several_micro_batches_pulls_once(folder):
 
 @pytest.mark.parametrize("stopped", [3, 6, 7, 8])
 @pytest.mark.parametrize("states", ["adamw", "adafactor", "adamw_8bit"])
+@pytest.mark.long
 def test_a_run_that_resumes_is_the_one_that_was_not_interrupted(folder, states, stopped):
     """Before, at and after the last cut; the adapter through PEFT, as the Trainer has it."""
     whole = started(folder, states)

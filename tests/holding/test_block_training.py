@@ -225,6 +225,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(name, stop, states):
 
 
 @pytest.mark.parametrize("name", ["badam", "lisa", "hift"])
+@pytest.mark.long
 def test_it_trains(name):
     model, optimizer = started(name, "adamw")
     before = float(loss_of(model).detach())

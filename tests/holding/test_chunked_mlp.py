@@ -37,6 +37,7 @@ def sliced(model, tokens: int):
 
 @pytest.mark.parametrize("way", ADAPTERS)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.long
 def test_gradients_are_the_same(family, way):
     """But for the order in which the slices' are summed."""
     dropless = {"resid_pdrop": 0.0} if family == "gpt2" else {}

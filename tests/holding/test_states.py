@@ -157,6 +157,7 @@ def test_the_rate_and_the_decay_are_those_of_the_group(name, dtype):
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)
+@pytest.mark.long
 def test_the_loss_falls(name, dtype):
     model = llama(dtype)
     optimizer = technique(name).optimizer(groups_of(model, RATES.get(name, 1e-3)), SHAPE)

@@ -185,6 +185,7 @@ def test_bfloat16_weights_follow_in_the_mean():
     assert float(weight.detach().float().mean()) == pytest.approx(1 - 2**-7, abs=5e-4)
 
 
+@pytest.mark.long
 def test_it_trains():
     model = llama("float32")
     optimizer = optimizer_of(model, rate=1e-3)

@@ -166,6 +166,7 @@ def alone(tiny_model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", usual(SCORERS))
+@pytest.mark.long
 def test_a_target_of_one_row_scores_the_pool(name, pool, models, alone):
     assert np.isfinite(scores(name, pool, models, alone)).all()
 
@@ -236,6 +237,7 @@ def test_scripts_that_the_tokenizer_does_not_know(
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # LoRA says so of GPT-2's linears
 @pytest.mark.parametrize("name", WITH_ANOTHER_MODEL)
+@pytest.mark.long
 def test_another_model_of_a_shorter_context_reads_as_much_as_it_can(
     name, tiny_model, tmp_path, pool, models, target
 ):

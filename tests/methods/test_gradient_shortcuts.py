@@ -134,6 +134,7 @@ def test_rds_grad_charges_for_every_target(pool, target, fruit, two, models):
 # -- landmarks ------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_with_all_rows_as_landmarks_the_scores_are_exact(pool, two, models):
     spec = {"influence_distillation": LESS | {"landmarks": 150}}
     found, _ = all_scores(spec, pool, two, models)
@@ -151,6 +152,7 @@ def carried(pool, target, models):
     return found[:, 0], exact[:, 0], cost
 
 
+@pytest.mark.long
 def test_landmarks_keep_their_scores_and_carry_them_to_the_others(carried):
     found, exact, _ = carried
     landmarks = np.isclose(found, exact, rtol=1e-3, atol=1e-5)
@@ -169,6 +171,7 @@ def test_landmarks_are_cheaper_than_gradients_and_cost_what_was_predicted(
     assert few.cost(work).flops < 0.75 * exact.cost(work).flops
 
 
+@pytest.mark.long
 def test_landmarks_do_not_depend_on_shards_or_their_order(pool, whole_pool, target, models):
     scorer = resolve("scorer", {"influence_distillation": LESS | {"landmarks": 30}})
     shards, _ = scores_of(scorer, pool, target, models)
@@ -244,6 +247,7 @@ def cascade(by_vectors, by_gradients, **options):
     return {"cascade": shares | {"max_target_rows": 5} | options}
 
 
+@pytest.mark.long
 def test_a_cascade_of_all_rows_is_its_last_stage(pool, two, models):
     found, cost = all_scores(cascade(1.0, 1.0), pool, two, models)
     exact, alone = all_scores({"less": {"max_target_rows": 5}}, pool, two, models)
@@ -266,6 +270,7 @@ def test_a_cascade_of_no_rows_is_its_first_stage(first, pool, two, models):
         assert spearmanr(found[:, column], exact[:, column]).statistic > 0.99999
 
 
+@pytest.mark.long
 def test_a_cascade_passes_the_best_rows_on_within_their_share(pool, two, models):
     """Against the stages one by one, each on what the one before left."""
     found, _ = all_scores(cascade(0.4, 0.15), pool, two, models)

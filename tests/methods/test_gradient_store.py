@@ -275,6 +275,7 @@ t.filled(Path({folder!r}))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="has no SIGKILL")
+@pytest.mark.long
 def test_a_killed_writing_goes_on_at_the_shard(tmp_path, pytestconfig):
     code = KILLED.format(root=str(pytestconfig.rootpath), folder=str(tmp_path / "store"))
     ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
@@ -373,6 +374,7 @@ def plain(pool, target, models):
         ),
     ],
 )
+@pytest.mark.long
 def test_scores_from_a_store_agree_with_those_without(
     name, bits, least, plain, pool, target, models, tmp_path
 ):
@@ -389,6 +391,7 @@ def test_scores_from_a_store_agree_with_those_without(
 
 
 @pytest.mark.parametrize("name", ["less", pytest.param("tracin", marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_another_target_takes_no_gradient_of_the_pool(
     name, plain, pool, whole_pool, target, models, tmp_path
 ):
@@ -448,6 +451,7 @@ def test_another_model_or_pool_than_a_stores_is_refused(pool, target, models, ti
         keeping("less", tmp_path).prepare(pool, targets, other, Tally())
 
 
+@pytest.mark.long
 def test_a_scoring_that_was_stopped_goes_on_at_the_shard(plain, pool, target, models, tmp_path):
     targets = {"sums": target.shard(0)}
     scored(keeping("less", tmp_path), pool, targets, models, (2, 0))

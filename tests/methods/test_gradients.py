@@ -219,6 +219,7 @@ def poisoned(request, tiny_model):
 
 
 @pytest.mark.parametrize("name", GRADIENT_SCORERS)
+@pytest.mark.long
 def test_a_gradient_that_is_no_number_is_no_score_and_zero_is_zero(name, pool, target, poisoned):
     scorer = resolve("scorer", {name: GRADIENT_SCORERS[name]})
     targets = {"sums": target.shard(0)} if scorer.needs_target else {}
@@ -239,6 +240,7 @@ def test_a_gradient_that_is_no_number_is_no_score_and_zero_is_zero(name, pool, t
 
 
 @pytest.mark.parametrize("name", ["grad_cosine", "less", "tracin"])
+@pytest.mark.long
 def test_a_target_of_one_row_is_its_own_mean(name, pool, target, models):
     """Its score of a row is the mean's where all rows of the target are that one."""
     one = target.shard(0).tokens[:1]
@@ -253,6 +255,7 @@ def test_a_target_of_one_row_is_its_own_mean(name, pool, target, models):
 
 
 @pytest.mark.parametrize("name", ["less", "tracin"])
+@pytest.mark.long
 def test_a_target_row_that_is_no_number_is_left_out_of_the_mean(name, pool, target, poisoned):
     scorer = resolve("scorer", {name: GRADIENT_SCORERS[name]})
     plain = target.shard(0).tokens[:2]
@@ -289,6 +292,7 @@ def test_recomputation_switched_on_changes_nothing(reentrant, pool, tiny_model):
 
 
 @pytest.mark.parametrize("name", GRADIENT_SCORERS)
+@pytest.mark.long
 def test_what_is_prepared_travels_small_and_scores_the_same(name, pool, target, models):
     """A worker is given what was prepared, pickled, without the base model's weights."""
     import pickle

@@ -115,6 +115,7 @@ def sides(model, weights, example):
 
 
 @pytest.mark.parametrize("corrected", [True, False])
+@pytest.mark.long
 def test_ekfac_is_its_formula(corrected, prepared, pool, target, wide):
     _, (warm, _, _), found = prepared("ekfac", corrected=corrected)
     weights = at_checkpoint(warm, 1)
@@ -177,6 +178,7 @@ def dense(sketch):
     [pytest.param(64, marks=pytest.mark.slow), 7],
     ids=["fewer rows", "fewer dimensions"],
 )
+@pytest.mark.long
 def test_trak_is_its_formula(dimensions, prepared, pool, target, wide):
     _, (warm, _, _), found = prepared("trak", dimensions=dimensions)
     sample, shown, scored = rows_of(pool, target, wide)
@@ -428,6 +430,7 @@ def in_order(model, rows, directions):
     return found
 
 
+@pytest.mark.long
 def test_leaving_a_row_out_does_what_its_influence_says(left_out):
     """Exact to first order with the exact Hessian; near with the others, and nearer than without
     any curvature."""
@@ -464,6 +467,7 @@ def test_leaving_a_row_out_does_what_its_influence_says(left_out):
     "name",
     [n if n == "ekfac" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES],
 )
+@pytest.mark.long
 def test_a_score_does_not_depend_on_the_batch(name, prepared, monkeypatch):
     _, _, together = prepared(name)
     monkeypatch.setattr(example_gradients, "BATCH_TOKENS", 40)  # a row or two
@@ -472,6 +476,7 @@ def test_a_score_does_not_depend_on_the_batch(name, prepared, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.long
 def test_a_row_or_a_target_without_loss_scores_zero_and_not_nan(name, prepared, pool, wide):
     shard = pool.shard(0)
     first = shard.tokens[0]
@@ -497,6 +502,7 @@ def test_a_row_or_a_target_without_loss_scores_zero_and_not_nan(name, prepared, 
     assert (found[:, 0] != 0).all()
 
 
+@pytest.mark.long
 def test_a_target_scores_the_same_beside_another(prepared, pool, target, wide):
     for name in NAMES:
         scorer, _, alone = prepared(name)

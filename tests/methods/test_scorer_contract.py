@@ -74,6 +74,7 @@ def test_says_what_it_is(name):
 
 
 @pytest.mark.parametrize("name", usual(NAMES))
+@pytest.mark.long
 def test_does_not_depend_on_shards_or_their_order(name, scored, whole_pool, target, models):
     shards, _, _ = scored(name)
     once, _ = scores_of(briefly(name), whole_pool, target, models)

@@ -107,6 +107,7 @@ def test_an_evaluation_without_a_loss_is_no_evidence(name):
 
 
 @pytest.mark.parametrize("name", WATCHING)
+@pytest.mark.long
 def test_noise_on_a_falling_loss_rarely_stops_it(name):
     rule, stops, noise = resolve("stopping", name), 0, 0.01
     for seed in range(20):

@@ -43,6 +43,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
+@pytest.mark.long
 def test_a_checkpoint_is_the_old_or_the_new_one(home):
     run = home / "run"
     for step in (1, 2):
@@ -81,6 +82,7 @@ def test_a_checkpoint_is_the_old_or_the_new_one_at_every_system_call(call, home)
     assert number > (1 if call in ("rename", "rmdir") else 0)
 
 
+@pytest.mark.long
 def test_a_model_is_there_or_not(home):
     run = home / "run"
     commit(run / "checkpoints", 1)
@@ -108,6 +110,7 @@ def test_a_model_is_there_or_not(home):
 
 
 @pytest.mark.parametrize("known", [True, False])
+@pytest.mark.long
 def test_a_file_is_the_old_or_the_new_one(home, known):
     run = home / "run"
     run.mkdir()
@@ -258,6 +261,7 @@ def test_a_selection_is_there_or_not_and_charged_once(tiny_model, tiny_data, hom
             assert useful(folder) == useful(whole), f"step {steps}: {folder.name}"
 
 
+@pytest.mark.long
 def test_answers_are_there_with_the_samples_that_they_rest_on(home):
     folder = home / "decode"
     folder.mkdir()

@@ -88,6 +88,7 @@ def refused(run: Path, command: str, capsys) -> str:
 # -- verify -------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_whole_run_is_well(run, capsys):
     before = {file: file.read_bytes() for file in files_of(run)}
     code, said = verified(run, capsys)
@@ -106,6 +107,7 @@ def test_a_whole_run_is_well(run, capsys):
 
 
 @pytest.mark.parametrize("part", PARTS)
+@pytest.mark.long
 def test_verify_names_the_file_of_any_flipped_byte(part, run, capsys):
     files = [f for f in files_of(run) if f.relative_to(run).as_posix().startswith(part)]
     assert files

@@ -330,6 +330,7 @@ def bomb(path: Path, piece: bytes, times: int) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_what_unpacks_to_too_much_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -494,6 +495,7 @@ def test_ids_that_stand_twice_and_rows_of_the_dev_set(
 
 
 @pytest.mark.parametrize("score", [1.0, float("nan")])
+@pytest.mark.long
 def test_scores_that_say_nothing(
     score: float,
     arguments: Any,

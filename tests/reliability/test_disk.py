@@ -106,6 +106,7 @@ QUICK = ("second checkpoint",)
 @pytest.mark.parametrize(
     "moment", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in FULL_AT]
 )
+@pytest.mark.long
 def test_full_on_the_way(moment, made, disk, run, monkeypatch, capsys):
     line, told = FULL_AT[moment]
     with monkeypatch.context() as patch:
@@ -226,6 +227,7 @@ class Failing:
         pytest.param("counter", 5, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.long
 def test_a_disk_that_fails(part, nth, made, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(made / "planned", tmp_path / "run")
     with monkeypatch.context() as patch:
@@ -387,6 +389,7 @@ def test_a_run_folder_of_any_name_and_one_that_is_a_link(name, made, tmp_path):
 
 
 @pytest.mark.parametrize(("length", "code"), [(248, 0), (255, 4)])
+@pytest.mark.long
 def test_plan_into_a_link_under_a_long_name(length, code, tiny_model, tiny_data, tmp_path, capsys):
     """A draft lies beside it, whose name is 7 bytes longer."""
     (tmp_path / "elsewhere").mkdir()

@@ -90,6 +90,7 @@ LEDGER = headroom.BYTES + 160 * 1024
 @pytest.mark.parametrize(
     "way", [way if way in QUICK else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
 )
+@pytest.mark.long
 def test_sizes_are_those_of_real_checkpoints(way, wide_model, tiny_data, tmp_path, monkeypatch):
     if "8bit" in str(WAYS[way]) or "nf4" in str(WAYS[way]):
         pytest.importorskip("bitsandbytes")
@@ -153,6 +154,7 @@ def test_what_fits_is_trained_and_what_does_not_is_refused_before_a_step(
         assert cli.main(["run", str(folder)]) == 0
 
 
+@pytest.mark.long
 def test_scoring_is_refused_before_a_row_is_scored(wide_model, tiny_data, tmp_path, capsys):
     with small_disk(tmp_path / "disk", "12m") as disk:
         folder = disk / "run"

@@ -84,6 +84,7 @@ def goes_on(folder: Path, straight: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.long
 def test_a_signal_to_one_stops_both_at_the_same_step(asked, straight, plan_of, tmp_path):
     folder = plan_of(tmp_path / "run")
     ranks = both(folder, patience=60)
@@ -111,6 +112,7 @@ def test_a_signal_to_one_before_training_stops_both(straight, plan_of, tmp_path)
 
 
 @pytest.mark.parametrize("dies", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.long
 def test_one_that_is_killed_ends_the_other(dies, straight, plan_of, tmp_path):
     folder = plan_of(tmp_path / "run")
     ranks = both(folder)
@@ -124,6 +126,7 @@ def test_one_that_is_killed_ends_the_other(dies, straight, plan_of, tmp_path):
 
 
 @pytest.mark.parametrize("stopped", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.long
 def test_one_that_is_stopped_ends_the_other(stopped, straight, plan_of, tmp_path):
     folder = plan_of(tmp_path / "run")
     ranks = both(folder)

@@ -104,6 +104,7 @@ def test_a_models_own_code_is_not_run(
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("scheduler.pt", "rng_state.pth")),
     ],
 )
+@pytest.mark.long
 def test_a_pickle_in_a_checkpoint_is_not_loaded_though_its_manifest_vouches_for_it(
     name: str, paused: Path, sign: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -415,6 +416,7 @@ ENDLESS = {
     [LOOP, *(pytest.param(ENDLESS[n], marks=pytest.mark.slow) for n in ENDLESS if n != "loops")],
     ids=list(ENDLESS),
 )
+@pytest.mark.long
 def test_a_template_without_end_is_stopped(
     template: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

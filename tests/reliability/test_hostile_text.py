@@ -84,7 +84,9 @@ def test_a_run_may_have_any_name_and_shows_none_raw(
     pool.write_bytes(tiny_data["small_pool"].read_bytes() + b"null\n")
     run = tmp_path / name
     assert plan(tiny_model, tiny_data, run, pool=pool) == 0
-    assert plan(tiny_model, tiny_data, run, pool=pool) == 4  # which names both
+    assert plan(tiny_model, tiny_data, run, pool=pool) == 0  # it is there, as asked for
+    other = tiny_data["small_pool"]
+    assert plan(tiny_model, tiny_data, run, pool=other) == 4  # which names it
     assert plan(tiny_model, tiny_data, tmp_path / "two", "--strict", pool=pool) == 4
     assert main(["report", str(run)]) == 0
     found = capsys.readouterr()

@@ -37,6 +37,7 @@ STARTS_OVER = "starts over from the base model"
 
 
 @pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.long
 def test_nothing_starts_over_without_a_line(gone, tiny_model, tiny_data, tmp_path, monkeypatch):
     run = tmp_path / "run"
     data = {**tiny_data, "pool": tiny_data["small_pool"]}

@@ -75,6 +75,7 @@ def all_finite(folder):
     return all(bool(tensor.isfinite().all()) for tensor in weights(folder).values())
 
 
+@pytest.mark.long
 def test_without_rewinds_it_stops_before_the_update(plan, tmp_path):
     folder = with_rewinds(plan, tmp_path, 0)
     with bad_batches(6), pytest.raises(NonFiniteGradient, match="step 6 is not finite"):
@@ -88,6 +89,7 @@ def test_without_rewinds_it_stops_before_the_update(plan, tmp_path):
     assert not rewinds_of(folder)
 
 
+@pytest.mark.long
 def test_the_batch_is_passed_over_and_what_was_done_twice_is_lost(plan, tmp_path):
     folder, said = with_rewinds(plan, tmp_path, 1), []
     with bad_batches(6):
@@ -104,6 +106,7 @@ def test_the_batch_is_passed_over_and_what_was_done_twice_is_lost(plan, tmp_path
         assert lost.flops == pytest.approx(useful.flops * 2 / 11)  # the fifth and the sixth of 11
 
 
+@pytest.mark.long
 def test_it_is_passed_over_again_after_a_resume(plan, tmp_path, monkeypatch):
     from tests.runs import interrupt_at
     from thrifty.interruption import Interrupted
@@ -127,6 +130,7 @@ def skipped(folder):
     return {step for row in rewinds_of(folder) for step in row["detail"]["skipped"]}
 
 
+@pytest.mark.long
 def test_after_so_many_it_stops_and_names_the_last(plan, tmp_path):
     folder = with_rewinds(plan, tmp_path, 1)
     # The second is met in the second attempt: steps 5, 7, 8, 9 are passes 7, 8, 9, 10.
@@ -136,6 +140,7 @@ def test_after_so_many_it_stops_and_names_the_last(plan, tmp_path):
     assert skipped(folder) == {6}
 
 
+@pytest.mark.long
 def test_an_evaluation_that_is_not_finite_passes_over_all_since_the_checkpoint(plan, tmp_path):
     folder = with_rewinds(plan, tmp_path, 1)
     real = Diverged("the loss on sums is not finite: the model diverged")

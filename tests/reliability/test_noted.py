@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tests.reliability.order import recorded
 from thrifty import checkpoints, publication
 from thrifty.core import sums
 from thrifty.core.sums import NAME
@@ -18,10 +21,11 @@ def line(text: str, name: str) -> str:
 
 
 def test_a_file_is_noted_beside_it_once(tmp_path):
+    sums.check(tmp_path / "a", "never")
     sums.write(tmp_path / "a", "one")
     sums.write(tmp_path / "b", "two")
     sums.write(tmp_path / "a", "three")
-    assert (tmp_path / NAME).read_text() == line("two", "b") + line("three", "a")
+    assert (tmp_path / "SHA256SUMS").read_text() == line("two", "b") + line("three", "a")
     assert [(tmp_path / name).read_text() for name in "ab"] == ["three", "two"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [NAME, "a", "b"]
     for name in "ab":
@@ -45,14 +49,15 @@ def test_each_fault_is_named(tmp_path):
     (tmp_path / "b").write_text("x")
     (tmp_path / "c").write_text("x")
     (tmp_path / "e").write_text("what is not noted is not looked at")
-    with (tmp_path / NAME).open("a") as notes:
-        notes.write("? " * 100 + "\n" + "half a line")
+    with (tmp_path / NAME).open("ab") as notes:
+        notes.write(b"? " * 100 + b"\n\xff\nhalf a line")
     said = [
         f"{tmp_path / NAME} is damaged: {'? ' * 40!r} is no hash and name",
+        f"{tmp_path / NAME} is damaged: {chr(0xFFFD)!r} is no hash and name",
         f"{tmp_path / 'a'}, which {NAME} there names, is missing",
-        f"{tmp_path / 'b'} is damaged: it is not as it was written, says {NAME} there",
+        f"{tmp_path / 'c'} is damaged: it is not as it was written, says {NAME} there",
     ]
-    assert list(sums.faults(tmp_path, but=("c",))) == said
+    assert list(sums.faults(tmp_path, but=("b",))) == said
     with pytest.raises(ValueError) as refusal:
         sums.check_all(tmp_path, "look")
     assert str(refusal.value) == f"{said[0]}\nhint: look"
@@ -78,6 +83,58 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == [NAME, "a"]
     assert (tmp_path / "a").read_text() == "one"
     sums.check(tmp_path / "a", "never")
+
+
+def test_what_went_wrong_after_a_file_was_named_is_told(tmp_path, monkeypatch):
+    def full(aside, path):
+        aside.replace(path)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sums, "rename_durably", full)
+    with pytest.raises(OSError, match="No space left"):
+        sums.write(tmp_path / "a", "one")
+    sums.check(tmp_path / "a", "never")
+
+
+def test_a_file_is_read_again_once_anything_says_that_it_changed(tmp_path, monkeypatch):
+    file = tmp_path / "a"
+    one, two = (hashlib.sha256(text).hexdigest() for text in (b"one", b"two"))
+    said = {"st_size": 3, "st_mtime_ns": 0, "st_ctime_ns": 0}
+    monkeypatch.setattr(Path, "stat", lambda *_: SimpleNamespace(**said))
+    for name in said:
+        file.write_bytes(b"one")
+        assert sums.is_as(file, {one})
+        file.write_bytes(b"two")
+        assert sums.is_as(file, {one})
+        said[name] += 1
+        assert sums.is_as(file, {two})
+        said[name] -= 1
+
+
+def test_notes_are_read_again_once_their_size_or_time_is_another(tmp_path):
+    (tmp_path / "a").write_text("one")
+    one, two = line("one", "a"), line("two", "a")
+    for noted, time, well in ((one, 1, True), (two, 2, False), (two + one, 2, True)):
+        (tmp_path / NAME).write_text(noted)
+        os.utime(tmp_path / NAME, (time, time))
+        assert (list(sums.faults(tmp_path)) == []) == well
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="reads /proc")
+def test_a_file_is_noted_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    sums.write(tmp_path / "a", "one")
+    (tmp_path / "b.new").write_text("two")
+    events, on_disk = recorded(monkeypatch, tmp_path), []
+    sync = os.fsync
+
+    def seen(descriptor):
+        on_disk.append((tmp_path / NAME).read_text())
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    sums.keep(tmp_path / "b.new", tmp_path / "b")
+    assert events == [("sync", NAME), ("sync", "b.new"), ("name", "b"), ("sync", ".")]
+    assert on_disk[0] == line("one", "a") + line("two", "b")
 
 
 # -- a model --------------------------------------------------------------------------------------
@@ -135,13 +192,14 @@ def test_a_model_that_was_trained_otherwise_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["thrifty.json", "config.json"])
 def test_a_model_that_was_changed_is_refused(name, tmp_path):
-    model = tmp_path / "model"
+    model = tmp_path / "deep" / "model"
     publication.publish(trained(tmp_path / "checkpoint-3"), model, mark="ours", step=3)
     (model / name).write_text("{}")
-    with pytest.raises(ValueError, match=f"hint: delete {model}; `thrifty run` leaves it again"):
+    hint = f"hint: delete {model}; `thrifty run` leaves it again"
+    with pytest.raises(ValueError, match=hint):
         publication.check(model)
     if name == "thrifty.json":
-        with pytest.raises(ValueError, match=f"{name} is damaged"):
+        with pytest.raises(ValueError, match=f"{name} is damaged(.|\n)*\n{hint}"):
             publication.is_done(model, "ours")
     else:
         assert publication.is_done(model, "ours")

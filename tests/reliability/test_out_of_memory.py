@@ -151,6 +151,7 @@ def gradients_of_steps(monkeypatch, folder, most: int | None):
 
 
 @pytest.mark.parametrize("most", [1, 3])
+@pytest.mark.long
 def test_gradients_of_pieces_are_those_of_the_whole(untouched, tmp_path, monkeypatch, most):
     whole = gradients_of_steps(monkeypatch, in_a_copy(untouched, tmp_path), None)
     shutil.rmtree(tmp_path / "run")

@@ -158,6 +158,7 @@ def register(monkeypatch, reporter: type[TrainerCallback]) -> None:
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "bad", reporter)
 
 
+@pytest.mark.long
 def test_training_under_a_reporter_that_hangs_and_meddles_is_the_same(
     tiny_model, tiny_data, tmp_path, monkeypatch
 ):

@@ -101,12 +101,14 @@ def goes_on(folder: Path, straight: Path) -> None:
     ],
     ids=str,
 )
+@pytest.mark.long
 def test_a_signal_in_training(number, straight, plan_of, tmp_path):
     folder = plan_of(tmp_path / "run")
     stopped_in_training(start("run", str(folder)), folder, number)
     goes_on(folder, straight)
 
 
+@pytest.mark.long
 def test_in_every_other_phase(straight, plan_of, tmp_path):
     """One run, stopped wherever it comes to; nothing has to be saved, so it ends promptly."""
     folder = plan_of(tmp_path / "run")

@@ -57,6 +57,7 @@ async def many(url: str, key: str, clients: int, each: int) -> list[httpx2.Respo
 
 
 @pytest.mark.parametrize("budget", [KeyLimits(tokens=12_000), KeyLimits(dollars=0.015)])
+@pytest.mark.long
 def test_64_clients_on_one_key_never_overspend(ledger, budget):
     with proxied(ledger, script, budget=budget) as proxy:
         answers = asyncio.run(many(proxy.url, KEY, 64, 8))

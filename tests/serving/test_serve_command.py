@@ -113,6 +113,7 @@ def test_what_was_under_way_at_a_kill_counts_as_the_most(tmp_path):
         assert journal.spent(account="key alice", lost=True).tokens == held
 
 
+@pytest.mark.long
 def test_a_stream_in_its_middle_is_waited_for(tmp_path):
     with StubServer([Reply(texts=("a b c d e f g h",), pace=0.2)]) as stub:
         options = ["--upstream", stub.url, "--ledger", str(tmp_path)]

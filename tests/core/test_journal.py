@@ -52,6 +52,11 @@ def test_what_does_not_go_together_is_found(path, statement, fault):
     assert faults(path) == [fault]
 
 
+def test_a_row_of_no_stage_is_not_written(path):
+    with Ledger(path) as ledger, pytest.raises(sqlite3.IntegrityError, match="FOREIGN KEY"):
+        ledger._journal.insert("decisions", stage_id=9, name="a", reason="b", decided_at="c")
+
+
 def test_a_lease_that_went_missing_meanwhile_is_a_fault(path):
     with Ledger(path, read_only=True) as ledger:
         sealed_by_hand(path, "DELETE FROM leases WHERE id = 1")
@@ -59,6 +64,12 @@ def test_a_lease_that_went_missing_meanwhile_is_a_fault(path):
             "leases has no row 1, though one 2",
             "row 1 of charges is of no row of leases",
         ]
+
+
+def test_a_reader_sees_what_is_written_meanwhile(path):
+    with Ledger(path, read_only=True) as reader, Ledger(path) as writer:
+        writer.decide("x", None, "y")
+        assert len(reader.decisions()) == 1
 
 
 def test_what_cannot_be_asked_is_a_fault(path):
@@ -72,10 +83,10 @@ def test_a_file_without_a_wal_in_its_header_is_refused(path):
     for at in (18, 19):
         assert data[at] == 2
         path.write_bytes(data[:at] + b"\1" + data[at + 1 :])
-        with pytest.raises(ValueError, match="its header does not say that it has a -wal"):
-            Ledger(path)
-        with pytest.raises(ValueError, match="its header does not say that it has a -wal"):
-            Ledger(path, read_only=True)
+        for read_only in (False, True):
+            said = "as a ledger: its header does not say that it has a -wal\nhint: "
+            with pytest.raises(ValueError, match=said):
+                Ledger(path, read_only=read_only)
     path.write_bytes(data)
     assert faults(path) == []
 
@@ -99,8 +110,12 @@ def test_a_version_that_was_edited_is_refused(path):
     """As if the rows had no seals yet."""
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute("UPDATE meta SET value = '1' WHERE key = 'schema'")
-    with pytest.raises(ValueError, match="its version was edited"):
+    with pytest.raises(ValueError) as refusal:
         Ledger(path)
+    assert str(refusal.value) == (
+        f"{path} cannot be read as a ledger: its version was edited\n"
+        "hint: put it back as it was, with its -wal file; was it truncated, overwritten or edited?"
+    )
 
 
 def test_a_row_that_is_missing_is_named(path):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from thrifty.core.budget import Budget, Cost
+from thrifty.core.head import read_head
 from thrifty.core.journal import SCHEMA_VERSION
 from thrifty.core.ledger import Ledger
 
@@ -188,7 +189,7 @@ def test_what_another_program_wrote_is_named(case, read_only, closed, tmp_path):
     with closing(sqlite3.connect(path)) as db:
         db.executescript(edit)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=f"{says}(.|\n)*\nhint: "):
+    with pytest.raises(ValueError, match=f"as a ledger: {says}(.|\n)*\nhint: "):
         Ledger(path, read_only=read_only)
     assert path.read_bytes() == before
 
@@ -217,8 +218,14 @@ def test_a_wal_that_is_gone_is_missed(taken, left, tmp_path):
     else:
         flip(wal, wal.stat().st_size // 2, 1)
     kept = contents(path)
+    reached = read_head(path.with_name(path.name + "-head"))
+    gone = {"all of it": reached, "its end": 1}.get(taken, r"\d+")
+    said = (
+        f"as a ledger: {gone} of its {reached} transactions are gone, as where its -wal file is "
+        "damaged or was taken away\nhint: "
+    )
     for read_only in (False, True):
-        with pytest.raises(ValueError, match=r"transactions are gone(.|\n)*\nhint: "):
+        with pytest.raises(ValueError, match=said):
             Ledger(path, read_only=read_only)
     assert contents(path) == kept, "left for whoever mends it"
 

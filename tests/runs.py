@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,20 @@ def weights(folder: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     return load_file(folder / "model.safetensors")
+
+
+def kill_at(monkeypatch: Any, step: int) -> None:
+    """Every rank of a run is killed at the end of that step."""
+    from thrifty.agreement import AgreeingCallback
+
+    whole = AgreeingCallback.on_step_end
+
+    def killed(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        whole(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(AgreeingCallback, "on_step_end", killed)
 
 
 def interrupt_at(monkeypatch: Any, step: int) -> None:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.runs import asked, interrupt_at, ledger, planned, silent, weights
+from tests.runs import asked, interrupt_at, kill_at, ledger, planned, silent, weights
 from thrifty import launch, pipeline, ranks
 from thrifty.agreement import AgreeingCallback
 from thrifty.cli import main
@@ -220,15 +220,8 @@ def test_no_limit_is_passed_and_all_ranks_stop_at_once(two, plan_of, tmp_path):
 def test_killed_and_gone_on_bit_for_bit(layout, request, plan_of, tmp_path, monkeypatch):
     unbroken = request.getfixturevalue(layout)
     folder = plan_of(tmp_path / "run", {"two": TWO, "cut": CUT}[layout])
-    whole = AgreeingCallback.on_step_end
-
-    def killed(self, args, state, control, **kwargs):
-        if state.global_step == 17:
-            os.kill(os.getpid(), signal.SIGKILL)
-        whole(self, args, state, control, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(AgreeingCallback, "on_step_end", killed)
+        kill_at(patch, 17)
         assert -signal.SIGKILL in as_ranks(lambda: run(folder))
     assert as_ranks(lambda: run(folder)) == [0, 0]
     for name, weight in weights(unbroken / "model").items():

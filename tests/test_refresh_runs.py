@@ -1,7 +1,6 @@
 """Runs whose rows are chosen anew while the model is trained on them."""
 
 import json
-import os
 import shutil
 import signal
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests import runs
 from tests.test_ranks_run import as_ranks
 from thrifty import pipeline
-from thrifty.agreement import AgreeingCallback
 from thrifty.budget_callback import BudgetCallback
 from thrifty.core.budget import Budget
 from thrifty.core.marginal import replay
@@ -194,15 +192,8 @@ def test_two_ranks_go_on_with_the_same_rows(tiny_model, tiny_data, tmp_path, mon
         runs.planned(folder, tiny_model, data, fixed=two, budget=Budget(flops=2e10))
     assert as_ranks(lambda: pipeline.train(unbroken, runs.silent)) == [0, 0]
     assert [step for step, _ in _refreshes(unbroken)] == [10, 20]
-    whole = AgreeingCallback.on_step_end
-
-    def killed(self, args, state, control, **kwargs):
-        if state.global_step == 17:
-            os.kill(os.getpid(), signal.SIGKILL)
-        whole(self, args, state, control, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(AgreeingCallback, "on_step_end", killed)
+        runs.kill_at(patch, 17)
         assert -signal.SIGKILL in as_ranks(lambda: pipeline.train(broken, runs.silent))
     assert as_ranks(lambda: pipeline.train(broken, runs.silent)) == [0, 0]
     assert _refreshes(broken) == _refreshes(unbroken)

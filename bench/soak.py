@@ -70,9 +70,10 @@ class Deck:
     def hand(self) -> list[str]:
         """Aims for a job, in the order in which they come; none where it is done."""
         with self._lock:
-            number = 0 if self.is_over else math.ceil(min(self._size, self._left))
+            still = self._still_come()
+            number = math.ceil(min(self._size, self._left)) if still and not self.is_over else 0
             while len(self._waiting) < number:
-                some = list(AIMS)
+                some = list(still)
                 self._random.shuffle(some)
                 self._waiting += some
             dealt, self._waiting = self._waiting[:number], self._waiting[number:]
@@ -87,12 +88,15 @@ class Deck:
             self._missed[aim] = 0
 
     def put_back(self, aims: list[str]) -> None:
-        """Those that did not come: another job's."""
+        """Those that did not come: another job's, or for a phase given up another one."""
         with self._lock:
             self._missed.update(aims)
-            again = [aim for aim in aims if self._missed[aim] <= MISSES]
-            self._waiting = again + self._waiting
-            self._left += len(again)
+            still = self._still_come()
+            self._waiting = [aim for aim in (*aims, *self._waiting) if aim in still]
+            self._left += len(aims)
+
+    def _still_come(self) -> list[str]:
+        return [aim for aim in AIMS if self._missed[aim] <= MISSES]
 
     @property
     def is_over(self) -> bool:

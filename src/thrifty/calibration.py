@@ -25,7 +25,7 @@ from thrifty.costs.shape import ModelShape
 from thrifty.costs.time import PASSES, step_terms
 
 ROUNDS = 3
-KERNEL_ROUNDS = 15
+KERNEL_ROUNDS = 12
 BUSY = 0.10
 _SIZES = (16, 64, 128, 256, 512, 1024)
 _ROWS = 1024

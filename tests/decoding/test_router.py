@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.decoding.routed import of_two_kinds, outcomes_of, question, save_sentence_model
 from thrifty.backends.backend import Answered, Backend, Completion
 from thrifty.core.budget import Budget, Cost
 from thrifty.core.given import AddingUp
 from thrifty.core.resolve import resolve
-from thrifty.core.sampling import Asked, Draw, Finish, Means, Offer, Outcome, Sample
+from thrifty.core.sampling import Asked, Draw, Finish, Means, Offer, Sample
 from thrifty.core.spending import BudgetExceeded
 from thrifty.decode_pool import decode
 from thrifty.decoding.router import Router, _drawn_in, _slope, predict_accuracies
@@ -26,28 +27,6 @@ from thrifty.signals.sentence_vectors import encoder_of
 
 OFFERS = (Offer(model="cheap", cost=1.0), Offer(model="dear", cost=10.0))
 MEANS = Means(offers=OFFERS)
-
-
-def question(kind, number):
-    if kind:
-        return f"Compute the sum of {number} and {number * 7 % 1000}."
-    return f"Who wrote the book about {number} rivers?"
-
-
-def outcomes_of(prompts, chances, seed=0):
-    """``chances``: model -> P(right) of each prompt."""
-    rng = np.random.default_rng(seed)
-    return [
-        Outcome(
-            id=str(i),
-            model=model,
-            answers=(f"what {model} said",),
-            correct=(float(rng.random() < of[i]),),
-            prompt=prompt,
-        )
-        for i, prompt in enumerate(prompts)
-        for model, of in chances.items()
-    ]
 
 
 @pytest.fixture(autouse=True)
@@ -62,14 +41,7 @@ def numbers():
 
 @pytest.fixture
 def two_kinds(numbers):
-    """The cheap one can compute, the dear one knows books."""
-    kinds = [i % 2 for i in range(300)]
-    prompts = [question(kind, number) for kind, number in zip(kinds, numbers, strict=True)]
-    chances = {
-        "cheap": [0.9 if kind else 0.2 for kind in kinds],
-        "dear": [0.4 if kind else 0.9 for kind in kinds],
-    }
-    return outcomes_of(prompts, chances)
+    return of_two_kinds(numbers)
 
 
 def fitted(policy, outcomes, means=MEANS):
@@ -292,15 +264,7 @@ def test_an_embedding_takes_the_place_of_words(two_kinds, tmp_path):
 
 @pytest.fixture(scope="module")
 def sentence_model(tiny_model, tmp_path_factory):
-    """A folder that sentence-transformers wrote: the tiny model, its mean over tokens."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-
-    folder = tmp_path_factory.mktemp("sentences") / "model"
-    body = Transformer(str(tiny_model))
-    body.tokenizer.pad_token = body.tokenizer.eos_token
-    SentenceTransformer(modules=[body, Pooling(32, pooling_mode="mean")]).save(str(folder))
-    return str(folder)
+    return save_sentence_model(tiny_model, tmp_path_factory.mktemp("sentences") / "model")
 
 
 def test_a_sentence_model_can_make_the_vectors(two_kinds, sentence_model):

@@ -1,4 +1,5 @@
-"""The real ``transformers serve``, as a process of its own on loopback, with a tiny model."""
+"""Real servers, as processes of their own on loopback, with tiny models: ``transformers serve`` and
+llama.cpp's ``llama-server``."""
 
 from __future__ import annotations
 
@@ -32,26 +33,43 @@ def with_template(model: Path, folder: Path, *, samples: bool = True) -> Path:
 
 
 @contextmanager
-def transformers_serve(model: Path, log: Path, *, seconds: float = 120) -> Iterator[str]:
+def transformers_serve(model: Path, log: Path) -> Iterator[str]:
     """Its URL, once it answers. What it says goes to ``log``."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = Path(sys.executable).with_name("transformers")
-    options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     # Its list of models is that of the cache, and it answers 500 where there is none.
     cache = log.with_name("hub")
     cache.mkdir(exist_ok=True)
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_CACHE": str(cache),
-        "OMP_NUM_THREADS": "1",
-    }
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(model)]
+    with _serving(
+        [*command, "--device", "cpu"], log, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(cache)
+    ) as url:
+        yield url
+
+
+@contextmanager
+def llama_server(program: str, model: Path, name: str, log: Path) -> Iterator[str]:
+    """The same of llama.cpp's, over a GGUF file that it calls ``name``."""
+    template = log.with_name("template.jinja")
+    template.write_text(_TEMPLATE, encoding="utf-8")
+    options = ["--alias", name, "--jinja", "--chat-template-file", str(template)]
+    options += ["--ctx-size", "2048", "--parallel", "4", "--threads", "1", "--offline"]
+    with _serving([program, "--model", str(model), *options], log) as url:
+        yield url
+
+
+@contextmanager
+def _serving(
+    command: list[str], log: Path, *, seconds: float = 120, **environment: str
+) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     with (
         log.open("wb") as said,
         subprocess.Popen(
-            [command, "serve", str(model), *options], stdout=said, stderr=said, env=environment
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            stdout=said,
+            stderr=said,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         ) as process,
     ):
         url = f"http://127.0.0.1:{port}"
@@ -74,4 +92,4 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path, ends: float) ->
             time.sleep(0.2)
         else:
             return
-    raise AssertionError(f"transformers serve did not start:\n{log.read_text()[-3000:]}")
+    raise AssertionError(f"the server did not start:\n{log.read_text()[-3000:]}")

@@ -1,0 +1,124 @@
+"""llama.cpp's ``llama-server`` as an endpoint, and behind the proxy.
+
+Where it is installed: THRIFTY_GGUF names a small model in its format.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.backends.real_server import llama_server
+from tests.serving.test_serve_command import KEY, served
+from thrifty.backends.backend import Answered, Asking, AskingFailed
+from thrifty.backends.endpoint import Endpoint
+from thrifty.core.ledger import Ledger
+
+PROGRAM = shutil.which(os.environ.get("LLAMA_SERVER", "llama-server"))
+GGUF = os.environ.get("THRIFTY_GGUF")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (PROGRAM and GGUF), reason="no llama-server, or no THRIFTY_GGUF"),
+]
+ONCE = "Once upon a time"
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    assert PROGRAM
+    assert GGUF
+    with llama_server(PROGRAM, Path(GGUF), "small", tmp_path_factory.mktemp("log") / "log") as url:
+        yield url
+
+
+def ask(url: str, *askings: Asking, **options: object) -> tuple[list[Answered], tuple[str, ...]]:
+    async def each() -> list[Answered]:
+        endpoint = Endpoint(url, "small", **options)
+        try:
+            answers = [await endpoint.ask(asking) for asking in askings]
+            notes.extend(endpoint.notes)
+            return answers
+        finally:
+            await endpoint.close()
+
+    notes: list[str] = []
+    return asyncio.run(each()), tuple(notes)
+
+
+def test_text_comes_back_and_its_cost_is_measured(url):
+    prices = dict(prompt_price=1.0, completion_price=2.0)
+    [answer], _ = ask(url, Asking(prompt=ONCE, max_tokens=12), **prices)
+    assert answer.trusted
+    [completion] = answer.completions
+    assert completion.text
+    assert 1 <= completion.tokens <= 12
+    prompt = answer.cost.tokens - completion.tokens
+    assert prompt >= 4
+    assert answer.cost.dollars == pytest.approx((prompt + 2 * completion.tokens) / 1e6)
+
+
+def test_many_completions_come_differently_under_one_seed(url):
+    asking = Asking(prompt=ONCE, count=3, max_tokens=16, seed=7)
+    (first, again), _ = ask(url, asking, asking)
+    assert len({completion.text for completion in first.completions}) == 3
+    assert first.trusted
+    assert [c.text for c in again.completions] == [c.text for c in first.completions]
+
+
+def test_an_answer_is_continued_as_text(url):
+    asking = Asking(prompt=ONCE, prefix=", there was", max_tokens=8, temperature=0.0)
+    whole = Asking(prompt=f"{ONCE}, there was", max_tokens=8, temperature=0.0)
+    (begun, put), _ = ask(url, asking, whole, kind="completions")
+    assert begun.completions == put.completions
+
+
+def test_what_is_too_long_fails_and_costs_nothing(url):
+    with pytest.raises(AskingFailed) as raised:
+        ask(url, Asking(prompt="once upon a time " * 2000, max_tokens=4))
+    assert raised.value.cost.tokens == 0
+
+
+def asked(**more: object) -> dict[str, object]:
+    messages = [{"role": "user", "content": ONCE}]
+    return {"model": "small", "messages": messages, "max_tokens": 12, "seed": 1, **more}
+
+
+def test_behind_the_proxy(url, tmp_path):
+    options = ["--upstream", url, "--model", "small", "--price", "1,2"]
+    options += ["--dollars", "0.01", "--ledger", str(tmp_path)]
+    with (
+        served(*options, THRIFTY_KEY=KEY) as (proxy, _),
+        openai.OpenAI(base_url=f"{proxy}/v1", api_key=KEY, timeout=120) as client,
+    ):
+        whole = client.chat.completions.create(**asked())
+        told = whole.model_extra["thrifty"]
+        assert whole.choices[0].message.content
+        assert told["measured"]
+        assert told["tokens"] == whole.usage.total_tokens
+        chunks = list(client.chat.completions.create(**asked(), stream=True))
+        said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        assert said == whole.choices[0].message.content
+        streamed = chunks[-1].model_extra["thrifty"]
+        assert streamed["measured"]
+        assert streamed["tokens"] == told["tokens"]
+    with Ledger(tmp_path / "ledger.sqlite", read_only=True) as journal:
+        assert journal.spent(account="key one").tokens == 2 * told["tokens"]
+
+
+def test_a_policy_behind_the_proxy(url, tmp_path):
+    options = ["--upstream", url, "--model", "small", "--ledger", str(tmp_path)]
+    options += ["--policy", "{fixed: {samples: 3}}", "--answer", "none", "--tokens", "20k"]
+    with (
+        served(*options, THRIFTY_KEY=KEY) as (proxy, _),
+        openai.OpenAI(base_url=f"{proxy}/v1", api_key=KEY, timeout=120) as client,
+    ):
+        told = client.chat.completions.create(**asked()).model_extra["thrifty"]
+        assert told["samples"] == 3
+        assert told["left"]["tokens"] == 20_000 - told["tokens"]

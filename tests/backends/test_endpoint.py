@@ -177,6 +177,22 @@ def test_a_server_that_gives_one_each_is_asked_so():
     assert "one completion a request" in endpoint.notes[0]
 
 
+def test_a_server_that_counts_one_of_several_is_charged_its_most_and_asked_for_each():
+    asking = Asking(prompt="x", count=3, max_tokens=9, seed=0)
+
+    async def twice(endpoint: Endpoint) -> list[Answered]:
+        return [await endpoint.ask(asking), await endpoint.ask(asking)]
+
+    of_one = Reply(usage={"prompt_tokens": 5, "completion_tokens": 4})
+    (first, second), stub, endpoint = with_stub([of_one], twice)
+    assert [r.json.get("n", 1) for r in stub.requests] == [3, 1, 1, 1]
+    assert not first.trusted
+    assert first.cost.tokens > 3 * 9
+    assert second.trusted
+    assert second.cost.tokens == 3 * (5 + 4)
+    assert "does not count all completions" in endpoint.notes[0]
+
+
 def test_fewer_completions_come_where_more_were_not_held_for():
     asking = Asking(prompt="word " * 400, count=9, max_tokens=4)
     usage = {"prompt_tokens": 2000, "completion_tokens": 4}

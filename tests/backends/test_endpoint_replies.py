@@ -208,6 +208,24 @@ def test_a_plausible_usage_is_believed(prompt, generated):
     assert outcome.cost.tokens == prompt + generated
 
 
+@pytest.mark.parametrize(
+    ("generated", "texts", "cut_off", "is_believed"),
+    [
+        (8, ["so it is four", "and so these are"], 0, True),
+        (4, ["so it is four", "and so these are"], 0, False),
+        (4, ["so it is four"], 0, True),
+        (12, ["Lears", "Miabyes", "One"], 36, False),
+        (36, ["Lears", "Miabyes", "One"], 36, True),
+    ],
+)
+def test_tokens_of_one_of_several_completions_are_not_believed(
+    generated, texts, cut_off, is_believed
+):
+    most = Usage(prompt=1000, generated=36)
+    said = {"prompt_tokens": 46, "completion_tokens": generated}
+    assert (believed(said, most, 60, texts, cut_off) is not None) == is_believed
+
+
 def test_few_tokens_for_a_long_text_are_not_believed():
     most = Usage(prompt=10_000, generated=10_000)
     said = {"prompt_tokens": 100, "completion_tokens": 3}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import openai
 import pytest
 
 from tests.backends.real_server import llama_server
-from tests.serving.test_serve_command import KEY, served
+from tests.serving.test_serve_command import KEY, ended, served
 from thrifty.backends.backend import Answered, Asking, AskingFailed
 from thrifty.backends.endpoint import Endpoint
 from thrifty.core.ledger import Ledger
@@ -64,12 +65,16 @@ def test_text_comes_back_and_its_cost_is_measured(url):
     assert answer.cost.dollars == pytest.approx((prompt + 2 * completion.tokens) / 1e6)
 
 
-def test_many_completions_come_differently_under_one_seed(url):
+def test_several_completions_are_counted_as_one_so_each_is_asked_for_alone(url):
     asking = Asking(prompt=ONCE, count=3, max_tokens=16, seed=7)
-    (first, again), _ = ask(url, asking, asking)
-    assert len({completion.text for completion in first.completions}) == 3
-    assert first.trusted
-    assert [c.text for c in again.completions] == [c.text for c in first.completions]
+    (first, second, third), notes = ask(url, asking, asking, asking)
+    assert not first.trusted
+    assert first.cost.tokens > 3 * 16
+    assert any("does not count all completions" in note for note in notes)
+    assert second.trusted
+    assert len({completion.text for completion in second.completions}) == 3
+    assert sum(completion.tokens for completion in second.completions) > 16
+    assert [c.text for c in third.completions] == [c.text for c in second.completions]
 
 
 def test_an_answer_is_continued_as_text(url):
@@ -94,7 +99,7 @@ def test_behind_the_proxy(url, tmp_path):
     options = ["--upstream", url, "--model", "small", "--price", "1,2"]
     options += ["--dollars", "0.01", "--ledger", str(tmp_path)]
     with (
-        served(*options, THRIFTY_KEY=KEY) as (proxy, _),
+        served(*options, THRIFTY_KEY=KEY) as (proxy, process),
         openai.OpenAI(base_url=f"{proxy}/v1", api_key=KEY, timeout=120) as client,
     ):
         whole = client.chat.completions.create(**asked())
@@ -108,6 +113,7 @@ def test_behind_the_proxy(url, tmp_path):
         streamed = chunks[-1].model_extra["thrifty"]
         assert streamed["measured"]
         assert streamed["tokens"] == told["tokens"]
+        assert ended(process, signal.SIGTERM)[0] == 0
     with Ledger(tmp_path / "ledger.sqlite", read_only=True) as journal:
         assert journal.spent(account="key one").tokens == 2 * told["tokens"]
 

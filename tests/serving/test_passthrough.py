@@ -137,6 +137,26 @@ def test_the_first_words_do_not_wait_for_the_last(ledger):
         assert times[-1] - times[0] > 0.5
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_of_several_choices_an_upstream_that_counts_one_is_charged_its_most(ledger, stream):
+    """As llama.cpp's server does: of two choices it tells the tokens of one, or of each alone."""
+    of_one = {"prompt_tokens": 46, "completion_tokens": 4}
+    piece = {"object": "chat.completion.chunk", "model": "m"}
+    choice = {"delta": {"content": "so it is"}, "finish_reason": "stop"}
+    said = [{"choices": [{"index": i, **choice}]} for i in (0, 1)]
+    said += [{"choices": [], "usage": of_one}] * 2
+    streamed = "".join(f"data: {json.dumps({**piece, **each})}\n\n" for each in said)
+    reply = Reply(texts=("so it is", "and is not"), usage=of_one)
+    if stream:
+        headers = {"content-type": "text/event-stream"}
+        reply = Reply(body=f"{streamed}data: [DONE]\n\n", headers=headers)
+    with proxied(ledger, [reply], budget=ROOM) as proxy:
+        response = proxy.ask(n=2, max_tokens=16, stream=stream)
+        told = (events(response)[-1] if stream else response.json())["thrifty"]
+        assert not told["measured"]
+        assert told["tokens"] >= 46 + 2 * 16
+
+
 def test_text_completions_and_several_choices(ledger):
     with proxied(ledger, [Reply(texts=("a b", "c"))], budget=ROOM) as proxy:
         body = {"model": "m", "prompt": "say it", "n": 2}

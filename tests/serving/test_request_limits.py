@@ -203,6 +203,7 @@ def said_anything(request):
 @example(
     body={**CHAT, "messages": [{"role": "user", "content": None}]}, path="/v1/chat/completions"
 )
+@example(body={**TEXT, "messages": True}, path="/v1/completions")
 @example(body={**CHAT, "n": 16, "max_tokens": 64}, path="/v1/chat/completions")
 @example(body={**TEXT, "metadata": 10**30}, path="/v1/completions")
 def test_any_json_is_answered_or_refused(http, body, path):

@@ -106,7 +106,7 @@ class Endpoint(Backend):
         self._random = Random(seed)
         self._reached, self._num_unreached = False, 0
         self._one_each = False
-        """The server gives one completion a request, whatever ``n`` says."""
+        """The server gives, or counts, one completion a request, whatever ``n`` says."""
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __repr__(self) -> str:
@@ -217,8 +217,12 @@ class Endpoint(Backend):
         if reply.model and reply.model != self.model:
             self._note(f"says that {self._shown(reply.model, 100)!r} answers")
         texts = [choice.text for choice in reply.choices]
-        usage = believed(reply.usage, self._bound(asking), prompt_bytes(asking), texts)
-        if usage is None:
+        cut_off = asking.max_tokens * sum(not choice.ended for choice in reply.choices)
+        usage = believed(reply.usage, self._bound(asking), prompt_bytes(asking), texts, cut_off)
+        if usage is None and reply.usage and len(texts) > 1:
+            self._one_each = True  # then each says what it took itself
+            self._note("does not count all completions of a request: each is asked for alone")
+        elif usage is None:
             self._note(
                 "does not say what a request took, or nothing that can be, so that it is charged "
                 "its most; should its chat template be long, raise template_tokens"

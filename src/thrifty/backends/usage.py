@@ -4,6 +4,8 @@
     0 <= completion tokens <= choices max_tokens,  some where there is text
 
 No tokenizer makes more tokens than there are bytes, nor has a token more than some hundred bytes.
+Of several completions some servers (llama.cpp's) tell the tokens of one: fewer than there are
+words, or than those have that were cut off.
 """
 
 from __future__ import annotations
@@ -69,15 +71,20 @@ class Tariff:
         return first + completions * (decode_flops(self.shape, 1, usage.prompt, each) - first)
 
 
-def believed(said: Any, most: Usage, prompt_bytes: int, texts: Sequence[str]) -> Usage | None:
+def believed(
+    said: Any, most: Usage, prompt_bytes: int, texts: Sequence[str], cut_off: int = 0
+) -> Usage | None:
     """What ``usage`` of a reply says; None where that is missing or cannot be. ``texts``: of all
-    completions that came."""
+    completions that came; ``cut_off``: tokens of those that ended at their limit."""
     if not isinstance(said, dict):
         return None
     prompt, generated = _count(said.get("prompt_tokens")), _count(said.get("completion_tokens"))
     if prompt is None or generated is None:
         return None
     spoken = sum(-(-len(text.encode()) // _TOKEN_BYTES) for text in texts)
+    if len(texts) > 1:
+        words = sum(len(text.split()) for text in texts)
+        spoken = max(spoken, words, cut_off)
     least = max(-(-prompt_bytes // _TOKEN_BYTES), 1)
     if not (least <= prompt <= most.prompt and spoken <= generated <= most.generated):
         return None

@@ -7,7 +7,7 @@ upstream fails or the client leaves, the most stands: nobody tells what was comp
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -88,7 +88,9 @@ class Passthrough:
             async with self._post(self._wanted.body) as exchange:
                 answer = await exchange.json()
             usage = answer.get("usage")
-            charge.settle(self._believed(usage, list(_texts(answer))))
+            each = self._wanted.most.generated // self._wanted.choices
+            cut_off = each * sum(map(_is_cut_off, _choices(answer)))
+            charge.settle(self._believed(usage, list(_texts(answer)), cut_off))
         told = self._told(charge, answer.get("model"))
         return {**answer, "thrifty": told.facts()}, told
 
@@ -111,7 +113,8 @@ class Passthrough:
                 self._metrics.failures += 1
                 yield event_of(failed.refused.body())
                 return
-            charge.settle(self._believed(end.usage, ("x",) if end.pieces else ()))
+            said = end.usage if end.counts <= 1 else None  # each of one completion: of which?
+            charge.settle(self._believed(said, ("x",) if end.pieces else ()))
         yield end.last(self._told(charge, end.model))
 
     # -- its own ----------------------------------------------------------------------------------
@@ -123,9 +126,9 @@ class Passthrough:
         self._metrics.samples += self._wanted.choices
         return self._client.post(PATHS[self._wanted.kind], written(body))
 
-    def _believed(self, said: Any, texts: list[str] | tuple[str, ...]) -> Usage | None:
+    def _believed(self, said: Any, texts: Sequence[str], cut_off: int = 0) -> Usage | None:
         wanted = self._wanted
-        usage = believed(said, wanted.most, wanted.prompt_bytes, texts)
+        usage = believed(said, wanted.most, wanted.prompt_bytes, texts, cut_off)
         self._metrics.untrusted += usage is None
         return usage
 
@@ -144,13 +147,20 @@ class Passthrough:
 
 def _texts(answer: dict[str, Any]) -> Iterator[str]:
     """Of its choices, as far as they are text."""
+    for choice in _choices(answer):
+        message = choice.get("message")
+        text = message.get("content") if isinstance(message, dict) else choice.get("text")
+        if isinstance(text, str):
+            yield text.encode("utf-8", "replace").decode()
+
+
+def _choices(answer: dict[str, Any]) -> list[dict[str, Any]]:
     choices = answer.get("choices")
-    for choice in choices if isinstance(choices, list) else ():
-        if isinstance(choice, dict):
-            message = choice.get("message")
-            text = message.get("content") if isinstance(message, dict) else choice.get("text")
-            if isinstance(text, str):
-                yield text.encode("utf-8", "replace").decode()
+    return [c for c in choices if isinstance(c, dict)] if isinstance(choices, list) else []
+
+
+def _is_cut_off(choice: dict[str, Any]) -> bool:
+    return choice.get("finish_reason") == "length"
 
 
 class _End:
@@ -161,6 +171,8 @@ class _End:
         self.model: Any = None
         self.pieces = 0
         """That had something in them."""
+        self.counts = 0
+        """Pieces that tell usage and nothing else; some servers send one a completion."""
         self.finished = False
         self.failed = False
         self._usage_asked = usage_asked
@@ -179,6 +191,7 @@ class _End:
             return event
         if isinstance(value.get("usage"), dict):
             self.usage = value["usage"]
+            self.counts += value.get("choices") == []
         self.model = value.get("model", self.model)
         choices = value.get("choices")
         if choices or not isinstance(choices, list):

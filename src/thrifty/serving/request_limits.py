@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from thrifty.backends.payload import Kind
+from thrifty.backends.payload import PATHS, Kind
 from thrifty.backends.usage import Usage
 from thrifty.core.quantities import format_bytes, show
 from thrifty.data.faults import Fault
@@ -98,6 +98,9 @@ def read_request(raw: bytes, kind: Kind, limits: RequestLimits) -> Wanted:
     options = _typed(body, "stream_options", Mapping, "an object")
     if options is not None and not stream:
         raise _wrong("stream_options", "stream_options without stream", "add stream: true")
+    other = "prompt" if kind == "chat" else "messages"
+    if body.get(other) is not None:
+        raise _wrong(other, f"{other} is not of {PATHS[kind]}", f"ask another route, or no {other}")
     prompts, only_text = (1, _messages(body)) if kind == "chat" else (_prompts(body), True)
     choices = prompts * max(_count(body, "n"), _count(body, "best_of"))
     if choices > limits.max_choices:

@@ -3,6 +3,7 @@ llama.cpp's ``llama-server``."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -15,6 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
+
+from thrifty.backends.backend import Answered, Asking
+from thrifty.backends.endpoint import Endpoint
 
 _TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
@@ -54,6 +58,24 @@ def llama_server(program: str, model: Path, name: str, log: Path) -> Iterator[st
     options += ["--ctx-size", "2048", "--parallel", "4", "--threads", "1", "--offline"]
     with _serving([program, "--model", str(model), *options], log) as url:
         yield url
+
+
+def ask(
+    url: str, model: Path | str, *askings: Asking, **options: object
+) -> tuple[list[Answered], tuple[str, ...]]:
+    """What an endpoint there answers, one after the other, and what it noted."""
+
+    async def each() -> list[Answered]:
+        endpoint = Endpoint(url, str(model), **options)
+        try:
+            answers = [await endpoint.ask(asking) for asking in askings]
+            notes.extend(endpoint.notes)
+            return answers
+        finally:
+            await endpoint.close()
+
+    notes: list[str] = []
+    return asyncio.run(each()), tuple(notes)
 
 
 @contextmanager

@@ -1,14 +1,12 @@
 """The endpoint against the real ``transformers serve``, as a process, with a tiny model."""
 
-import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.backends.real_server import transformers_serve, with_template
-from thrifty.backends.backend import Answered, Asking, AskingFailed
-from thrifty.backends.endpoint import Endpoint
+from tests.backends.real_server import ask, transformers_serve, with_template
+from thrifty.backends.backend import Asking, AskingFailed
 from thrifty.costs.flops import decode_flops
 from thrifty.costs.shape import read_shape
 
@@ -24,20 +22,6 @@ def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with transformers_serve(model, tmp_path_factory.mktemp("log") / "log") as url:
         yield url
-
-
-def ask(url: str, model: Path, *askings: Asking, **options: object) -> tuple[list[Answered], tuple]:
-    async def each() -> list[Answered]:
-        endpoint = Endpoint(url, str(model), **options)
-        try:
-            answers = [await endpoint.ask(asking) for asking in askings]
-            notes.extend(endpoint.notes)
-            return answers
-        finally:
-            await endpoint.close()
-
-    notes: list[str] = []
-    return asyncio.run(each()), tuple(notes)
 
 
 def test_text_comes_back_and_its_cost_is_measured(url, model):

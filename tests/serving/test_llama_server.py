@@ -5,7 +5,6 @@ Where it is installed: THRIFTY_GGUF names a small model in its format.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import signal
@@ -15,10 +14,9 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.backends.real_server import llama_server
+from tests.backends.real_server import ask, llama_server
 from tests.serving.test_serve_command import KEY, ended, served
-from thrifty.backends.backend import Answered, Asking, AskingFailed
-from thrifty.backends.endpoint import Endpoint
+from thrifty.backends.backend import Asking, AskingFailed
 from thrifty.core.ledger import Ledger
 
 PROGRAM = shutil.which(os.environ.get("LLAMA_SERVER", "llama-server"))
@@ -39,23 +37,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
-def ask(url: str, *askings: Asking, **options: object) -> tuple[list[Answered], tuple[str, ...]]:
-    async def each() -> list[Answered]:
-        endpoint = Endpoint(url, "small", **options)
-        try:
-            answers = [await endpoint.ask(asking) for asking in askings]
-            notes.extend(endpoint.notes)
-            return answers
-        finally:
-            await endpoint.close()
-
-    notes: list[str] = []
-    return asyncio.run(each()), tuple(notes)
-
-
 def test_text_comes_back_and_its_cost_is_measured(url):
     prices = dict(prompt_price=1.0, completion_price=2.0)
-    [answer], _ = ask(url, Asking(prompt=ONCE, max_tokens=12), **prices)
+    [answer], _ = ask(url, "small", Asking(prompt=ONCE, max_tokens=12), **prices)
     assert answer.trusted
     [completion] = answer.completions
     assert completion.text
@@ -67,7 +51,7 @@ def test_text_comes_back_and_its_cost_is_measured(url):
 
 def test_several_completions_are_counted_as_one_so_each_is_asked_for_alone(url):
     asking = Asking(prompt=ONCE, count=3, max_tokens=16, seed=7)
-    (first, second, third), notes = ask(url, asking, asking, asking)
+    (first, second, third), notes = ask(url, "small", asking, asking, asking)
     assert not first.trusted
     assert first.cost.tokens > 3 * 16
     assert any("does not count all completions" in note for note in notes)
@@ -80,13 +64,13 @@ def test_several_completions_are_counted_as_one_so_each_is_asked_for_alone(url):
 def test_an_answer_is_continued_as_text(url):
     asking = Asking(prompt=ONCE, prefix=", there was", max_tokens=8, temperature=0.0)
     whole = Asking(prompt=f"{ONCE}, there was", max_tokens=8, temperature=0.0)
-    (begun, put), _ = ask(url, asking, whole, kind="completions")
+    (begun, put), _ = ask(url, "small", asking, whole, kind="completions")
     assert begun.completions == put.completions
 
 
 def test_what_is_too_long_fails_and_costs_nothing(url):
     with pytest.raises(AskingFailed) as raised:
-        ask(url, Asking(prompt="once upon a time " * 2000, max_tokens=4))
+        ask(url, "small", Asking(prompt="once upon a time " * 2000, max_tokens=4))
     assert raised.value.cost.tokens == 0
 
 

@@ -18,7 +18,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, NoReturn
+
+from thrifty.core import unbroken
 
 RESUMABLE = 5
 """The exit code of a command that was stopped: the same command goes on."""
@@ -85,7 +88,7 @@ def _handle(number: int, frame: Any) -> None:
     _reason = _reason or in_words(number)
     if _AGAIN is not None and signal.getsignal(_AGAIN) is _handle and not is_saving():
         signal.setitimer(signal.ITIMER_REAL, INSIST_SECONDS)
-    _blocks[-1][0](_reason)
+    unbroken.do(partial(_blocks[-1][0], _reason))
 
 
 def in_words(number: int) -> str:

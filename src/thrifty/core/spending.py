@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from thrifty.core import quantities
 from thrifty.core.budget import Budget, Cost
+from thrifty.core.unbroken import unbroken
 
 if TYPE_CHECKING:
     from thrifty.core.counter import Counter
@@ -59,13 +60,18 @@ class Stage:
     @contextmanager
     def spending(self, activity: str, upper: Cost, *, step: int = 0) -> Iterator[Lease]:
         """A lease for a block; settled at its end. What a block that raises had spent is lost."""
-        lease = self.lease(activity, upper, step=step)
+        lease = None
         try:
+            with unbroken():
+                lease = self.lease(activity, upper, step=step)
             yield lease
         except BaseException:
-            lease.settle(lost=True)
+            if lease is not None:
+                with unbroken():
+                    lease.settle(lost=True)
             raise
-        lease.settle()
+        with unbroken():
+            lease.settle()
 
     def renew(self, charged: Cost, held: Cost) -> Lease:
         """Charge ``charged`` of the open lease, and go on with one on all that is then left, of

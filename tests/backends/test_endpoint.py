@@ -193,6 +193,19 @@ def test_a_server_that_counts_one_of_several_is_charged_its_most_and_asked_for_e
     assert "does not count all completions" in endpoint.notes[0]
 
 
+def test_a_prompt_that_cannot_be_is_no_reason_to_ask_for_each():
+    asking = Asking(prompt="x", count=3, max_tokens=9)
+
+    async def twice(endpoint: Endpoint) -> list[Answered]:
+        return [await endpoint.ask(asking), await endpoint.ask(asking)]
+
+    absurd = Reply(usage={"prompt_tokens": 10**6, "completion_tokens": 12})
+    outcomes, stub, endpoint = with_stub([absurd], twice)
+    assert [r.json["n"] for r in stub.requests] == [3, 3]
+    assert not any(outcome.trusted for outcome in outcomes)
+    assert "raise template_tokens" in endpoint.notes[0]
+
+
 def test_fewer_completions_come_where_more_were_not_held_for():
     asking = Asking(prompt="word " * 400, count=9, max_tokens=4)
     usage = {"prompt_tokens": 2000, "completion_tokens": 4}

@@ -218,8 +218,9 @@ class Endpoint(Backend):
             self._note(f"says that {self._shown(reply.model, 100)!r} answers")
         texts = [choice.text for choice in reply.choices]
         cut_off = asking.max_tokens * sum(not choice.ended for choice in reply.choices)
-        usage = believed(reply.usage, self._bound(asking), prompt_bytes(asking), texts, cut_off)
-        if usage is None and reply.usage and len(texts) > 1:
+        said = (reply.usage, self._bound(asking), prompt_bytes(asking))
+        usage = believed(*said, texts, cut_off)
+        if usage is None and len(texts) > 1 and believed(*said, texts[:1]):
             self._one_each = True  # then each says what it took itself
             self._note("does not count all completions of a request: each is asked for alone")
         elif usage is None:

@@ -81,12 +81,16 @@ def _choice(choice: Any, kind: Kind) -> Choice | None:
         text = _text(message.get("content") or "") if isinstance(message, dict) else None
     if text is None:
         return None
-    reason = choice.get("finish_reason")
     return Choice(
         text=text,
-        ended=not (isinstance(reason, str) and reason in _LIMITS),
+        ended=not is_cut_off(choice.get("finish_reason")),
         confidence=_confidence(choice.get("logprobs")),
     )
+
+
+def is_cut_off(reason: Any) -> bool:
+    """Whether a completion ended at its limit, by its ``finish_reason``."""
+    return isinstance(reason, str) and reason in _LIMITS
 
 
 def _text(content: Any) -> str | None:

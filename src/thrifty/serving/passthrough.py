@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from thrifty.backends.payload import PATHS
+from thrifty.backends.replies import is_cut_off
 from thrifty.backends.usage import Usage, believed
 from thrifty.core.budget import Cost
 from thrifty.serving.errors import Refused
@@ -89,7 +90,7 @@ class Passthrough:
                 answer = await exchange.json()
             usage = answer.get("usage")
             each = self._wanted.most.generated // self._wanted.choices
-            cut_off = each * sum(map(_is_cut_off, _choices(answer)))
+            cut_off = each * sum(is_cut_off(c.get("finish_reason")) for c in _choices(answer))
             charge.settle(self._believed(usage, list(_texts(answer)), cut_off))
         told = self._told(charge, answer.get("model"))
         return {**answer, "thrifty": told.facts()}, told
@@ -113,7 +114,8 @@ class Passthrough:
                 self._metrics.failures += 1
                 yield event_of(failed.refused.body())
                 return
-            said = end.usage if end.counts <= 1 else None  # each of one completion: of which?
+            # Several for several choices: each of one completion, and not told of which.
+            said = None if end.counts > 1 < self._wanted.choices else end.usage
             charge.settle(self._believed(said, ("x",) if end.pieces else ()))
         yield end.last(self._told(charge, end.model))
 
@@ -157,10 +159,6 @@ def _texts(answer: dict[str, Any]) -> Iterator[str]:
 def _choices(answer: dict[str, Any]) -> list[dict[str, Any]]:
     choices = answer.get("choices")
     return [c for c in choices if isinstance(c, dict)] if isinstance(choices, list) else []
-
-
-def _is_cut_off(choice: dict[str, Any]) -> bool:
-    return choice.get("finish_reason") == "length"
 
 
 class _End:

@@ -158,8 +158,10 @@ def doing(folder: Path) -> tuple[str, int] | None:
     return (row[1], row[2] + (counted[0] if counted else 0))
 
 
-def wait_until_doing(process: Running, folder: Path, activity: str, step: int = 0) -> None:
-    """Until the run spends on ``activity``, past ``step``, and has begun to."""
+def wait_until_doing(
+    process: Running, folder: Path, activity: str, step: int = 0, seconds: float = 0.05
+) -> None:
+    """Until the run spends on ``activity``, past ``step``, and has begun to, ``seconds`` ago."""
 
     def is_doing() -> bool:
         assert process.is_there(), process.said
@@ -167,7 +169,24 @@ def wait_until_doing(process: Running, folder: Path, activity: str, step: int = 
         return now is not None and now[0] == activity and now[1] >= step
 
     wait_for(is_doing)
-    time.sleep(0.05)
+    time.sleep(seconds)
+
+
+def signal_while_doing(
+    process: Running, folder: Path, activity: str, number: signal.Signals, step: int = 0
+) -> None:
+    """As above, and send a signal before it is over, however short it is: the process stands
+    still between the look and the signal."""
+    while True:
+        wait_until_doing(process, folder, activity, step, seconds=0)
+        process.send(signal.SIGSTOP)
+        now = doing(folder)
+        comes_in_time = now is not None and now[0] == activity and now[1] >= step
+        if comes_in_time:
+            process.send(number)
+        process.send(signal.SIGCONT)
+        if comes_in_time:
+            return
 
 
 def step_saved(folder: Path) -> int:

@@ -35,7 +35,7 @@ FIXED = {
     "training.eval_steps": 8,
     "training.save_steps": 8,
     "training.per_device_train_batch_size": 8,
-    "training.gradient_accumulation_steps": 2,
+    "training.gradient_accumulation_steps": 6,  # long enough for a signal to find its way
     "training.devices": 2,
     "selection.scorer": "length",
 }
@@ -73,6 +73,12 @@ def straight(plan_of, tmp_path_factory) -> Path:
     ranks = both(folder, patience=60)
     assert [one.ended() for one in ranks] == [0, 0], ranks[0].said + ranks[1].said
     return folder
+
+
+@pytest.fixture(autouse=True)
+def quick_looks(monkeypatch):
+    """Handed down to what is forked: these steps take less time than a signal's way to rank 0."""
+    monkeypatch.setattr(rank_watch, "_LOOK_SECONDS", 0.05)
 
 
 def goes_on(folder: Path, straight: Path) -> None:

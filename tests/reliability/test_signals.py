@@ -16,6 +16,7 @@ from tests.reliability.processes import (
     doing,
     open_leases,
     same_end,
+    signal_while_doing,
     start,
     start_anew,
     step_saved,
@@ -61,8 +62,7 @@ def straight(plan_of, tmp_path_factory) -> Path:
 
 def stopped_in_training(process: Running, folder: Path, number: signal.Signals) -> None:
     """Send a signal in the middle of training, which must end after the step under way."""
-    wait_until_doing(process, folder, "train", step=3)
-    process.send(number)
+    signal_while_doing(process, folder, "train", number, step=3)
     process.hear("finishing the step")
     now = doing(folder)
     ended_as_asked(process, folder)
@@ -118,8 +118,7 @@ def test_in_every_other_phase(straight, plan_of, tmp_path):
         ("test", signal.SIGINT),
     ):
         process = start("run", str(folder))
-        wait_until_doing(process, folder, activity)
-        process.send(number)
+        signal_while_doing(process, folder, activity, number)
         ended_as_asked(process, folder)
         assert "interrupted" in process.said
     goes_on(folder, straight)
@@ -130,8 +129,7 @@ def test_a_signal_in_an_evaluation_on_the_way(straight, plan_of, tmp_path):
     """It is finished and saved, and no further step is taken."""
     folder = plan_of(tmp_path / "run")
     process = start("run", str(folder))
-    wait_until_doing(process, folder, "evaluate", step=6)
-    process.send(signal.SIGTERM)
+    signal_while_doing(process, folder, "evaluate", signal.SIGTERM, step=6)
     ended_as_asked(process, folder)
     assert step_saved(folder) in (6, 7)  # one more where the signal came just after it
     goes_on(folder, straight)
@@ -141,8 +139,7 @@ def test_a_signal_in_an_evaluation_on_the_way(straight, plan_of, tmp_path):
 def test_a_signal_in_the_last_step_stops_the_run_too(straight, plan_of, tmp_path):
     folder = plan_of(tmp_path / "run")
     process = start("run", str(folder))
-    wait_until_doing(process, folder, "evaluate", step=STEPS)
-    process.send(signal.SIGTERM)
+    signal_while_doing(process, folder, "evaluate", signal.SIGTERM, step=STEPS)
     ended_as_asked(process, folder)
     assert not (folder / "model").exists(), "it was not asked to go on to the next stage"
     goes_on(folder, straight)
@@ -304,7 +301,8 @@ def no_end_is_remembered():
 @pytest.mark.slow
 def test_hours_are_a_budget(tiny_model, tiny_data, tmp_path):
     """No signal, and no code of its own: the run cools down and is done."""
-    fixed = {**FIXED, "training.max_steps": 100_000, "training.cooldown_steps": 5}
+    patient = {"stopping": {"plateau": {"patience": 1000}}}  # no rule ends it before
+    fixed = {**FIXED, **patient, "training.max_steps": 100_000, "training.cooldown_steps": 5}
     folder = tmp_path / "run"
     planned(folder, tiny_model, tiny_data, budget=Budget(seconds=40), fixed=fixed)
     process = start("run", str(folder))

@@ -57,6 +57,23 @@ def test_the_next_run_takes_over_and_says_what_it_saved(select):
     assert known["method"] == "embedding"
 
 
+def test_the_next_plan_knows_what_it_need_not_pay(select):
+    first, _ = select("first")
+    again, _ = select("again")
+    paid, free = (RunFolder(each).plan().predicted["select"]["flops"] for each in (first, again))
+    assert paid > spent(again).flops == free == 0
+    why = RunFolder(again).plan().why["selection.scorer"]
+    assert why.endswith("an earlier run left its scores, which are taken over")
+    asked, _ = select("options", **{"selection.scorer": {"embedding": {"by": "mean"}}})
+    assert RunFolder(asked).plan().predicted["select"]["flops"] > 0
+
+
+def test_spelling_out_a_default_asks_for_the_same_scores(select):
+    select("first")
+    spelt, _ = select("spelt", **{"selection.scorer": {"embedding": {"by": "max"}}})
+    assert spent(spelt).flops == 0
+
+
 @pytest.mark.long
 def test_other_options_and_other_targets_are_scored_anew(select, tiny_data):
     select("first")

@@ -82,7 +82,7 @@ def reasons(
     quality = c.quality
     asked = {key: f"{value}: as asked" for key, value in request.fixed.items()}
     epochs_rule = "at most 4 passes: repeated tokens are worth 93% of fresh ones by then"
-    return {
+    found = {
         "selection.scorer": f"{c.scorer}: {choice.reason}",
         "selection.max_tokens": (
             f"{quantities.format_tokens(c.keep_tokens)}: {_times(c.epochs, 'pass', 'passes')} over "
@@ -141,6 +141,9 @@ def reasons(
         ),
         **asked,
     }
+    if c.is_scored:
+        found["selection.scorer"] += "; an earlier run left its scores, which are taken over"
+    return found
 
 
 def _techniques(request: Request, c: Candidate, answers: Answers) -> dict[str, str]:

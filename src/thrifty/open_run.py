@@ -15,8 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from thrifty import notes, ranks
 from thrifty.asked_rows import POOL_AS_TARGET, stats_together
 from thrifty.core import contracts, sums
@@ -191,7 +189,7 @@ class Work:
         return {name: open_store(self.run.target(name, part)) for name in names}
 
     def rows(self, part: str) -> dict[str, Rows]:
-        return {name: _whole(store) for name, store in self.stores(part).items()}
+        return {name: store.whole() for name, store in self.stores(part).items()}
 
     @cached_property
     def dev(self) -> dict[str, Rows]:
@@ -207,7 +205,7 @@ class Work:
 
     @cached_property
     def guard(self) -> Rows | None:
-        return None if self.plan.guard is None else _whole(open_store(self.run.guard))
+        return None if self.plan.guard is None else open_store(self.run.guard).whole()
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -360,8 +358,3 @@ def _check_size(plan: Plan, pool: Store) -> None:
             f"selection.max_tokens {most:g} keeps nothing: the shortest row of the pool has "
             f"{shortest:,} tokens\nhint: raise selection.max_tokens, or `thrifty plan` again"
         )
-
-
-def _whole(store: Store) -> Rows:
-    ids = np.concatenate([shard.ids for shard in store.shards()])
-    return store.take(ids)

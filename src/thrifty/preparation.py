@@ -12,6 +12,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,7 +38,7 @@ from thrifty.signals.weight_files import check_weights
 
 # Imported where data are read: a plan of a config alone answers before pyarrow would have loaded.
 if TYPE_CHECKING:
-    pass
+    from thrifty.core.contracts import Rows, Scorer
 
 
 Say = Callable[[str], None]
@@ -133,7 +134,9 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
             from thrifty.calibration import measure_once
 
             measure_once(say)
-        request = _request(asked, shape, stores)
+        request = replace(
+            _request(asked, shape, stores), is_scored=_kept_scores(draft, stores, model_folder)
+        )
         for note in notes.of_device(request.device, request.budget):
             say(note)
         for note in notes.of_objective(objective, request.dev):
@@ -278,6 +281,24 @@ def _request(asked: Asked, shape: ModelShape, stores: Stores | None = None) -> p
     )
     context = generated_context(sequence_of(request), objective.generated_tokens)
     return replace(request, generated_context=context)
+
+
+def _kept_scores(run: RunFolder, stores: Stores, model: Path) -> Callable[[Scorer, str], bool]:
+    """Which scorers' work on these rows an earlier run has done, by the dtype of their models."""
+    from thrifty.data.store import open_store
+    from thrifty.score_names import ScoreNames
+    from thrifty.signals.models import weights_sha256
+
+    @cache
+    def signals() -> dict[str, Rows]:
+        named = (name for name, parts in stores.targets.items() if "signal" in parts)
+        return {name: open_store(run.target(name, "signal")).whole() for name in named}
+
+    @cache
+    def weights(path: str) -> str:
+        return weights_sha256(locate(path, weights=False)[0] if path else model)
+
+    return cache(ScoreNames(pool=stores.pool, signals=signals, weights=weights).are_kept)
 
 
 def _price(asked: Asked, device: Device) -> float | None:

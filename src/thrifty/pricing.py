@@ -6,7 +6,7 @@ What its tokens are worth is in ``effective_tokens.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -40,6 +40,10 @@ PICK_SECONDS = 2.5e-5
 """Of filtering and picking, a row."""
 
 
+def _never_before(scorer: Scorer, dtype: str) -> bool:
+    return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What to plan for: everything that the planner may not choose itself."""
@@ -70,6 +74,8 @@ class Request:
     """Questions that the budget is to answer after training."""
     generated_context: int = 0
     """Tokens a row that an evaluation's generation holds in its cache; a loss takes none."""
+    is_scored: Callable[[Scorer, str], bool] = _never_before
+    """Whether an earlier run left the pool's scores by a method, its models read in that dtype."""
 
     def on(self, num_devices: int) -> Request:
         """The same, paid for so many devices; processes on a CPU share one."""
@@ -125,6 +131,8 @@ class Candidate:
     setting: MemorySetting
     scorer: str
     scorer_spec: Spec
+    is_scored: bool
+    """By an earlier run, whose scores are taken over."""
     scoring_bytes: float
     looking_bytes: float
     """The same of scorers that look at the model in training."""
@@ -303,7 +311,7 @@ class Pricing:
         micro = self.online.step_cost(plain, request.shape, setting)
         costs = self.predictor.of(setting, micro)
         scoring = self.scoring(scorer, setting)
-        once = scoring + costs.load * (2 if scorer.needs_model else 1) + costs.test
+        once = scoring + costs.load * (1 + self._loads(scorer, setting)) + costs.test
         once += costs.serving
         # Steps without watching first, for how much watching a share of them pays; then with it.
         left = minus(request, once + costs.watching(2, 1))
@@ -363,7 +371,9 @@ class Pricing:
         epochs, keep, effective = self._repetition(scorer, tokens)
         training = online + costs.load + step * steps + costs.watching(evaluations, saves)
         stages = {
-            "select": replace(scoring + costs.load * scorer.needs_model, peak_memory_bytes=scored),
+            "select": replace(
+                scoring + costs.load * self._loads(scorer, setting), peak_memory_bytes=scored
+            ),
             "train": replace(training, peak_memory_bytes=peak),
             "test": costs.test,
         }
@@ -376,6 +386,7 @@ class Pricing:
             sides=self.sides,
             scorer=name_of(scorer),
             scorer_spec=spec,
+            is_scored=self._is_scored(scorer, setting),
             scoring_bytes=scoring.peak_memory_bytes,
             looking_bytes=looking,
             generated_context=request.generated_context,
@@ -435,15 +446,24 @@ class Pricing:
         named += [("picker", spec) for key, spec in fixed.items() if key == "selection.picker"]
         return any(resolve(kind, spec).needs_vectors for kind, spec in named)
 
+    def _is_scored(self, scorer: Scorer, setting: MemorySetting) -> bool:
+        return self.request.is_scored(scorer, _read_in(setting))
+
+    def _loads(self, scorer: Scorer, setting: MemorySetting) -> int:
+        """Times that rows are chosen by a model that has to be loaded for it."""
+        return int(
+            (scorer.needs_model and not self._is_scored(scorer, setting)) or self._needs_vectors
+        )
+
     def scoring(self, scorer: Scorer, setting: MemorySetting) -> Cost:
-        """Of scoring the pool, and of picking."""
+        """Of scoring the pool, where that has not been paid for, and of picking."""
         request = self.request
         if request.pool is None:
             return Cost()
         key = scorer, setting.dtype, setting.sequence
         if key not in self._scoring:
             work = self._work(request.pool, setting)
-            cost = scorer.cost(work)
+            cost = Cost() if self._is_scored(scorer, setting) else scorer.cost(work)
             if self._needs_vectors:
                 cost += embedding_cost(work, request.pool)
             if spec := request.fixed.get("selection.picker"):
@@ -460,10 +480,15 @@ class Pricing:
             targets=request.targets,
             shape=request.shape,
             device=request.device,
-            dtype="bfloat16" if setting.dtype == "bfloat16" else "float32",
+            dtype=_read_in(setting),
             max_length=setting.sequence,
             adapter=setting.adapter,
         )
+
+
+def _read_in(setting: MemorySetting) -> Literal["float32", "bfloat16"]:
+    """As ``memory_plan.dtype_of``: in which the base model is read by what looks at it."""
+    return "bfloat16" if setting.dtype == "bfloat16" else "float32"
 
 
 def excesses(request: Request, least: Cost) -> dict[str, float]:

@@ -2,8 +2,7 @@
 
     CACHE/scores/NAME-HASH/shard-00000.parquet ...  cost.json
 
-The name hashes all that scores depend on: the method with its options and its code, the rows and
-how they were split, the target's rows, the weights looked at. ``cost.json`` says what they cost and
+Named by ``score_names.py`` after all that scores depend on. ``cost.json`` says what they cost and
 where they came from, so that a run that takes them over can say so. Entries appear by a rename,
 whole, and are checked against their hashes on the way out. They are small, 4 bytes a row and
 target; ``THRIFTY_ROWS_CACHE_GIB=0`` switches this off too.
@@ -26,10 +25,15 @@ from thrifty.data.store_cache import most_bytes
 COST = "cost.json"
 
 
+def has(name: str) -> bool:
+    """Whether there are scores of that name, which may be a pattern."""
+    return most_bytes() > 0 and any((cache_folder() / "scores").glob(f"{name}/{COST}"))
+
+
 def fetch(folder: Path) -> dict[str, Any] | None:
     """Copy the scores of ``folder``'s name to it; what they cost, or None where there are none."""
     entry = cache_folder() / "scores" / folder.name
-    if most_bytes() == 0 or not (entry / COST).is_file():
+    if not has(folder.name):
         return None
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)

@@ -8,11 +8,11 @@ files that anybody's trainer reads.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from thrifty import score_cache, scorers, signals
+from thrifty import score_cache
 from thrifty.core import sums
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import (
@@ -44,6 +44,7 @@ from thrifty.data.store import Store
 from thrifty.group_quotas import labels_of, pick_by_group
 from thrifty.look import PoolLook
 from thrifty.memory_plan import dtype_of
+from thrifty.score_names import ScoreNames
 from thrifty.scoring_engines import MARGIN, Engine, Scored, ShardScoring
 from thrifty.selected import MANIFEST, check_selected, write_selected
 from thrifty.signals.models import local_device, locate, num_threads, weights_sha256
@@ -111,7 +112,7 @@ def select(job: SelectionJob, stage: Stage) -> None:
     """Score, filter, pick, write. Raises ValueError where nothing is left to train on."""
     plan = job.plan
     scorer: Scorer = resolve("scorer", plan.selection.scorer)
-    folder = job.scores / f"{name_of(scorer)}-{_score_mark(job, scorer)}"
+    folder = _scores_of(job, scorer)
     _score(job, scorer, folder, stage)
     look = _look(job, stage)
     look_for_vectors = [each.needs_vectors for each in _filters(plan)]
@@ -171,7 +172,7 @@ def pick(
 def scored(job: SelectionJob, stage: Stage) -> Candidates:
     """All rows with the scores that a selection left. Raises ValueError where it left none."""
     scorer: Scorer = resolve("scorer", job.plan.selection.scorer)
-    folder = job.scores / f"{name_of(scorer)}-{_score_mark(job, scorer)}"
+    folder = _scores_of(job, scorer)
     if not folder.is_dir():
         raise ValueError(
             f"the scores of {name_of(scorer)} are no longer in {job.scores}\n"
@@ -206,36 +207,12 @@ def _pick(job: SelectionJob, picker: Picker, candidates: Candidates, limit: floa
 # -- scoring ------------------------------------------------------------------------------------
 
 
-def _score_mark(job: SelectionJob, scorer: Scorer) -> str:
-    """A hash of what the scores depend on, so that equal work is never paid for twice."""
-    rows = job.pool.manifest
-    signals = job.signals if scorer.needs_target else {}
-    parts = [
-        parse_spec("scorer", job.plan.selection.scorer),
-        _code(scorer),
-        rows.fingerprint,
-        [rows.tokenizer_fingerprint, rows.max_length],
-        [_weights(job, path) for path in scorer.looks_at] if _looks(scorer) else None,
-        {name: b"".join(map(bytes, some.fingerprints)).hex() for name, some in signals.items()},
-        dtype_of(job.plan.training.memory) if _looks(scorer) else None,
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=dict).encode()).hexdigest()[:12]
-
-
-def _looks(scorer: Scorer) -> bool:
-    """Whether at a model: the one to be trained, or one of its own."""
-    return scorer.needs_model or bool(scorer.model)
-
-
-def _code(scorer: Scorer) -> str:
-    """Of the method's file, of all scorers, since some are made of others, and of the signals: a
-    mended scorer scores anew."""
-    files = [
-        Path(inspect.getfile(type(scorer))),
-        *sorted(Path(scorers.__file__).parent.rglob("*.py")),
-        *sorted(Path(signals.__file__).parent.glob("*.py")),
-    ]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+def _scores_of(job: SelectionJob, scorer: Scorer) -> Path:
+    """The folder of its scores."""
+    names = ScoreNames(
+        pool=job.pool.manifest, signals=lambda: job.signals, weights=partial(_weights, job)
+    )
+    return job.scores / names.of(scorer, dtype_of(job.plan.training.memory))
 
 
 def _weights(job: SelectionJob, path: str) -> str:
@@ -368,7 +345,12 @@ def _keep(
 
 
 def _candidates(job: SelectionJob, scorer: Scorer, folder: Path, look: PoolLook) -> Candidates:
-    ids, scores, tokens, prints = [], [], [], []
+    names = tuple(job.signals) if scorer.needs_target else ("all",)
+    weights = [job.plan.targets[n].weight if n in job.plan.targets else 1.0 for n in names]
+    count, filled = len(job.pool), 0
+    ids, tokens = (np.empty(count, dtype=np.int64) for _ in range(2))
+    scores = np.empty((count, len(names)), dtype=np.float32)
+    prints = np.empty(count, dtype="V16")
     for i, shard in enumerate(job.pool.shards()):
         file = folder / f"shard-{i:05d}.parquet"
         sums.check(file, "delete it; the same command scores those rows again")
@@ -379,17 +361,16 @@ def _candidates(job: SelectionJob, scorer: Scorer, folder: Path, look: PoolLook)
                 f"{folder}/shard-{i:05d}.parquet scores other rows than the pool's\n"
                 f"hint: delete {folder} to score again"
             )
-        ids.append(shard.ids)
-        scores.append(np.stack(columns, axis=1).astype(np.float32))
-        tokens.append(shard.num_tokens)
-        prints.append(np.array([np.void(p) for p in shard.fingerprints], dtype="V16"))
-    names = tuple(job.signals) if scorer.needs_target else ("all",)
-    weights = [job.plan.targets[n].weight if n in job.plan.targets else 1.0 for n in names]
+        rows = slice(filled, filled + len(shard))
+        filled = rows.stop
+        ids[rows], tokens[rows] = shard.ids, shard.num_tokens
+        scores[rows] = np.stack(columns, axis=1)
+        prints[rows] = [np.void(p) for p in shard.fingerprints]
     return Candidates(
-        ids=np.concatenate(ids),
-        scores=np.concatenate(scores),
-        num_tokens=np.concatenate(tokens).astype(np.int64),
-        fingerprints=np.concatenate(prints),
+        ids=ids,
+        scores=scores,
+        num_tokens=tokens,
+        fingerprints=prints,
         targets=names,
         weights=tuple(weights),
         look=look,

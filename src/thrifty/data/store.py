@@ -282,6 +282,10 @@ class Store:
     def shards(self) -> Iterator[Shard]:
         return (self.shard(index) for index in range(self.num_shards))
 
+    def whole(self) -> Shard:
+        """All rows at once, of a small store."""
+        return self.take(np.concatenate([shard.ids for shard in self.shards()]))
+
     def take(self, ids: Sequence[int] | NDArray[np.integer]) -> Shard:
         """The rows with these ids, in the order given; they must fit in memory."""
         wanted = np.asarray(ids, dtype=np.int64)

@@ -23,7 +23,7 @@ import yaml
 from numpy.typing import NDArray
 
 from thrifty import disk_space, selection, stages, training
-from thrifty.core import contracts, sums
+from thrifty.core import sums
 from thrifty.core.budget import Budget, Cost
 from thrifty.core.contracts import Evaluation, Outlook, Rows, Scorer, StoppingRule, Verdict
 from thrifty.core.ledger import BudgetExceeded, Stage
@@ -33,13 +33,13 @@ from thrifty.core.plan_pilot import PilotCandidate
 from thrifty.core.resolve import resolve
 from thrifty.data.store import Store
 from thrifty.data.subset import drawn, subset
-from thrifty.memory_plan import dtype_of
 from thrifty.open_run import Branch, Work
 from thrifty.pilot_gains import Trial, Z, gain_of, weigh
 from thrifty.pilot_plan import part_of
 from thrifty.predictions import setting_of
 from thrifty.report.facts import PILOT as DECISION
 from thrifty.scaling.halving import survivors
+from thrifty.training_rows import asked_of
 
 STAGE = "pilot"
 
@@ -171,17 +171,9 @@ class _Pilot:
         selection.select(job, stage)
 
     def _scoring(self, candidate: PilotCandidate, pool: Store) -> Cost:
-        work, plan = self.work, self.work.plan
+        work = self.work
         scorer: Scorer = resolve("scorer", candidate.scorer)
-        asked = contracts.Work(
-            pool=pool.manifest.stats,
-            targets={name: store.manifest.stats for name, store in work.stores("signal").items()},
-            shape=work.shape,
-            device=work.device,
-            dtype=dtype_of(plan.training.memory),
-            max_length=plan.training.max_length,
-            adapter=setting_of(plan.training, work.shape, work.device).adapter,
-        )
+        asked = asked_of(work, work.main, pool.manifest.stats)
         return work.ledger.rates.of(scorer.cost(asked))
 
     def _branch(self, candidate: PilotCandidate) -> Branch:

@@ -134,8 +134,13 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
             from thrifty.calibration import measure_once
 
             measure_once(say)
+        from thrifty.data.store import open_store
+        from thrifty.signals.token_ratio import token_ratios
+
         request = replace(
-            _request(asked, shape, stores), is_scored=_kept_scores(draft, stores, model_folder)
+            _request(asked, shape, stores),
+            token_ratio=token_ratios(open_store(draft.pool)),
+            is_scored=_kept_scores(draft, stores, model_folder),
         )
         for note in notes.of_device(request.device, request.budget):
             say(note)

@@ -17,6 +17,7 @@ from thrifty.affordable import accumulation as accumulation_of
 from thrifty.affordable import affordable, ceiling, minus, reserved, watch
 from thrifty.core.budget import Budget, Cost, PoolStats
 from thrifty.core.contracts import OnlineMethod, Scorer, Work, Worth
+from thrifty.core.given import same_tokens
 from thrifty.core.ledger import Rates
 from thrifty.core.marginal import Estimate
 from thrifty.core.plan import Preference, Training, put
@@ -74,6 +75,8 @@ class Request:
     """Questions that the budget is to answer after training."""
     generated_context: int = 0
     """Tokens a row that an evaluation's generation holds in its cache; a loss takes none."""
+    token_ratio: Callable[[str], float] = same_tokens
+    """Path of a model -> tokens that it makes of the pool's rows, over those of their own."""
     is_scored: Callable[[Scorer, str], bool] = _never_before
     """Whether an earlier run left the pool's scores by a method, its models read in that dtype."""
 
@@ -483,6 +486,7 @@ class Pricing:
             dtype=_read_in(setting),
             max_length=setting.sequence,
             adapter=setting.adapter,
+            token_ratio=request.token_ratio,
         )
 
 

@@ -218,6 +218,19 @@ class PoolStats:
         sums = {name: value for name, value in asdict(self).items() if name.startswith("num_")}
         return replace(self, **{name: math.ceil(value * share) for name, value in sums.items()})
 
+    def in_tokens(self, ratio: float) -> PoolStats:
+        """Of the same rows, split into so many times the tokens."""
+        if ratio == 1.0:
+            return self
+        return replace(
+            self,
+            num_tokens=round(self.num_tokens * ratio),
+            max_tokens=math.ceil(self.max_tokens * ratio),
+            num_loss_tokens=round(self.num_loss_tokens * ratio),
+            num_squared_tokens=round(self.num_squared_tokens * ratio**2),
+            num_padded_tokens=round(self.num_padded_tokens * ratio),
+        )
+
     @property
     def mean_tokens(self) -> float:
         return self.num_tokens / max(self.num_examples, 1)

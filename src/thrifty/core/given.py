@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -100,6 +100,11 @@ class AddingUp:
         self.cost += cost
 
 
+def same_tokens(model: str) -> float:
+    """The ratio of a pool of which nothing else is known."""
+    return 1.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """What a scorer is asked to do, in numbers, for pricing it."""
@@ -112,6 +117,8 @@ class Work:
     max_length: int = 1024
     adapter: Adapter | None = None
     """That training puts on the model; None: it trains all weights."""
+    token_ratio: Callable[[str], float] = same_tokens
+    """Path of a model -> tokens that it makes of the rows, over those that are counted here."""
 
 
 # -- filters and pickers --------------------------------------------------------------------------

@@ -178,6 +178,7 @@ def classifier_cost(work: Work, stats: PoolStats, model: str) -> Cost:
     folder = locate(model, weights=True)[0]  # their headers say its sizes
     if not is_classifier(folder):
         raise no_classifier(model)
+    stats = stats.in_tokens(work.token_ratio(model))
     return EncoderShape.of(folder).cost(work, stats, max_length(folder))
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from thrifty.core.budget import Cost, PoolStats
 from thrifty.core.contracts import Meter, Tokens, Work
 from thrifty.costs.flops import score_flops
-from thrifty.signals.forward import each_batch, scoring_cost, shape_of
+from thrifty.signals.forward import as_read, each_batch, scoring_cost, shape_of
 
 if TYPE_CHECKING:
     from thrifty.costs.shape import ModelShape
@@ -52,6 +52,7 @@ def embedding_cost(work: Work, stats: PoolStats, model: str = "") -> Cost:
     """Of ``row_vectors`` over rows like ``stats``: a forward pass without its head."""
     cost = scoring_cost(work, stats, model)
     shape = shape_of(work, model)
-    length = max(1, min(round(stats.mean_tokens), work.max_length))
+    mean = as_read(work, stats, model).mean_tokens
+    length = max(1, min(round(mean), work.max_length))
     headless = score_flops(shape, 1, length, logits=False) / score_flops(shape, 1, length)
     return replace(cost, flops=cost.flops * headless, seconds=cost.seconds * headless)

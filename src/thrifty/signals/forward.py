@@ -294,14 +294,15 @@ def _peak(shape: ModelShape, batch: int, sequence: int, dtype: str, device: Any)
 
 def scoring_cost(work: Work, stats: PoolStats, model: str = "") -> Cost:
     """Of one forward pass over rows like ``stats``, under the base model or another."""
-    shape = shape_of(work, model)
-    stats = as_read(stats, shape)
-    return forward_cost(shape, stats, work.device, work.dtype, work.max_length)
+    stats = as_read(work, stats, model)
+    return forward_cost(shape_of(work, model), stats, work.device, work.dtype, work.max_length)
 
 
-def as_read(stats: PoolStats, shape: ModelShape) -> PoolStats:
-    """``stats`` of rows that the model's context cuts, as near as sums can tell."""
-    most = shape.max_position_embeddings
+def as_read(work: Work, stats: PoolStats, model: str) -> PoolStats:
+    """``stats`` of rows in the tokens of the model that reads them, and cut by its context, as near
+    as sums can tell."""
+    stats = stats.in_tokens(work.token_ratio(model))
+    most = shape_of(work, model).max_position_embeddings
     if stats.max_tokens <= most:
         return stats
     mean = min(stats.mean_tokens, most)

@@ -11,7 +11,7 @@ from thrifty.costs.memory import account
 from thrifty.costs.setting import MemorySetting
 from thrifty.costs.time import step_seconds
 from thrifty.signals.example_gradients import BATCH_TOKENS, LARGEST_PRODUCT
-from thrifty.signals.forward import mean_flops, padding, shape_of
+from thrifty.signals.forward import as_read, mean_flops, padding, shape_of
 
 
 def gradients_cost(
@@ -22,6 +22,7 @@ def gradients_cost(
     if not stats.num_examples:
         return Cost()
     shape = shape_of(work, model)
+    stats = as_read(work, stats, model)
     length, longest, rows = _usual_batch(work, stats)
     setting = replace(
         setting,

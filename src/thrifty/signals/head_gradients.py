@@ -97,7 +97,7 @@ def head_gradients_cost(work: Work, stats: PoolStats, passes: int, model: str = 
     if not stats.num_examples:
         return cost
     shape = shape_of(work, model)
-    stats = as_read(stats, shape)
+    stats = as_read(work, stats, model)
     length = max(2, min(round(stats.mean_tokens), work.max_length))
     longest = min(stats.max_tokens, work.max_length)
     rows = max(1, batch_tokens(shape.vocab_size) // length)

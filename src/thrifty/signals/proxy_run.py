@@ -106,7 +106,7 @@ def proxy_run_cost(
     if not stats.num_examples:
         return Cost()
     shape = shape_of(work, model)
-    stats = as_read(stats, shape)
+    stats = as_read(work, stats, model)
     length = max(2, min(round(stats.mean_tokens), work.max_length))
     longest = min(max(stats.max_tokens, 2), work.max_length)
     examples = max(1, BATCH_TOKENS // length)

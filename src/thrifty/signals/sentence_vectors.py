@@ -136,6 +136,7 @@ def sentence_vectors_cost(work: Work, stats: PoolStats, model: str) -> Cost:
     from thrifty.signals.models import locate
 
     folder = locate(model, weights=True)[0]  # their headers say its sizes
+    stats = stats.in_tokens(work.token_ratio(model))
     return encoder_of(folder).cost(work, stats, _max_length(folder))
 
 

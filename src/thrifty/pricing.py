@@ -453,10 +453,11 @@ class Pricing:
         return self.request.is_scored(scorer, _read_in(setting))
 
     def _loads(self, scorer: Scorer, setting: MemorySetting) -> int:
-        """Times that rows are chosen by a model that has to be loaded for it."""
-        return int(
-            (scorer.needs_model and not self._is_scored(scorer, setting)) or self._needs_vectors
-        )
+        """Models that have to be loaded to choose rows: the scorer's, and the one to be trained
+        where vectors are asked of it."""
+        scores = scorer.needs_model and not self._is_scored(scorer, setting)
+        is_there = scores and not scorer.model
+        return int(scores) + int(self._needs_vectors and not is_there)
 
     def scoring(self, scorer: Scorer, setting: MemorySetting) -> Cost:
         """Of scoring the pool, where that has not been paid for, and of picking."""

@@ -431,7 +431,9 @@ def test_a_row_is_explained(tiny_model, tiny_data, tmp_path, capsys):
     assert "out: duplicate of row 0, dropped by a filter" in capsys.readouterr().out
     outside = next(i for i in range(1, 150) if f'"id": {i},' not in selected_text(folder))
     assert main([*command, str(outside)]) == 0
-    assert "out: top_k filled 800 tokens with other rows" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "out: top_k (the best-scored rows within the token budget) filled " in out
+    assert " of 800 tokens with other rows" in out
     for wrong in ("9999", "nowhere.jsonl:1", "one"):
         assert main([*command, wrong]) == 4
         assert "hint: " in capsys.readouterr().err

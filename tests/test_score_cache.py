@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
 
 from tests.runs import ledger, planned, silent
 from thrifty import stages
 from thrifty.core.budget import Cost
+from thrifty.core.plan import Target
 from thrifty.run_folder import RunFolder
 from thrifty.selection import _of_a_shard
 
@@ -72,6 +74,66 @@ def test_spelling_out_a_default_asks_for_the_same_scores(select):
     select("first")
     spelt, _ = select("spelt", **{"selection.scorer": {"embedding": {"by": "max"}}})
     assert spent(spelt).flops == 0
+
+
+def test_targets_in_another_order_are_other_scores(tiny_model, tiny_data, tmp_path):
+    """Which column is whose is a matter of the order."""
+    parts = {"dev": (str(tiny_data["dev"]),), "test": (str(tiny_data["test"]),)}
+    targets = {
+        "a": Target(signal=(str(tiny_data["signal"]),), **parts),
+        "b": Target(signal=(str(tiny_data["dev"]),), **parts),
+    }
+    data = {**tiny_data, "pool": tiny_data["small_pool"]}
+    columns = []
+    for names in ("ab", "ba"):
+        folder = tmp_path / names
+        ordered = {name: targets[name] for name in names}
+        fixed = {"selection.scorer": "bm25", "selection.max_tokens": 900}
+        planned(folder, tiny_model, data, targets=ordered, fixed=fixed)
+        with stages.at_work(RunFolder(folder), silent) as work:
+            stages.select(work, work.main)
+        (scores,) = (folder / "scores").rglob("shard-00000.parquet")
+        columns.append([pq.read_table(scores).column(f"score_{i}") for i in range(2)])
+    assert columns[0] == columns[1][::-1]
+    assert columns[0] != columns[1]
+
+
+@pytest.mark.parametrize("scorer", ["length", "perplexity"])
+def test_rows_of_the_same_words_are_other_rows(scorer, select, tiny_data, tmp_path):
+    """Where the answer begins is not in their words, and case is not in their fingerprints."""
+    rows = [json.loads(line) for line in tiny_data["small_pool"].read_text().splitlines()]
+    moved = tmp_path / "moved.jsonl"
+    with moved.open("w") as file:
+        for row in rows:
+            half = len(row["completion"]) // 2
+            prompt, completion = row["completion"][:half], row["completion"][half:]
+            row |= {"prompt": row["prompt"] + prompt, "completion": completion}
+            file.write(json.dumps(row) + "\n")
+    select("first", **{"selection.scorer": scorer})
+    second, _ = select("second", **{"selection.scorer": scorer}, data={"pool": moved})
+    assert not [d for d in ledger(second).decisions() if d["name"] == "score or take over"]
+
+
+def test_rows_that_a_method_names_count_with_what_they_say(select, tiny_data, tmp_path):
+    good = tmp_path / "good.jsonl"
+    for name, lines in (("first", 4), ("same", 4), ("other", 8)):
+        text = tiny_data["signal"].read_text().splitlines()[:lines]
+        good.write_text("\n".join(text) + "\n")
+        folder, _ = select(name, **{"selection.scorer": {"quality": {"good": [str(good)]}}})
+        taken = [d for d in ledger(folder).decisions() if d["name"] == "score or take over"]
+        assert bool(taken) == (name == "same")
+
+
+def test_a_model_counts_with_what_it_is_read_by(select, tiny_model, tmp_path):
+    own = shutil.copytree(tiny_model, tmp_path / "own")
+    named = {"selection.scorer": {"loss": {"model": str(own)}}}
+    select("first", **named)
+    again, _ = select("again", **named)
+    assert spent(again).flops == 0
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    other, _ = select("other", **named)
+    assert spent(other).flops > 0
 
 
 @pytest.mark.long

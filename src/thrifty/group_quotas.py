@@ -19,29 +19,32 @@ NO_VALUE = ""
 """The group of rows without the column."""
 
 
-def labels_of(pool: Store, column: str) -> NDArray[np.str_]:
+def labels_of(pool: Store, column: str) -> NDArray[np.object_]:
     """[num_examples] the column's value of every row, as text. Raises ValueError where no row has
     it, naming those that there are."""
     values: list[str] = []
+    each: dict[str, str] = {}
+    """Once, however many rows have it."""
     seen: set[str] = set()
     for shard in pool.shards():
         for row in shard.rows:
             seen |= row.extra.keys()
             value = row.extra.get(column)
-            values.append(NO_VALUE if value is None else str(value))
+            text = NO_VALUE if value is None else str(value)
+            values.append(each.setdefault(text, text))
     if column not in seen:
         there = ", ".join(sorted(seen)) or "none beside the text"
         raise ValueError(
             f"selection.groups names a column {column!r} that no row of the pool has\n"
             f"hint: its other columns are {there}"
         )
-    return np.asarray(values)
+    return np.asarray(values, dtype=object)
 
 
 def pick_by_group(
     picker: Picker,
     candidates: Candidates,
-    labels: NDArray[np.str_],
+    labels: NDArray[np.object_],
     quotas: Mapping[str, float],
     max_tokens: float,
     seed: int,

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,17 @@ from thrifty.pair_evaluation import log_probs_flops
 from thrifty.predictions import Predictions, predictions, setting_of
 from thrifty.preparation import Say, what_was_read
 from thrifty.run_folder import RunFolder
+from thrifty.score_names import ScoreNames
 from thrifty.signals.embeddings import embedding_cost
 from thrifty.signals.energy import energy_counter
-from thrifty.signals.models import LoadedModels, local_device, locate, weights_sha256
+from thrifty.signals.models import (
+    LoadedModels,
+    local_device,
+    locate,
+    model_sha256,
+    read_by_sha256,
+    weights_sha256,
+)
 from thrifty.yardstick import Yardstick
 
 
@@ -241,6 +249,14 @@ class Work:
             self.say,
             max_length=self.plan.training.max_length,
         )
+
+    @cached_property
+    def score_names(self) -> ScoreNames:
+        def model(path: str) -> str:
+            return model_sha256(path) if path else self.base_sha256 + read_by_sha256(self.base)
+
+        signals = {name: store.manifest for name, store in self.stores("signal").items()}
+        return ScoreNames(signals=signals, model=cache(model))
 
     def predicted_vectors(self, plan: Plan) -> Cost:
         """Of a pass that makes a vector of every row."""

@@ -19,7 +19,7 @@ from thrifty.core.contracts import Scorer
 from thrifty.core.plan_pilot import PilotCandidate, PilotRung
 from thrifty.core.resolve import resolve
 from thrifty.predictions import Predictions
-from thrifty.pricing import Candidate, Pricing, Request
+from thrifty.pricing import Candidate, Pricing, Request, never_before
 from thrifty.scaling import halving
 
 SCORING_SHARE = 0.5
@@ -173,8 +173,10 @@ def _scorings(
     assert pool is not None, "a pilot picks from a pool"
     found = []
     for each, run in zip(candidates, runs, strict=True):
-        for whole, rows in ((True, pool), (False, pool.part(sample))):
-            cost = _scoring(replace(request, pool=rows), each, run)
+        # What an earlier run has scored is the whole pool.
+        for asked in (request, replace(request, pool=pool.part(sample), is_scored=never_before)):
+            whole = asked is request
+            cost = _scoring(asked, each, run)
             total = reserved(request, cost)
             limits = ((total.of(name), allowed.limit(name)) for name in CONSUMED)
             if all(_within(amount, limit and limit * part) for amount, limit in limits):

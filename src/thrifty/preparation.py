@@ -38,7 +38,7 @@ from thrifty.signals.weight_files import check_weights
 
 # Imported where data are read: a plan of a config alone answers before pyarrow would have loaded.
 if TYPE_CHECKING:
-    from thrifty.core.contracts import Rows, Scorer
+    from thrifty.core.contracts import Scorer
 
 
 Say = Callable[[str], None]
@@ -140,7 +140,7 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
         request = replace(
             _request(asked, shape, stores),
             token_ratio=token_ratios(open_store(draft.pool)),
-            is_scored=_kept_scores(draft, stores, model_folder),
+            is_scored=_kept_scores(stores, model_folder),
         )
         for note in notes.of_device(request.device, request.budget):
             say(note)
@@ -288,22 +288,14 @@ def _request(asked: Asked, shape: ModelShape, stores: Stores | None = None) -> p
     return replace(request, generated_context=context)
 
 
-def _kept_scores(run: RunFolder, stores: Stores, model: Path) -> Callable[[Scorer, str], bool]:
+def _kept_scores(stores: Stores, model: Path) -> Callable[[Scorer, str], bool]:
     """Which scorers' work on these rows an earlier run has done, by the dtype of their models."""
-    from thrifty.data.store import open_store
     from thrifty.score_names import ScoreNames
-    from thrifty.signals.models import weights_sha256
+    from thrifty.signals.models import model_sha256
 
-    @cache
-    def signals() -> dict[str, Rows]:
-        named = (name for name, parts in stores.targets.items() if "signal" in parts)
-        return {name: open_store(run.target(name, "signal")).whole() for name in named}
-
-    @cache
-    def weights(path: str) -> str:
-        return weights_sha256(locate(path, weights=False)[0] if path else model)
-
-    return cache(ScoreNames(pool=stores.pool, signals=signals, weights=weights).are_kept)
+    signals = {name: parts["signal"] for name, parts in stores.targets.items() if "signal" in parts}
+    names = ScoreNames(signals=signals, model=cache(lambda path: model_sha256(path or str(model))))
+    return cache(lambda scorer, dtype: names.are_kept(scorer, stores.pool, dtype))
 
 
 def _price(asked: Asked, device: Device) -> float | None:

@@ -16,7 +16,7 @@ import numpy as np
 from thrifty.affordable import accumulation as accumulation_of
 from thrifty.affordable import affordable, ceiling, minus, reserved, watch
 from thrifty.core.budget import Budget, Cost, PoolStats
-from thrifty.core.contracts import OnlineMethod, Scorer, Work, Worth
+from thrifty.core.contracts import Filter, OnlineMethod, Picker, Scorer, Work, Worth
 from thrifty.core.given import same_tokens
 from thrifty.core.ledger import Rates
 from thrifty.core.marginal import Estimate
@@ -41,7 +41,8 @@ PICK_SECONDS = 2.5e-5
 """Of filtering and picking, a row."""
 
 
-def _never_before(scorer: Scorer, dtype: str) -> bool:
+def never_before(scorer: Scorer, dtype: str) -> bool:
+    """Of rows that no earlier run has scored."""
     return False
 
 
@@ -77,7 +78,7 @@ class Request:
     """Tokens a row that an evaluation's generation holds in its cache; a loss takes none."""
     token_ratio: Callable[[str], float] = same_tokens
     """Path of a model -> tokens that it makes of the pool's rows, over those of their own."""
-    is_scored: Callable[[Scorer, str], bool] = _never_before
+    is_scored: Callable[[Scorer, str], bool] = never_before
     """Whether an earlier run left the pool's scores by a method, its models read in that dtype."""
 
     def on(self, num_devices: int) -> Request:
@@ -442,12 +443,22 @@ class Pricing:
         return self.scoring(scorer, setting).peak_memory_bytes
 
     @cached_property
-    def _needs_vectors(self) -> bool:
-        """Whether a filter or the picker that the user named asks for them."""
+    def _named(self) -> list[Filter | Picker]:
+        """Those of the user's own that may look at the model."""
         fixed = self.request.fixed
         named = [("filter", spec) for spec in fixed.get("selection.filters", ())]
         named += [("picker", spec) for key, spec in fixed.items() if key == "selection.picker"]
-        return any(resolve(kind, spec).needs_vectors for kind, spec in named)
+        return [resolve(kind, spec) for kind, spec in named]
+
+    @cached_property
+    def _needs_vectors(self) -> bool:
+        return any(each.needs_vectors for each in self._named)
+
+    @cached_property
+    def _looks(self) -> bool:
+        """Whether they do, for vectors or for anything else."""
+        pickers = (each for each in self._named if isinstance(each, Picker))
+        return self._needs_vectors or any(picker.needs_pairs for picker in pickers)
 
     def _is_scored(self, scorer: Scorer, setting: MemorySetting) -> bool:
         return self.request.is_scored(scorer, _read_in(setting))
@@ -457,7 +468,7 @@ class Pricing:
         where vectors are asked of it."""
         scores = scorer.needs_model and not self._is_scored(scorer, setting)
         is_there = scores and not scorer.model
-        return int(scores) + int(self._needs_vectors and not is_there)
+        return int(scores) + int(self._looks and not is_there)
 
     def scoring(self, scorer: Scorer, setting: MemorySetting) -> Cost:
         """Of scoring the pool, where that has not been paid for, and of picking."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 from thrifty.core import sums
 from thrifty.core.plan import Plan
 from thrifty.core.quantities import show
+from thrifty.core.resolve import method_class, summary
 from thrifty.data.shard import Shard
 from thrifty.data.store import Store, open_store
 from thrifty.run_folder import RunFolder
@@ -53,6 +55,8 @@ def explain_row(run: RunFolder, row: str) -> str:
         )
     elif dropped.as_py():
         lines.append(f"out: {dropped.as_py()}, dropped by a filter before the picking")
+    elif np.isnan(scores[index]).all():
+        lines.append("out: it was given no score, and only rows with one are picked")
     else:
         lines.append(f"out: {_passed_over(plan, manifest)}")
     return "\n".join(lines)
@@ -97,7 +101,9 @@ def _standing(scorer: str, name: str, column: np.ndarray, index: int, picked: np
     return f"{scorer}, {name}: {score:.4g}, {100 * above:.1f}% of the rows score higher{least}"
 
 
-def _passed_over(plan: Plan, manifest: dict[str, object]) -> str:
-    limit = plan.selection.max_tokens
-    budget = "all tokens" if limit is None else f"{limit:,.0f} tokens"
-    return f"{manifest['picker']} filled {budget} with other rows"
+def _passed_over(plan: Plan, manifest: dict[str, Any]) -> str:
+    limit, picker = plan.selection.max_tokens, manifest["picker"]
+    of_limit = "" if limit is None else f" of {limit:,.0f}"
+    told = summary(method_class("picker", picker)).rstrip(".")
+    filled = f"{manifest['num_tokens']:,}{of_limit} tokens"
+    return f"{picker} ({told[0].lower()}{told[1:]}) filled {filled} with other rows"

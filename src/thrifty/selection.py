@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ from thrifty.memory_plan import dtype_of
 from thrifty.score_names import ScoreNames
 from thrifty.scoring_engines import MARGIN, Engine, Scored, ShardScoring
 from thrifty.selected import MANIFEST, check_selected, write_selected
-from thrifty.signals.models import local_device, locate, num_threads, weights_sha256
+from thrifty.signals.models import local_device, num_threads
 from thrifty.signals.peak_memory import peak_noted
 
 
@@ -60,6 +59,7 @@ class SelectionJob:
     signals: Mapping[str, Rows]
     held: Held
     models: Models
+    names: ScoreNames
     base_sha256: str
     predicted: Cost
     load: Cost
@@ -209,15 +209,8 @@ def _pick(job: SelectionJob, picker: Picker, candidates: Candidates, limit: floa
 
 def _scores_of(job: SelectionJob, scorer: Scorer) -> Path:
     """The folder of its scores."""
-    names = ScoreNames(
-        pool=job.pool.manifest, signals=lambda: job.signals, weights=partial(_weights, job)
-    )
-    return job.scores / names.of(scorer, dtype_of(job.plan.training.memory))
-
-
-def _weights(job: SelectionJob, path: str) -> str:
-    """A hash of the weights of a model that a scorer looks at."""
-    return weights_sha256(locate(path, weights=True)[0]) if path else job.base_sha256
+    dtype = dtype_of(job.plan.training.memory)
+    return job.scores / job.names.of(scorer, job.pool.manifest, dtype)
 
 
 def _look(job: SelectionJob, stage: Stage) -> PoolLook:

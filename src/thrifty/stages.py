@@ -87,6 +87,7 @@ def selection_job(
         signals=work.rows("signal"),
         held=work.held,
         models=work.models,
+        names=work.score_names,
         base_sha256=work.base_sha256,
         predicted=predicted or Cost(),
         load=work.predicted(plan).load,

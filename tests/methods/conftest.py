@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -91,3 +92,16 @@ def target(tiny_model: Path, tiny_data: dict[str, Path], tmp_path_factory) -> St
 @pytest.fixture(scope="session")
 def models(tiny_model: Path) -> LoadedModels:
     return LoadedModels(tiny_model, "float32")
+
+
+@pytest.fixture(scope="session")
+def letters(tiny_model: Path, tmp_path_factory) -> Path:
+    """The model with a tokenizer that joins no letters."""
+    from tokenizers import Tokenizer
+
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("letters") / "model")
+    file = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.model = type(tokenizer.model)(vocab=tokenizer.get_vocab(), merges=[])
+    tokenizer.save(str(file))
+    return folder

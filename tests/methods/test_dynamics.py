@@ -124,6 +124,24 @@ def test_another_tokenizer_splits_the_rows_anew(pool, models, other_model, tmp_p
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
+def test_a_reference_that_splits_rows_otherwise_is_refused(pool, models, target, letters):
+    with pytest.raises(ValueError, match=r"splits rows otherwise.*\nhint: rho"):
+        scores("rho", pool, models, {"sums": target.shard(0)}, reference=str(letters))
+
+
+def test_one_reference_passes_once_for_all_targets(pool, models, other_model, target):
+    scorer = resolve("scorer", {"rho": {"reference": str(other_model)}})
+    ticked = []
+    for count in (1, 3):
+        rows = {f"t{i}": target.shard(0) for i in range(count)}
+        tally = Tally()
+        state = scorer.prepare(pool, rows, models, tally)
+        found = scorer.score(pool.shard(0), state, tally)
+        assert found.shape == (len(pool.shard(0)), count)
+        ticked.append(tally.cost.flops)
+    assert ticked[0] == ticked[1] > 0
+
+
 def test_rho_is_the_difference_to_the_reference(pool, models, other_model, target):
     rows = {"sums": target.shard(0)}
     got = scores("rho", pool, models, rows, reference=str(other_model))

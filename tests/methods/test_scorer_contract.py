@@ -79,9 +79,8 @@ def test_does_not_depend_on_shards_or_their_order(name, scored, whole_pool, targ
     shards, _, _ = scored(name)
     once, _ = scores_of(briefly(name), whole_pool, target, models)
     assert shards.keys() == once.keys()
-    if name != "perplexity":  # its middle band is read off a sample of the shards
-        for row, scores in shards.items():
-            np.testing.assert_allclose(scores, once[row], rtol=2e-4, atol=2e-5)
+    for row, scores in shards.items():
+        np.testing.assert_allclose(scores, once[row], rtol=2e-4, atol=2e-5)
 
 
 def test_perplexity_bands_do_not_depend_on_the_shards(pool, whole_pool, target, models):

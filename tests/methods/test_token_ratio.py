@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import fields, replace
 
 import pytest
 
-from tests.methods.conftest import briefly
+from tests.methods.conftest import briefly, build
 from tests.methods.test_scorer_contract import scores_of, work_of
 from thrifty.core.budget import PoolStats
+from thrifty.data.tokens import load_tokenizer
+from thrifty.signals.models import LoadedModels
 from thrifty.signals.token_ratio import token_ratios
-
-
-@pytest.fixture(scope="module")
-def letters(tiny_model, tmp_path_factory):
-    """The model with a tokenizer that joins no letters."""
-    from tokenizers import Tokenizer
-
-    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("letters") / "model")
-    file = folder / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.model = type(tokenizer.model)(vocab=tokenizer.get_vocab(), merges=[])
-    tokenizer.save(str(file))
-    return folder
 
 
 def test_is_that_of_all_rows(pool, models, letters):
@@ -37,6 +27,33 @@ def test_is_that_of_all_rows(pool, models, letters):
 def test_is_one_where_nothing_else_is_known(pool, models, tmp_path):
     ratio = token_ratios(pool)
     assert ratio("") == ratio(str(models.folder)) == ratio(str(tmp_path)) == 1.0
+
+
+TEMPLATE = """{% for m in messages %}<|begin|>{{ m.role }}<|middle|>
+
+{{ m.content }}<|END|>{% endfor %}"""
+
+
+def test_of_messages_under_another_template(tiny_model, tmp_path):
+    """A template is most of what short turns are split into."""
+    folders = []
+    for name, end in (("one", "over"), ("other", "this turn is over and done")):
+        folders.append(shutil.copytree(tiny_model, tmp_path / name))
+        tokenizer = load_tokenizer(str(folders[-1]))
+        tokenizer.chat_template = TEMPLATE.replace("END", end)
+        tokenizer.save_pretrained(str(folders[-1]))
+    rows = tmp_path / "rows.jsonl"
+    with rows.open("w") as file:
+        for i in range(300):
+            turns = [("user", f"say {i}"), ("assistant", f"{i} " * (1 + i % 9))]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    pool = build(rows, tmp_path / "store", folders[0], 64)
+    models = LoadedModels(folders[0], "float32", max_length=128)
+    own = sum(len(each.input_ids) for each in models.other(str(folders[1])).tokens(pool.whole()))
+    ratio = token_ratios(pool)(str(folders[1]))
+    assert ratio > 1.02
+    assert ratio == pytest.approx(own / pool.manifest.num_tokens, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["loss", "embedding", "grand", "s2l"])

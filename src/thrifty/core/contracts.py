@@ -126,6 +126,11 @@ class Scorer(ABC):
         """Every model that the scores depend on."""
         return (self.model,)
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Files of rows that the scores depend on, beside the pool and the targets."""
+        return ()
+
     @abstractmethod
     def cost(self, work: Work) -> Cost:
         """FLOPs, seconds and peak bytes of scoring ``work.pool``, preparation included."""
@@ -181,6 +186,11 @@ class Picker(ABC):
     @property
     def needs_vectors(self) -> bool:
         """Whether it asks ``candidates.look`` for them, which costs a pass over the pool."""
+        return False
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether it asks ``candidates.look`` what rows bring one another."""
         return False
 
     def cost(self, work: Work) -> Cost:

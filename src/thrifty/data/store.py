@@ -57,7 +57,10 @@ class StoreManifest:
 
     format: int = FORMAT
     fingerprint: str
-    """SHA-256 over the rows' fingerprints in order: the content, whatever the tokenizer."""
+    """SHA-256 over the rows' fingerprints in order: their words, whatever the tokenizer, case and
+    white space, and where an answer begins."""
+    content_sha256: str = ""
+    """SHA-256 over the rows as they were read and split; empty in a store that is older."""
     tokenizer_fingerprint: str
     max_length: int
     num_examples: int
@@ -204,6 +207,7 @@ class _Totals:
 
     def __init__(self) -> None:
         self._content = hashlib.sha256()
+        self._exact = hashlib.sha256()
         self._counts: Counter[str] = Counter()
         self._bad: Counter[str] = Counter()
         self._lengths: Counter[int] = Counter()
@@ -212,6 +216,9 @@ class _Totals:
 
     def add(self, row: Row, tokens: Tokens) -> None:
         self._content.update(row.fingerprint)
+        self._exact.update(b"%d %d " % (row.id, tokens.border) + orjson.dumps(row.content))
+        self._exact.update(np.asarray(tokens.input_ids, dtype=np.int32).tobytes())
+        self._exact.update(np.asarray(tokens.loss_mask, dtype=bool).tobytes())
         self._counts["num_examples"] += 1
         self._counts["num_tokens"] += tokens.num_tokens
         self._counts["num_loss_tokens"] += tokens.num_loss_tokens
@@ -247,6 +254,7 @@ class _Totals:
     ) -> StoreManifest:
         return StoreManifest(
             fingerprint=self._content.hexdigest(),
+            content_sha256=self._exact.hexdigest(),
             tokenizer_fingerprint=tokenizer_fingerprint,
             max_length=max_length,
             num_examples=self._counts["num_examples"],

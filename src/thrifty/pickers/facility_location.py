@@ -54,6 +54,10 @@ class FacilityLocation(Picker):
         return self.over == "vectors"
 
     @property
+    def needs_pairs(self) -> bool:
+        return self.over == "delift"
+
+    @property
     def _most_rows(self) -> int:
         return self.max_rows or _MOST_ROWS[self.over]
 
@@ -71,7 +75,9 @@ class FacilityLocation(Picker):
             return Picked.of(pool.ids)
         rank = 1 - np.arange(len(pool)) / max(len(pool) - 1, 1)
         kernel = _cosines(pool.vectors()) if self.over == "vectors" else pool.pairwise_utility()
-        stands = np.maximum(kernel.astype(np.float64), 0.0) * (1 + self.balance * rank)
+        stands = kernel.astype(np.float64, copy=False)  # in place: it may take half a gigabyte
+        np.maximum(stands, 0.0, out=stands)
+        stands *= 1 + self.balance * rank
         kept = lazy_greedy(stands, pool.num_tokens.astype(np.float64), max_tokens)
         return Picked.of(pool.ids[kept])
 

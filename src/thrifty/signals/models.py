@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"]
 
 
+_READ_BY = {".json", ".txt", ".model", ".jinja"}
+"""Suffixes of the files beside a model's weights that decide what it makes of a text."""
+
+
 def locate(path: str, revision: str | None = None, *, weights: bool) -> tuple[Path, str | None]:
     """The folder of a model and, for a hub name, the commit it is at.
 
@@ -107,6 +111,21 @@ def weights_sha256(folder: Path) -> str:
             while block := stream.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def read_by_sha256(folder: Path) -> str:
+    """Of the small files that say how a model is read: configuration, tokenizer, template."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in folder.rglob("*") if p.suffix in _READ_BY and p.is_file()):
+        digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def model_sha256(path: str) -> str:
+    """Of a model's weights and what it is read by, in a folder or under a name on the hub. Raises
+    ValueError where the weights are not here."""
+    folder = locate(path, weights=False)[0]
+    return weights_sha256(folder) + read_by_sha256(folder)
 
 
 @dataclass(frozen=True)

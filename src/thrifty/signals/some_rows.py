@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thrifty.core.contracts import Pool, Rows, Tokens
+from thrifty.core.ordering import random_key
 
 
 @dataclass(frozen=True)
@@ -85,3 +86,10 @@ class SomePool:
             rows = rows_among(shard, self.ids)
             if len(rows):
                 yield rows
+
+
+def drawn(pool: Pool, count: int, seed: int) -> SomePool:
+    """At most ``count`` rows at random: whatever the shards, the same."""
+    ids = np.concatenate([shard.ids for shard in pool.shards()])
+    chosen = ids[np.argsort(random_key(ids, seed), kind="stable")[:count]]
+    return SomePool(pool, np.sort(chosen))

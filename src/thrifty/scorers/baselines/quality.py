@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from thrifty.core.budget import Cost
 from thrifty.core.contracts import Meter, Models, Pool, Rows, Scorer, Work, Worth
-from thrifty.core.ordering import random_key
 from thrifty.core.ranges import check_ranges
 from thrifty.signals.classifier import Classifier, classifier_cost, no_classifier
 from thrifty.signals.ngrams import hashed_ngrams, ngrams_cost
+from thrifty.signals.some_rows import drawn
 
 _FEWEST_OTHERS = 1000
 
@@ -66,6 +66,10 @@ class Quality(Scorer):
             )
         if self.label and not self.model:
             raise ValueError("quality has a label but no model\nhint: a label is one of a model's")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return (*self.good, *self.bad)
 
     def cost(self, work: Work) -> Cost:
         if self.model:
@@ -115,14 +119,7 @@ def _features(texts: Sequence[str], buckets: int) -> Any:
 
 
 def _drawn(pool: Pool, count: int, seed: int) -> list[str]:
-    """Texts of the rows with the smallest random keys: whatever the shards, the same."""
-    ids = np.concatenate([shard.ids for shard in pool.shards()])
-    chosen = ids[np.argsort(random_key(ids, seed), kind="stable")[:count]]
-    texts: dict[int, str] = {}
-    for shard in pool.shards():
-        for place in np.flatnonzero(np.isin(shard.ids, chosen)).tolist():
-            texts[int(shard.ids[place])] = shard.texts[place]
-    return [texts[row] for row in sorted(texts)]
+    return [text for shard in drawn(pool, count, seed).shards() for text in shard.texts]
 
 
 def _fit(

@@ -20,8 +20,9 @@ from thrifty.core.budget import Cost
 from thrifty.core.contracts import Meter, Models, Pool, Rows, Scorer, Work, Worth
 from thrifty.core.ranges import check_ranges
 from thrifty.signals.forward import example_losses, scoring_cost
+from thrifty.signals.some_rows import drawn
 
-_SAMPLE_SHARDS = 4
+_SAMPLE_ROWS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,25 +48,22 @@ class Perplexity(Scorer):
     def cost(self, work: Work) -> Cost:
         scoring = scoring_cost(work, work.pool)
         if self.band == "middle":  # the quantile is read off a sample first
-            sample = min(1.0, _SAMPLE_SHARDS * 512 / max(work.pool.num_examples, 1))
-            scoring += scoring * sample
+            sample = min(1.0, _SAMPLE_ROWS / max(work.pool.num_examples, 1))
+            scoring += scoring_cost(work, work.pool.part(sample))
         return scoring
 
     def prepare(
         self, pool: Pool, targets: Mapping[str, Rows], models: Models, meter: Meter
     ) -> tuple[Any, Any, float]:
-        """The model and, for the middle band, the pool's loss at ``center``, from a sample of up to
-        512 rows of each of the first, last and two middle shards."""
+        """The model and, for the middle band, the pool's loss at ``center``, from some of its
+        rows."""
         model, shape = models.base(), models.shape
         center = float("nan")
         if self.band == "middle":
-            wanted = set(np.linspace(0, pool.num_shards - 1, _SAMPLE_SHARDS).astype(int).tolist())
-            losses = [
-                example_losses(model, shape, shard.tokens[:512], meter).mean
-                for i, shard in enumerate(pool.shards())
-                if i in wanted
-            ]
-            center = float(np.quantile(np.concatenate(losses), self.center))
+            sample = drawn(pool, _SAMPLE_ROWS, 0)
+            tokens = [each for shard in sample.shards() for each in shard.tokens]
+            losses = example_losses(model, shape, tokens, meter).mean
+            center = float(np.quantile(losses, self.center))
         return model, shape, center
 
     def score(self, shard: Rows, state: Any, meter: Meter) -> NDArray[np.float32]:

@@ -63,20 +63,23 @@ class Rho(Scorer):
 
     def cost(self, work: Work) -> Cost:
         total = scoring_cost(work, work.pool, self.model)
+        if self.reference:
+            return total + scoring_cost(work, work.pool, self.reference)
         for target in work.targets.values():
-            total += scoring_cost(work, work.pool, self.reference or self.model)
-            if not self.reference:
-                share = min(1.0, self.max_target_rows / max(target.num_examples, 1))
-                total += proxy_run_cost(work, target, self.epochs, self.model) * share
+            share = min(1.0, self.max_target_rows / max(target.num_examples, 1))
+            total += scoring_cost(work, work.pool, self.model)
+            total += proxy_run_cost(work, target, self.epochs, self.model) * share
         return total
 
     def prepare(
         self, pool: Pool, targets: Mapping[str, Rows], models: Models, meter: Meter
     ) -> tuple[Models, Sequence[tuple[Any, Models]]]:
-        """The model to score with, and for each target the reference with its tokenizer."""
+        """The model to score with, and for each target the reference with its tokenizer. Raises
+        ValueError for a reference that splits rows otherwise."""
         own = models.other(self.model)
         if self.reference:
             other = models.other(self.reference)
+            self._check_tokens(own, other, targets)
             return own, [(other.base(), other)] * len(targets)
         references = []
         for target in targets.values():
@@ -92,11 +95,24 @@ class Rho(Scorer):
             references.append((trained, own))
         return own, references
 
+    def _check_tokens(self, own: Models, other: Models, targets: Mapping[str, Rows]) -> None:
+        for rows in targets.values():
+            for one, two in zip(own.tokens(rows), other.tokens(rows), strict=True):
+                shared = min(len(one.input_ids), len(two.input_ids))  # a context may cut a row
+                if not np.array_equal(one.input_ids[:shared], two.input_ids[:shared]):
+                    raise ValueError(
+                        f"{self.reference} splits rows otherwise than {self.model or 'the model'}, "
+                        "so that their losses of a token cannot be compared\n"
+                        "hint: rho: {reference: ...} takes a model of the same tokenizer"
+                    )
+
     def score(self, shard: Rows, state: Any, meter: Meter) -> NDArray[np.float32]:
         own, references = state
         loss = example_losses(own.base(), own.shape, own.tokens(shard), meter).mean
-        columns = []
-        for reference, of in references:
-            known = example_losses(reference, of.shape, of.tokens(shard), meter).mean
-            columns.append(loss - known)
+        known: dict[int, NDArray[np.floating]] = {}
+        for reference, of in references:  # one for each target, or the same for all
+            if id(reference) not in known:
+                found = example_losses(reference, of.shape, of.tokens(shard), meter)
+                known[id(reference)] = found.mean
+        columns = [loss - known[id(reference)] for reference, _ in references]
         return np.stack(columns, axis=1).astype(np.float32)

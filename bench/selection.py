@@ -93,6 +93,10 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+COLUMNS = ("method", "seeds", "dev", *(f"test {t}" for t in TARGETS), "on target", "damaged")
+COLUMNS += ("GFLOP", "scoring GFLOP", "s", "off", "off s", "AUROC by kind")
+
+
 def asked(data: Path, home: Path, flops: float, way: dict[str, Any], seed: int) -> Asked:
     pool = home / "pool.parquet"
     if not pool.exists():
@@ -206,6 +210,8 @@ def table(results: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
     by_name: dict[str, list[dict[str, Any]]] = {}
     for row in results:
         by_name.setdefault(row["name"], []).append(row)
+    before = {row["before"] for row in results}
+    yield ("untrained", "", f"{statistics.fmean(before):.3f}", *[""] * (len(COLUMNS) - 3))
     for name, rows in sorted(by_name.items(), key=lambda item: item[1][0]["dev"]):
         first = rows[0]
         off = [
@@ -220,8 +226,11 @@ def table(results: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
             str(len(rows)),
             mean(rows, "dev"),
             *(mean(rows, f"test {t}") for t in TARGETS),
-            f"{100 * first['on_target']:.0f}%",
-            f"{100 * first['damaged']:.0f}%",
+            *(
+                f"{100 * statistics.fmean(r[k] for r in rows):.0f}%"
+                for k in ("on_target", "damaged")
+            ),
+            f"{statistics.fmean(r['flops'] for r in rows) / 1e9:,.0f}",
             f"{first['select_flops'] / 1e9:,.0f}",
             f"{statistics.fmean(r['select_seconds'] for r in rows):.1f}",
             *off,
@@ -268,9 +277,7 @@ def main() -> int:
             f"Ways to choose {options.share:.0%} of {num:,} rows, {options.flops:.1e} FLOPs in all"
         )
     )
-    columns = ("method", "seeds", "dev", *(f"test {t}" for t in TARGETS), "on target", "damaged")
-    columns += ("scoring GFLOP", "s", "off", "off s", "AUROC by kind")
-    print(display.table(columns, list(table(read(results))), right="lrrrrrrrrrrl"))
+    print(display.table(COLUMNS, list(table(read(results))), right="lrrrrrrrrrrrl"))
     return 0
 
 

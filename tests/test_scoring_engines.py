@@ -106,7 +106,9 @@ def test_an_engine_that_there_is_not():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_ray_cluster_of_two_nodes_one_of_them_killed(tiny_model, tiny_data, tmp_path):
+@pytest.mark.parametrize("scorer", ["bm25", "loss"])
+def test_a_ray_cluster_of_two_nodes_one_of_them_killed(scorer, tiny_model, tiny_data, tmp_path):
+    """Half-way, with a third of the shards done."""
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
@@ -114,20 +116,22 @@ def test_a_ray_cluster_of_two_nodes_one_of_them_killed(tiny_model, tiny_data, tm
     second = cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)
     try:
-        engine, killed = engine_named("ray"), []
+        engine, done = engine_named("ray"), []
 
         def killing(work, shards):
-            for done in engine(work, shards):
-                if not killed:
+            for found in engine(work, shards):
+                done.append(found.shard)
+                if len(done) == 2:
                     cluster.remove_node(second, allow_graceful=False)
-                    killed.append(done.shard)
-                yield done
+                yield found
 
-        _, there = scored(tmp_path / "there", tiny_model, tiny_data, "bm25", killing)
+        _, there = scored(tmp_path / "there", tiny_model, tiny_data, scorer, killing)
     finally:
         ray.shutdown()
         cluster.shutdown()
-    assert killed
-    _, here = scored(tmp_path / "here", tiny_model, tiny_data, "bm25", None)
+    assert sorted(done) == list(range(6))
+    _, here = scored(tmp_path / "here", tiny_model, tiny_data, scorer, None)
+    one, other = (ledger(tmp_path / n).spent(stage="select").flops for n in ("here", "there"))
+    assert one == other
     np.testing.assert_array_equal(here["id"], there["id"])
     np.testing.assert_array_equal(here["score_0"], there["score_0"])

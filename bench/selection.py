@@ -226,10 +226,7 @@ def table(results: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
             str(len(rows)),
             mean(rows, "dev"),
             *(mean(rows, f"test {t}") for t in TARGETS),
-            *(
-                f"{100 * statistics.fmean(r[k] for r in rows):.0f}%"
-                for k in ("on_target", "damaged")
-            ),
+            *(f"{statistics.fmean(r[k] for r in rows):.0%}" for k in ("on_target", "damaged")),
             f"{statistics.fmean(r['flops'] for r in rows) / 1e9:,.0f}",
             f"{first['select_flops'] / 1e9:,.0f}",
             f"{statistics.fmean(r['select_seconds'] for r in rows):.1f}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -270,3 +271,13 @@ def test_real_data(shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     )
     assert num_tokens == manifest.num_tokens
     open_store(tmp_path / "store").verify()
+
+
+def test_one_that_is_older_is_known_by_its_shards(tmp_path: Path, tokenizer: Any) -> None:
+    manifest = build(tmp_path / "store", tokenizer)
+    values = asdict(manifest)
+    assert StoreManifest.from_dict(values) == manifest
+    del values["content_sha256"]
+    older = StoreManifest.from_dict(values)
+    assert older.content_sha256 == ""
+    assert older.shards == manifest.shards

@@ -95,7 +95,7 @@ class StoreManifest:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StoreManifest:
         known = {f.name for f in fields(cls)}
-        missing = known - set(values) - {"quarantine_sha256"}
+        missing = known - set(values) - {"quarantine_sha256", "content_sha256"}
         if values.get("format") != FORMAT or missing or set(values) - known:
             raise ValueError(
                 f"the store's manifest has format {values.get('format')!r}, not {FORMAT}\n"

@@ -156,6 +156,29 @@ def test_half_precision_keeps_documents_apart_exactly() -> None:
         check_isolation(model)
 
 
+def test_an_adapter_in_half_precision_rounds_as_such_a_model_does() -> None:
+    """As it has learnt something: a run that goes on begins with one."""
+    from thrifty.costs.operations import Adapter
+    from thrifty.costs.shape import ModelShape
+    from thrifty.holding.adapters import with_adapter
+
+    torch.manual_seed(0)
+    wider = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 8}
+    wider |= {"num_key_value_heads": 4, "intermediate_size": 256, "vocab_size": 512}
+    config = AutoConfig.for_model("llama", **{**SMALL, **wider})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    shape = ModelShape.from_config(config.to_dict())
+    worn = with_adapter(model, shape, Adapter(rank=16), dtype="bfloat16", seed=0)
+    with torch.no_grad():
+        for name, parameter in worn.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.5)
+    leak, shift = isolation_errors(worn.get_base_model())
+    assert leak == 0
+    assert 1e-4 < shift < 0.05
+    check_isolation(worn.get_base_model())
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_the_check_notices_a_leak(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache that models use by default is enough to lose the borders."""

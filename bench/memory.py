@@ -41,6 +41,8 @@ ON_ADAPTERS = {"int8", "nf4", "fp8"}
 """Weights that cannot be trained themselves."""
 NARROW = {"adamw_bf16"}
 """Optimizers for weights in bfloat16."""
+BESIDE = {"mezo": {"states": "sgd"}, "loftq": {"weights": "nf4"}}
+"""What some cannot do without."""
 SMALLER: dict[str, dict[str, Any]] = {
     "galore": {"rank": 16},
     "apollo": {"rank": 16},
@@ -65,7 +67,7 @@ def ways() -> dict[str, dict[str, Any]]:
             if name in NARROW:
                 memory["weights"] = "bfloat16"
             if name not in found:
-                found[name] = memory
+                found[name] = {**memory, **BESIDE.get(name, {})}
     del found["full"], found["keep"], found["whole"], found["float32"]  # the reference
     return found
 

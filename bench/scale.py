@@ -129,14 +129,14 @@ def peak_of(command: list[str], environment: dict[str, str]) -> tuple[float, flo
 
 
 def charged(run: Path) -> dict[str, float]:
-    """Seconds of the last stage of a run, by activity."""
+    """Seconds of the stage that a run was charged for last, by activity."""
     from thrifty.run_folder import RunFolder
 
     ledger = RunFolder(run).reading()
-    last = ledger.stages()[-1]["id"]
-    seconds: dict[str, float] = {}
-    for charge in ledger.charges():
-        if charge["stage_id"] == last:
+    charges, seconds = list(ledger.charges()), dict[str, float]()
+    last = charges[-1]["stage_id"]
+    for charge in charges:
+        if charge["stage_id"] == last and not charge["lost"]:
             name = charge["activity"]
             seconds[name] = seconds.get(name, 0.0) + charge["seconds"]
     return seconds

@@ -321,3 +321,21 @@ def test_a_quality_is_the_product_of_priors():
     quality = held.quality_of((full, bf16, sgd), Priors({}))
     assert quality.mean == pytest.approx(0.9 * 0.3)
     assert held.quality_of((lora, bf16), Priors({})).mean == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("technique", "why"),
+    [
+        ({"trained": {"lisa": {"layers": 17}}}, "a block of 17 layers is more than the model's 16"),
+        ({"trained": {"badam": {"block_layers": 17}}}, "a block of 17 layers"),
+        ({"trained": {"hift": {"group_layers": 50}}}, "a block of 50 layers"),
+        ({"states": {"galore": {"rank": 2048}}}, "wider than rank 2048 on both sides: the widest"),
+        ({"states": {"apollo": {"rank": 9999}}}, "wider than rank 9999 on both sides"),
+        ({"states": {"q_galore": {"rank": 2048}}}, "wider than rank 2048 on both sides"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_the_model_is_refused_before_a_flop(planned, technique, why):
+    fixed = {f"training.memory.{kind}": spec for kind, spec in technique.items()}
+    with pytest.raises(ValueError, match=why):
+        planned(SMALL, flops=1e18, fixed=fixed)

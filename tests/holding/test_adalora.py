@@ -222,6 +222,20 @@ def test_bytes(dtype):
     assert beside - input_bytes(inputs) == pytest.approx(measured, rel=0.03)
 
 
+@pytest.mark.parametrize("passed_over", [1, 3, 6])
+def test_a_step_that_is_passed_over_has_no_gradient(folder, passed_over):
+    """Ranks are cut as scheduled, by the steps that there were."""
+    chosen, model, optimizer = started(folder)
+    for step in range(9):
+        chosen.at_step(model, optimizer, step, 1)
+        if step != passed_over:
+            model(**inputs_of(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    values = values_of(model)
+    assert int((values != 0).sum()) == len(values) // 2
+
+
 def test_bad_input(folder):
     assert "rank 33 is more than k_proj has" in technique(rank=33).refuses_model(SHAPE, "cpu")
     for options, says in (

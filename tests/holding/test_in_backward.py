@@ -11,11 +11,12 @@ import torch
 from tests.costs.tracing import allocated_peak, batch, build
 from tests.holding.trained_llama import CONFIG, SHAPE, groups_of, llama, loss_of
 
-from thrifty.core.resolve import resolve
+from thrifty.core.resolve import method_class, resolve
 from thrifty.costs.held import state_bytes
 from thrifty.costs.memory import account
 from thrifty.costs.setting import MemorySetting
 from thrifty.costs.shape import ModelShape
+from thrifty.planner import MAX_LEARNING_RATE
 
 NAMES = ("lomo", "adalomo")
 RATES = {"lomo": 0.1, "adalomo": 1e-2}
@@ -211,6 +212,21 @@ def test_it_trains(name):
     model = llama("float32")
     losses = run(model, optimizer_of(name, model), [0] * 30)
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "sgd", "adamw"])
+def test_it_learns_at_the_rate_that_a_plan_gives_it(name):
+    """What the usual rate of AdamW is times, by its own definition of an update."""
+    model = llama("float32")
+    rate = MAX_LEARNING_RATE * method_class("states", name).learning_rate
+    optimizer, losses = optimizer_of(name, model, rate), []
+    for _ in range(40):
+        loss = loss_of(model)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.75 * losses[0]
 
 
 @pytest.mark.parametrize("name", NAMES)

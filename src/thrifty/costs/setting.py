@@ -296,6 +296,18 @@ def needs_a_gradient(setting: MemorySetting) -> str | None:
     return None
 
 
+def too_narrow(shape: ModelShape, rank: int) -> str | None:
+    """Why no gradient of this model can be projected to ``rank``."""
+    layers = range(shape.num_layers)
+    linears = (linear for index in layers for linear in shape.linears_of(index))
+    widest = max((min(each.in_features, each.out_features) for each in linears), default=0)
+    if shape.experts is None and widest <= rank:
+        return (
+            f"no matrix of a layer is wider than rank {rank} on both sides: the widest is {widest}"
+        )
+    return None
+
+
 def needs_wide_matrices(setting: MemorySetting, rank: int) -> str | None:
     """Why gradients cannot be projected to ``rank``: an adapter's matrices, m x r and r x n, are no
     wider on their smaller side, so that nothing would be saved."""

@@ -38,6 +38,7 @@ class Ranks:
         self._optimizer: Any = None
         self._step = 0
         self._dropped: list[torch.Tensor] = []
+        self._moves = True
 
     def follow(self, optimizer: Any, step: int) -> None:
         """Before each step, the first 0: have the optimizer pull and cut at its end."""
@@ -51,6 +52,10 @@ class Ranks:
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if self._step >= self.config.total_step:
             self._dropped = [values == 0 for _, values in self._named("lora_E")]
+        # A step that is passed over had no backward.
+        self._moves = all(each.grad is not None for _, each in self._named("lora_"))
+        if not self._moves:
+            return
         right = [(each, each.grad) for _, each in self._named("lora_A")]
         left = [(each.mT, each.grad.mT) for _, each in self._named("lora_B")]
         share = self.config.orth_reg_weight / len(right + left)
@@ -64,7 +69,7 @@ class Ranks:
             for (_, values), dropped in zip(self._named("lora_E"), self._dropped, strict=True):
                 values.masked_fill_(dropped, 0.0)
             return
-        if done < last:
+        if done < last and self._moves:
             for _, weight in self._named("lora_"):
                 self._average(weight, optimizer.state[weight])
         budget, cuts = self.inner.rankallocator.budget_schedule(done)

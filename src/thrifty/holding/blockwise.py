@@ -35,17 +35,22 @@ class Blockwise(Trainable):
             return "what devices add up is settled before the first step, and here it changes"
         return None
 
+    def refuses_model(self, shape: ModelShape, device_kind: str) -> str | None:
+        if self.blocks.layers > shape.num_layers:
+            return (
+                f"a block of {self.blocks.layers} layers is more than the model's "
+                f"{shape.num_layers}"
+            )
+        return None
+
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return setting.changed(blocks=self.blocks)
 
     def prepare(self, model: Any, shape: ModelShape, seed: int) -> Any:
         """What is ever trained requires a gradient. Raises ValueError where a block is larger than
         the model."""
-        if self.blocks.layers > shape.num_layers:
-            raise ValueError(
-                f"a block of {self.blocks.layers} layers is more than the model's "
-                f"{shape.num_layers}\nhint: smaller blocks, or train all weights"
-            )
+        if reason := self.refuses_model(shape, ""):
+            raise ValueError(f"{reason}\nhint: smaller blocks, or train all weights")
         parts = parts_of(model)
         for weight in (*parts.before, *parts.after):
             weight.requires_grad_(self.blocks.ends != "frozen")

@@ -27,6 +27,7 @@ class AdaLomo(OptimizerStates):
     makes = "fit"
     runs = True
     source = "arXiv:2310.10195"
+    learning_rate = 25.0  # relative to a weight's size; arXiv:2310.10195 takes 5e-4 beside 2e-5
     worth = Worth(0.9, 0.1, "arXiv:2310.10195: on par with AdamW in instruction tuning")
 
     def refuses(self, setting: MemorySetting) -> str | None:

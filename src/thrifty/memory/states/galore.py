@@ -8,7 +8,7 @@ from typing import Any
 
 from thrifty.core.contracts import OptimizerStates, Worth
 from thrifty.core.ranges import check_ranges
-from thrifty.costs.setting import MemorySetting, States, needs_wide_matrices
+from thrifty.costs.setting import MemorySetting, States, needs_wide_matrices, too_narrow
 from thrifty.costs.shape import ModelShape
 
 
@@ -32,6 +32,9 @@ class GaLore(OptimizerStates):
 
     def refuses(self, setting: MemorySetting) -> str | None:
         return needs_wide_matrices(setting, self.rank)
+
+    def refuses_model(self, shape: ModelShape, device_kind: str) -> str | None:
+        return too_narrow(shape, self.rank)
 
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return setting.changed(

@@ -19,6 +19,7 @@ class LOMO(OptimizerStates):
     makes = "fit"
     runs = True
     source = "arXiv:2306.09782"
+    learning_rate = 300.0  # as sgd
     worth = Worth(0.3, 0.2, "as sgd")
 
     def refuses(self, setting: MemorySetting) -> str | None:

@@ -9,11 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 from random import Random
+from typing import TYPE_CHECKING
 
 from thrifty.core.contracts import Worth
 from thrifty.core.ranges import check_ranges
 from thrifty.costs.blocks import Block, Blocks
 from thrifty.holding.blockwise import Blockwise
+
+if TYPE_CHECKING:
+    from thrifty.costs.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,10 @@ class LISA(Blockwise):
     @property
     def blocks(self) -> Blocks:
         return Blocks(layers=self.layers, ends="trained", drawn=True)
+
+    def cycle_steps(self, shape: ModelShape) -> int:
+        """Of one draw: there is no round to come to the end of."""
+        return self.switch_steps
 
     def block_at(self, step: int, num_layers: int, tied: bool, seed: int) -> Block:
         draw = Random(f"{seed} {step // self.switch_steps}")

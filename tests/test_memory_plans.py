@@ -28,8 +28,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "badam": {"switch_steps": 1},
     "lisa": {"layers": 1, "switch_steps": 1},
 }
-COMPILES = {"adamw_4bit"}
-"""Takes a minute for its first step."""
 
 
 def runnable(kind: str) -> list[str]:
@@ -50,14 +48,16 @@ PAIRS = [
 
 def plan_of(*techniques: tuple[str, str]) -> MemoryPlan:
     """Of what is named, and of what it needs: weights in few bits need an adapter, an optimizer
-    for bf16 weights those."""
+    for bf16 weights those, a zeroth-order update no states, LoftQ what 4 bits have lost."""
     named = dict(techniques)
     if named.get("weights") in ("int8", "nf4", "fp8"):
         named.setdefault("trained", "lora")
     if named.get("states") == "adamw_bf16":
         named.setdefault("weights", "bfloat16")
-    if "adapters" in named.values():
-        named.setdefault("weights", "float32")
+    if named.get("trained") == "mezo":
+        named.setdefault("states", "sgd")
+    if named.get("trained") == "loftq":
+        named.setdefault("weights", "nf4")
     return MemoryPlan(**{kind: spec(name) for kind, name in named.items()})
 
 
@@ -99,13 +99,13 @@ def test_every_pair_makes_a_setting_or_says_why_not(device_kind):
     assert 0 < refused < len(PAIRS) / 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kinds", list(itertools.combinations(MEMORY_KINDS, 2)), ids="-".join)
 def test_every_pair_trains_three_steps_or_refuses(kinds, base):
     failed = {}
     for pair in PAIRS:
-        if (pair[0][0], pair[1][0]) != kinds or COMPILES & {pair[0][1], pair[1][1]}:
+        if (pair[0][0], pair[1][0]) != kinds:
             continue
         techniques = Techniques.of(plan_of(*pair))
         shape = read_shape(base)
@@ -116,7 +116,8 @@ def test_every_pair_trains_three_steps_or_refuses(kinds, base):
         if techniques.weights.refuses_model(shape, "cpu"):
             continue
         try:
-            losses = three_steps(techniques, base)
+            with torch.compiler.set_stance("force_eager"):  # compiled it is another test's, once
+                losses = three_steps(techniques, base)
         except Exception as error:  # all of them are told at once
             failed[pair] = repr(error)[:200]
         else:

@@ -176,3 +176,22 @@ def test_what_preparing_took_is_not_reserved_again_for_every_shard():
     each = _of_a_shard(predicted, Cost(flops=75.0, seconds=2.0), 5)
     assert (each.flops, each.seconds) == (5.0, 1.6)
     assert _of_a_shard(predicted, Cost(flops=120.0), 5).flops == 2.0
+
+
+def test_good_rows_of_one_s_own_need_no_target(tiny_model, tiny_data, tmp_path):
+    scorer = {"quality": {"good": [str(tiny_data["signal"])]}}
+    fixed = {"selection.scorer": scorer, "selection.max_tokens": 900}
+    data, folder = {**tiny_data, "pool": tiny_data["small_pool"]}, tmp_path / "run"
+    planned(folder, tiny_model, data, targets={}, fixed=fixed)
+    with stages.at_work(RunFolder(folder), silent) as work:
+        stages.select(work, work.main)
+    (scores,) = (folder / "scores").rglob("shard-00000.parquet")
+    assert pq.read_table(scores).column_names == ["id", "score_0"]
+    with pytest.raises(ValueError, match="quality needs a target"):
+        planned(
+            tmp_path / "none",
+            tiny_model,
+            data,
+            targets={},
+            fixed={**fixed, "selection.scorer": "quality"},
+        )

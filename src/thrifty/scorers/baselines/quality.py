@@ -41,14 +41,13 @@ class Quality(Scorer):
     """Its label that stands for good, a name or a number; empty: the only one, the second of two.
     """
     good: tuple[str, ...] = ()
-    """Files of good rows; none: the target's rows."""
+    """Files of good rows, which then need no target; none: the target's rows."""
     bad: tuple[str, ...] = ()
     """Files of bad rows; none: rows of the pool, drawn at random."""
     buckets: int = 20_000
     decay: float = 1e-4
     seed: int = 0
 
-    needs_target: ClassVar[bool] = True
     needs_model: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...]] = ("sft", "continued", "preference")
     cost_class: ClassVar[Literal["free", "text", "forward", "gradient", "training"]] = "text"
@@ -68,6 +67,11 @@ class Quality(Scorer):
             raise ValueError("quality has a label but no model\nhint: a label is one of a model's")
 
     @property
+    def needs_target(self) -> bool:  # type: ignore[override]
+        """Not where rows of the user's, or a model, say what is good."""
+        return not (self.good or self.model)
+
+    @property
     def reads(self) -> tuple[str, ...]:
         return (*self.good, *self.bad)
 
@@ -76,9 +80,11 @@ class Quality(Scorer):
             return classifier_cost(work, work.pool, self.model)
         # Of the pool one pass, of the rows that it is fitted on two: counted, and fitted to. Files
         # of good and bad rows are not read for a price, and taken for as many as are drawn.
-        most = max([_FEWEST_OTHERS, *(target.num_examples for target in work.targets.values())])
-        drawn = min(most, work.pool.num_examples)
-        fitted = sum(target.num_examples + drawn for target in work.targets.values())
+        good = [target.num_examples for target in work.targets.values()]
+        if not self.needs_target:
+            good = [_FEWEST_OTHERS]
+        others = min(max([_FEWEST_OTHERS, *good]), work.pool.num_examples)
+        fitted = sum(count + others for count in good)
         return ngrams_cost(work, passes=1) * (1 + 2 * fitted / max(work.pool.num_examples, 1))
 
     def prepare(self, pool: Pool, targets: Mapping[str, Rows], models: Models, meter: Meter) -> Any:
@@ -89,7 +95,8 @@ class Quality(Scorer):
             if not isinstance(classifier, Classifier):
                 raise no_classifier(self.model)
             return classifier, classifier.place_of(self.label), max(len(targets), 1)
-        asked = [self._texts(self.good) or list(rows.texts) for rows in targets.values()]
+        own = self._texts(self.good)
+        asked = [own or list(rows.texts) for rows in targets.values()] or [own]
         wanted = max(_FEWEST_OTHERS, *(len(texts) for texts in asked))
         bad = self._texts(self.bad) or _drawn(pool, wanted, self.seed)
         columns = [_fit(texts, bad, self.buckets, self.decay) for texts in asked]

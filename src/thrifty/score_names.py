@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from thrifty import score_cache, scorers, signals
+from thrifty.core import ordering
 from thrifty.core.contracts import Scorer
 from thrifty.core.resolve import name_of
 from thrifty.data.pool import Row, read_rows
@@ -77,10 +78,11 @@ def _texts(path: str) -> str:
 
 @cache
 def _code(method: type[Scorer]) -> str:
-    """Of the method's file, of all scorers, since some are made of others, and of the signals: a
-    mended scorer scores anew."""
+    """Of the method's file, of all scorers, since some are made of others, of the signals, and of
+    how rows are ordered: a mended scorer scores anew."""
     files = [
         Path(inspect.getfile(method)),
+        Path(ordering.__file__),
         *sorted(Path(scorers.__file__).parent.rglob("*.py")),
         *sorted(Path(signals.__file__).parent.glob("*.py")),
     ]

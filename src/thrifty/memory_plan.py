@@ -18,7 +18,7 @@ from thrifty.core.contracts import (
 )
 from thrifty.core.plan import MemoryPlan
 from thrifty.core.resolve import name_of, resolve, spec_of
-from thrifty.costs.setting import Adapter, MemorySetting
+from thrifty.costs.setting import Adapter, MemorySetting, read_in
 from thrifty.costs.shape import ModelShape
 
 
@@ -86,8 +86,7 @@ def memory_plan_of(techniques: Sequence[MemoryTechnique]) -> MemoryPlan:
 
 def dtype_of(memory: MemoryPlan) -> Literal["float32", "bfloat16"]:
     """In which the base model is read by what looks at it besides training."""
-    setting = resolve("weights", memory.weights).rewrite(MemorySetting(adapter=Adapter()))
-    return "bfloat16" if setting.dtype == "bfloat16" else "float32"
+    return read_in(resolve("weights", memory.weights).rewrite(MemorySetting(adapter=Adapter())))
 
 
 def trained_name(memory: MemoryPlan) -> str:

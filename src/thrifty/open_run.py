@@ -7,7 +7,7 @@ that a refusal leaves the folder as it was.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -44,6 +44,7 @@ from thrifty.signals.models import (
     read_by_sha256,
     weights_sha256,
 )
+from thrifty.signals.token_ratio import token_ratios
 from thrifty.yardstick import Yardstick
 
 
@@ -257,6 +258,10 @@ class Work:
 
         signals = {name: store.manifest for name, store in self.stores("signal").items()}
         return ScoreNames(signals=signals, model=cache(model))
+
+    @cached_property
+    def token_ratio(self) -> Callable[[str], float]:
+        return token_ratios(self.pool)
 
     def predicted_vectors(self, plan: Plan) -> Cost:
         """Of a pass that makes a vector of every row."""

@@ -28,6 +28,7 @@ from thrifty.costs.allocator import DeviceMemory, allocatable, device_memory
 from thrifty.costs.hardware import Device
 from thrifty.costs.job import job_account, scoring_beside
 from thrifty.costs.memory import MemoryAccount, MemorySetting
+from thrifty.costs.setting import read_in
 from thrifty.costs.shape import ModelShape
 from thrifty.effective_tokens import best_repetition, prior_gain
 from thrifty.held import PACKING_FILL, Held
@@ -461,7 +462,7 @@ class Pricing:
         return self._needs_vectors or any(picker.needs_pairs for picker in pickers)
 
     def _is_scored(self, scorer: Scorer, setting: MemorySetting) -> bool:
-        return self.request.is_scored(scorer, _read_in(setting))
+        return self.request.is_scored(scorer, read_in(setting))
 
     def _loads(self, scorer: Scorer, setting: MemorySetting) -> int:
         """Models that have to be loaded to choose rows: the scorer's, and the one to be trained
@@ -495,16 +496,11 @@ class Pricing:
             targets=request.targets,
             shape=request.shape,
             device=request.device,
-            dtype=_read_in(setting),
+            dtype=read_in(setting),
             max_length=setting.sequence,
             adapter=setting.adapter,
             token_ratio=request.token_ratio,
         )
-
-
-def _read_in(setting: MemorySetting) -> Literal["float32", "bfloat16"]:
-    """As ``memory_plan.dtype_of``: in which the base model is read by what looks at it."""
-    return "bfloat16" if setting.dtype == "bfloat16" else "float32"
 
 
 def excesses(request: Request, least: Cost) -> dict[str, float]:

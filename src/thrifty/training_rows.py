@@ -33,7 +33,6 @@ from thrifty.predictions import setting_of
 from thrifty.rounds import Rounds
 from thrifty.signals.models import local_device
 from thrifty.signals.peak_memory import peak_noted
-from thrifty.signals.token_ratio import token_ratios
 
 BEFORE_TRAINING = -1
 """The step of what is charged before the first: it is not lost where training starts over."""
@@ -169,7 +168,7 @@ def asked_of(work: Work, branch: Branch, pool: PoolStats) -> contracts.Work:
         dtype=dtype_of(branch.plan.training.memory),
         max_length=branch.plan.training.max_length,
         adapter=setting.adapter,
-        token_ratio=token_ratios(work.pool),
+        token_ratio=work.token_ratio,
     )
 
 

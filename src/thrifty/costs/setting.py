@@ -7,7 +7,7 @@ what they save does not add up.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from thrifty.costs.blocks import Block, Blocks
 from thrifty.costs.layer import Setup
@@ -294,6 +294,11 @@ def needs_a_gradient(setting: MemorySetting) -> str | None:
     if setting.zeroth_order:
         return "a zeroth-order update is plain descent, without states"
     return None
+
+
+def read_in(setting: MemorySetting) -> Literal["float32", "bfloat16"]:
+    """In which dtype the base model is read by what looks at it besides training."""
+    return "bfloat16" if setting.dtype == "bfloat16" else "float32"
 
 
 def too_narrow(shape: ModelShape, rank: int) -> str | None:

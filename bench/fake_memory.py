@@ -163,6 +163,8 @@ TIGHT = (
 )
 """What fits a step into less, by the names of techniques in the order of their kinds; two models
 each."""
+OPTIONS: dict[str, dict[str, Any]] = {"ia3 int8 recompute_half": {"adapter_dtype": "bfloat16"}}
+"""Of what is trained, where the usual ones do not go with the rest."""
 BATCHES = ((1, 2048), (4, 512), (2, 1024), (1, 4096), (8, 256))
 PER_MODEL, PER_TIGHT = 6, 2
 LARGEST = (
@@ -208,7 +210,7 @@ def _composed(setting: MemorySetting, names: list[str]) -> MemorySetting:
     """Techniques by name, each rewriting what those before left."""
     for kind in MEMORY_KINDS:
         for cls in (method_class(kind, each) for each in names if each in all_names(kind)):
-            form = cls()
+            form = cls(**(OPTIONS.get(" ".join(names), {}) if kind == "trained" else {}))
             reason = form.refuses(setting)
             if reason is not None:
                 raise ValueError(f"{' '.join(names)}: {reason}")

@@ -170,14 +170,23 @@ class Watch:
 
 
 def train(asked: Mapping[str, Any], kind: str) -> dict[str, float]:
-    """Steps under a memory plan, driven as a run's trainer does."""
+    """Steps under a memory plan."""
+    watch = Watch(kind)
+    step = stepper(asked, kind)
+    for number in range(NUM_STEPS):
+        step(number)
+        watch.step_ended()
+    return watch.seen(asked["micro_batch"] * asked["sequence"])
+
+
+def stepper(asked: Mapping[str, Any], kind: str) -> Callable[[int], None]:
+    """Takes a numbered step under a memory plan, driven as a run's trainer does."""
     import torch
 
     from thrifty.data.packed_attention import attention_of
 
     base, rows, length = Path(asked["base"]), asked["micro_batch"], asked["sequence"]
     techniques, shape = Techniques.of(MemoryPlan(**asked["memory"])), read_shape(base)
-    watch = Watch(kind)
     model = techniques.build(base, shape, kind, seed=0).train()
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -194,16 +203,16 @@ def train(asked: Mapping[str, Any], kind: str) -> dict[str, float]:
     def loss() -> torch.Tensor:
         return model(**batch, **attention_of(inner, positions)).loss
 
-    for step in range(NUM_STEPS):
-        techniques.trained.at_step(model, optimizer, step, 0)
+    def step(number: int) -> None:
+        techniques.trained.at_step(model, optimizer, number, 0)
         if hasattr(optimizer, "estimate"):
             optimizer.estimate(lambda: loss().detach())
         else:
             loss().backward()
         optimizer.step()
         optimizer.zero_grad()
-        watch.step_ended()
-    return watch.seen(rows * length)
+
+    return step
 
 
 def train_with_trl(asked: Mapping[str, Any], kind: str) -> dict[str, float]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import random
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # No test reads or writes the user's own measurements, prices and models.
 os.environ["THRIFTY_CACHE"] = tempfile.mkdtemp(prefix="thrifty-tests-")
+atexit.register(shutil.rmtree, os.environ["THRIFTY_CACHE"], ignore_errors=True)
 os.environ["THRIFTY_ROWS_CACHE_GIB"] = "0"  # nor rows that another test has tokenised
 
 

@@ -413,6 +413,15 @@ def test_what_a_technique_is_called(to, kinds, found, tiny_model):
     assert {key: into.settings.get(key) for key in found} == found
 
 
+@pytest.mark.parametrize("to", ["trl", "axolotl", "llamafactory"])
+def test_layers_that_do_not_run_again_here_do_there(to, tiny_model):
+    for activations, every in (("recompute_half", 2), ({"recompute": {"every": 3}}, 3)):
+        into = translated(to, exportable(tiny_model, activations=activations))
+        assert f"every layer runs again, not one in every {every}" in str(into.untranslated)
+    into = translated(to, exportable(tiny_model, activations="recompute"))
+    assert "every layer runs again" not in str(into.untranslated)
+
+
 @pytest.mark.parametrize(
     ("to", "kinds"),
     [

@@ -261,6 +261,14 @@ def without_decay(run: Exportable, found: Optimizer, into: Translation) -> None:
         into.lacks("training.weight_decay", f"{found.optim} is given none by transformers")
 
 
+def recomputes_all(run: Exportable, into: Translation) -> None:
+    """Tell that no layer is left out of recomputation there."""
+    if (every := run.setting.recompute) > 1:
+        into.lacks(
+            "training.memory.activations", f"every layer runs again, not one in every {every}"
+        )
+
+
 def begins_as_lora(run: Exportable, into: Translation) -> None:
     """Tell that an adapter begins at nothing there, in as many bytes."""
     name = name_of(run.techniques.trained)

@@ -47,10 +47,10 @@ def optimizer_of(
         technique: Any = method_class("states", states.name)(**options)
         optimizer = technique.optimizer([group], shape)
     with torch.no_grad():
-        for _, weight in named:
+        for name, weight in named:
             gradient = torch.empty_like(weight)
             if setting.in_backward:
-                optimizer.update(weight, gradient, optimizer.param_groups[0])
+                optimizer.update(name, weight, gradient, optimizer.param_groups[0])
             else:
                 weight.grad = gradient
     if not setting.in_backward:

@@ -33,6 +33,7 @@ from thrifty.frontier_price import frontier_price
 from thrifty.governor import Governor
 from thrifty.grad_freeze import freezing
 from thrifty.guarding import Guarding
+from thrifty.holding.blockwise import load_on_host
 from thrifty.holding.sharded_states import save_whole
 from thrifty.in_pieces import OutOfMemory, ran_out
 from thrifty.interruption import PauseCallback
@@ -47,6 +48,7 @@ from thrifty.schedule import WarmupStableDecay
 from thrifty.signals.models import ModelInTraining
 from thrifty.signals.peak_memory import peak_memory_bytes, release_free_memory
 from thrifty.signals.sharded import let_go
+from thrifty.state_check import StatesCallback
 from thrifty.step_choice import StepChoice
 from thrifty.switching import Switching
 from thrifty.training_arguments import arguments_of
@@ -131,6 +133,7 @@ class BudgetedTrainer(PiecewiseTrainer):
         self._reads_from = newest.path if newest is not None and cut_in_full else None
         """The checkpoint that the weights are read from as they are cut."""
         turns = TurnCallback(self._trained, self._shape, job.setting, self.budget, seed)
+        states = StatesCallback(job.setting)
         super().__init__(
             folder=job.checkpoints,
             model=self._techniques.build(
@@ -143,7 +146,7 @@ class BudgetedTrainer(PiecewiseTrainer):
             args=self._settings(arguments_of(job, resumed=newest is not None)),
             **self._batches(),
             processing_class=job.tokenizer,
-            callbacks=[self.budget, turns, *self._freeze, self.pause, self._ranks],
+            callbacks=[self.budget, turns, states, *self._freeze, self.pause, self._ranks],
         )
         self.remove_callback(PrinterCallback)
         if ranks.rank() == 0:
@@ -289,6 +292,9 @@ class BudgetedTrainer(PiecewiseTrainer):
             self.optimizer = self._techniques.optimizer(groups, self._shape, seed)
             if self.is_cut:
                 save_whole(self.optimizer)
+            setting = self.job.setting
+            if setting.blocks and setting.blocks.parked and not setting.states_offloaded:
+                load_on_host(self.optimizer)
             if self.job.setting.in_backward:
                 self.optimizer.max_grad_norm = self.args.max_grad_norm
         return self.optimizer

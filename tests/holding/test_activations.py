@@ -39,6 +39,8 @@ NAMES = [
     for name in all_names("activations")
     if method_class("activations", name).runs and name != SLICED
 ]
+EVERY_THIRD = {"recompute": {"every": 3}}
+TECHNIQUES = [*NAMES, EVERY_THIRD]
 CASES = [
     pytest.param(family, way, marks=() if family in USUAL else pytest.mark.slow)
     for family in FAMILIES
@@ -66,7 +68,7 @@ def test_gradients_are_the_same_bit_for_bit(family, way):
     model = model_of(TINY[family], ADAPTERS[way])
     inputs = rows(model)
     loss, wanted = gradients(copy.deepcopy(model), inputs)
-    for name in NAMES:
+    for name in TECHNIQUES:
         if (name, family) == ("selective", "gpt_oss"):
             continue  # refused, see below
         same_loss, found = gradients(held(model, "activations", name), inputs)
@@ -94,7 +96,7 @@ def test_it_is_what_the_trainer_does():
 
 @pytest.mark.parametrize("config", [WIDE, WIDE_GPT2], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("way", ADAPTERS)
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ON_THE_HOST])
+@pytest.mark.parametrize("name", [name for name in TECHNIQUES if name not in ON_THE_HOST], ids=str)
 def test_what_is_kept_is_what_is_priced(name, way, config):
     shape, model = ModelShape.from_config(config), model_of(config, ADAPTERS[way])
     model, inputs = held(model, "activations", name), rows(model, 4, 96)
@@ -154,10 +156,10 @@ def test_what_is_written_to_in_between_is_another():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
 @pytest.mark.parametrize("way", ADAPTERS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TECHNIQUES, ids=str)
 def test_flops_are_what_is_priced(name, way, family):
     layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
-    config = TINY[family] | {layers: 3}
+    config = TINY[family] | {layers: 4 if name is EVERY_THIRD else 3}
     shape = ModelShape.from_config(config)
     # On a CPU fused attention counts as nothing.
     model = held(model_of(config, ADAPTERS[way], attention="eager"), "activations", name)
@@ -193,6 +195,12 @@ def test_bad_combinations_are_refused():
     with pytest.raises(ValueError, match=r"add a bias to a product in place.*\nhint: recompute"):
         held(model_of(TINY["gpt_oss"]), "activations", "selective")
     model = model_of(TINY["llama"])
+    shape = ModelShape.from_config(TINY["llama"])
+    assert resolve("activations", "recompute").refuses_model(shape, "cpu") is None
+    reason = resolve("activations", {"recompute": {"every": 40}}).refuses_model(shape, "cpu")
+    assert reason == f"there is no 40-th of {shape.num_layers} layers"
+    with pytest.raises(ValueError, match="every"):
+        resolve("activations", {"recompute": {"every": 0}})
     model.supports_gradient_checkpointing = False
     with pytest.raises(ValueError, match=r"cannot run again in the backward\nhint: keep"):
         held(model, "activations", "recompute_half")

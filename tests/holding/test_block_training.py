@@ -14,7 +14,7 @@ from thrifty.core.resolve import resolve
 from thrifty.costs.held import state_bytes
 from thrifty.costs.setting import MemorySetting, at_turn
 from thrifty.costs.shape import ModelShape
-from thrifty.holding.blockwise import parts_of, weights_of
+from thrifty.holding.blockwise import load_on_host, parts_of, weights_of
 
 LAYERS = 4
 DEEP = CONFIG | {"num_hidden_layers": LAYERS}
@@ -222,6 +222,29 @@ def test_a_resumed_run_goes_on_bit_for_bit(name, stop, states):
     second.load_state_dict(kept)
     run(name, again, second, range(stop, 9))
     assert same(model, again)
+
+
+@pytest.mark.parametrize("states", ["adamw", "lion", "adafactor", "adamw_8bit"])
+def test_parked_states_are_read_to_the_host(states):
+    """Weights that lie elsewhere (nowhere, here) do not draw them there."""
+    model, optimizer = started("hift", states)
+    run("hift", model, optimizer, range(4))
+    kept = optimizer.state_dict()
+    away = model_of().to("meta")
+    other = resolve("states", states).optimizer(groups_of(away), SHAPE)
+    load_on_host(other)
+    other.load_state_dict(kept)
+    assert {id(weight) for weight in other.state} <= set(map(id, away.parameters()))
+    read = [state for _, state in sorted(other.state_dict()["state"].items())]
+    saved = [state for _, state in sorted(kept["state"].items())]
+    assert len(read) == len(saved) > 1
+    for one, state in zip(read, saved, strict=True):
+        assert one.keys() == state.keys()
+        for key, value in state.items():
+            if hasattr(value, "numel") and value.numel() > 1:
+                assert one[key].device.type == "cpu"
+                assert one[key].dtype == value.dtype
+                assert torch.equal(one[key], value)
 
 
 @pytest.mark.parametrize("name", ["badam", "lisa", "hift"])

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from thrifty.costs.held import state_bytes, step_bytes
 from thrifty.costs.setting import MemorySetting
+from thrifty.state_check import check_states
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -108,6 +109,28 @@ def test_the_bytes_of_its_states_are_the_declared_ones(name, dtype):
     declared = state_bytes(SHAPE, setting)
     print(f"{name} {dtype}: {sum(sizes.values()):,} bytes, declared {declared:,.0f}")
     assert sum(sizes.values()) == pytest.approx(declared, rel=0.05)
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_states_wider_than_planned_are_refused(name, dtype):
+    """As FSDP once made 8-bit Adam's: each tensor of a large weight's states in float32."""
+    weight = torch.nn.Parameter(torch.randn(128, 192).to(getattr(torch, dtype)))
+    group = {"params": [("layers.0.mlp.up_proj.weight", weight)], "lr": 1e-3, "weight_decay": 0.0}
+    optimizer = technique(name).optimizer([group], SHAPE)
+    setting = technique(name).rewrite(MemorySetting(dtype=dtype))
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    check_states(optimizer, setting)
+    if setting.states.matrix_bytes(128, 192, weight.element_size()) == 0:
+        return  # it keeps none
+    if (name, dtype) in {("adamw", "float32"), ("lion", "float32")}:
+        return  # all is float32 already
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if torch.is_tensor(value) and value.dim():
+                state[key] = torch.zeros(weight.shape)
+    with pytest.raises(ValueError, match=rf"{name} keeps .*wider\nhint: plan with"):
+        check_states(optimizer, setting)
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)

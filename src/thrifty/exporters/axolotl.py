@@ -24,6 +24,7 @@ from thrifty.exported import (
     common,
     end_to_end,
     optimizer,
+    recomputes_all,
     schedule,
     whole,
     without_decay,
@@ -47,7 +48,6 @@ _ACTIVATIONS: Known = {
     "recompute_offload": {"gradient_checkpointing": True, "activation_offloading": True},
 }
 _OTHERWISE = {
-    "recompute_half": "every layer runs again, not every second",
     "selective": "layers run again whole, products too",
     "offload": "layers run again besides, and their inputs wait on the host",
 }
@@ -166,6 +166,7 @@ class Axolotl(Exporter):
         into.technique("activations", held.activations, _ACTIVATIONS, "gradient_checkpointing")
         if (name := name_of(held.activations)) in _OTHERWISE:
             into.lacks("training.memory.activations", f"{name}: {_OTHERWISE[name]}")
+        recomputes_all(run, into)
         into.technique("loss", held.loss, _LOSS, "whole logits")
         if name_of(held.loss) == "chunked":
             into.packages.append("liger-kernel")

@@ -23,6 +23,7 @@ from thrifty.exported import (
     common,
     optim_args,
     optimizer,
+    recomputes_all,
     schedule,
     whole,
 )
@@ -43,7 +44,6 @@ _ACTIVATIONS: Known = {
     "recompute_offload": {"use_unsloth_gc": True},
 }
 _OTHERWISE = {
-    "recompute_half": "every layer runs again, not every second",
     "selective": "layers run again whole, products too",
     "offload": "layers run again besides, and their inputs wait on the host",
 }
@@ -182,6 +182,7 @@ class LLaMAFactory(Exporter):
         into.technique("activations", held.activations, _ACTIVATIONS, "gradient checkpointing")
         if (name := name_of(held.activations)) in _OTHERWISE:
             into.lacks("training.memory.activations", f"{name}: {_OTHERWISE[name]}")
+        recomputes_all(run, into)
         into.technique("loss", held.loss, _LOSS, "whole logits")
         if name_of(held.loss) == "chunked":
             into.packages.append("liger-kernel")

@@ -23,6 +23,7 @@ from thrifty.exported import (
     end_to_end,
     optim_args,
     optimizer,
+    recomputes_all,
     schedule,
     whole,
     without_decay,
@@ -136,8 +137,7 @@ class TRL(Exporter):
         into.technique("weights", held.weights, _WEIGHTS, run.setting.dtype)
         into.put(gradient_checkpointing=True)
         into.technique("activations", held.activations, _ACTIVATIONS, "gradient_checkpointing")
-        if name_of(held.activations) == "recompute_half":
-            into.lacks("training.memory.activations", "every layer runs again, not every second")
+        recomputes_all(run, into)
         into.technique("loss", held.loss, _LOSS, "a chunked loss")
 
     def _trained(self, run: Exportable, into: Translation) -> None:

@@ -123,9 +123,35 @@ def turn_to(model: Any, optimizer: Any, block: Block, *, parked: bool = False) -
             del optimizer.state[weight]
 
 
+def load_on_host(optimizer: Any) -> None:
+    """Have ``load_state_dict`` leave states on the host, where parked ones wait for their block's
+    turn; as ever it takes all of them to where the weights are."""
+    load = optimizer.load_state_dict
+
+    def load_state_dict(saved: dict[str, Any]) -> None:
+        states = saved["state"]
+        numbers = {
+            place: {key: value for key, value in state.items() if not _is_large(value)}
+            for place, state in states.items()
+        }
+        load({**saved, "state": numbers})
+        places = (place for group in saved["param_groups"] for place in group["params"])
+        weights = (weight for group in optimizer.param_groups for weight in group["params"])
+        for place, weight in zip(places, weights, strict=True):
+            for key, value in states.get(place, {}).items():
+                if _is_large(value):
+                    optimizer.state[weight][key] = value.to("cpu", copy=True)
+
+    optimizer.load_state_dict = load_state_dict
+
+
 def _move(state: dict[str, Any], device: Any) -> None:
-    """Numbers, as the count of steps, stay where the optimizer wants them; so does what it keeps on
-    the host itself, which is pinned."""
+    """What an optimizer keeps on the host itself, which is pinned, stays there."""
     for key, value in state.items():
-        if hasattr(value, "numel") and value.numel() > 1 and not value.is_pinned():
+        if _is_large(value) and not value.is_pinned():
             state[key] = value.to(device)
+
+
+def _is_large(value: Any) -> bool:
+    """Numbers, as the count of steps, stay where the optimizer wants them."""
+    return hasattr(value, "numel") and value.numel() > 1

@@ -40,11 +40,13 @@ class HostAdamW(torch.optim.Optimizer):
         state = self.state[weight]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"], state["exp_avg_sq"] = _on_host(weight, 0), _on_host(weight, 0)
-        there = _copied(weight)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[moment] = _on_host(weight, weight.device).zero_()
+        assert weight.grad is not None
+        there = _copied(weight, weight.device)
         adamw(
             [there],
-            [_copied(weight.grad)],  # type: ignore[arg-type]
+            [_copied(weight.grad, weight.device)],
             [state["exp_avg"]],
             [state["exp_avg_sq"]],
             [],
@@ -67,15 +69,13 @@ class HostAdamW(torch.optim.Optimizer):
         weights = (weight for group in self.param_groups for weight in group["params"])
         for place, weight in zip(saved, weights, strict=True):
             for name, value in state_dict["state"].get(place, {}).items():
-                self.state[weight][name] = _copied(value)
+                self.state[weight][name] = _copied(value, weight.device)
 
 
-def _on_host(like: torch.Tensor, value: float | None = None) -> torch.Tensor:
-    """Of the shape, order and dtype of ``like``; filled where ``value`` is given."""
-    pinned = torch.cuda.is_available() and like.device.type == "cuda"
-    made = torch.empty_like(like, device="cpu", pin_memory=pinned)
-    return made if value is None else made.fill_(value)
+def _on_host(like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Of the shape, order and dtype of ``like``; pinned where it goes to and from CUDA."""
+    return torch.empty_like(like, device="cpu", pin_memory=device.type == "cuda")
 
 
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    return _on_host(tensor).copy_(tensor.detach())
+def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return _on_host(tensor, device).copy_(tensor.detach())

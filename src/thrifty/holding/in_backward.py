@@ -11,7 +11,9 @@ the first step is not clipped.
                w <- (1 - lr r weight_decay) w - lr r u / max(1, rms(u)),  r = max(1e-3, rms(w))
                                                                          arXiv:2310.10195
 
-AdaLomo's rate is relative to the weights' size: an update moves a matrix by at most lr of its rms.
+AdaLomo's rate is relative to the weights' size: an update moves a matrix by at most lr of its rms,
+which at the rates of large models is less than half of what bfloat16 tells apart. There new values
+are rounded at random (``rounding.py``); to nearest most updates would be lost.
 """
 
 from __future__ import annotations
@@ -24,26 +26,32 @@ from typing import Any
 
 import torch
 
-from thrifty.holding.tensor_by_tensor import keep_dtypes, wide
+from thrifty.holding.noise import generator_of
+from thrifty.holding.rounding import round_at_random
+from thrifty.holding.tensor_by_tensor import keep_dtypes, named, wide
 
 
 class UpdatedInBackward(torch.optim.Optimizer, ABC):
-    """``groups``: each with its ``params``, a ``lr`` and a ``weight_decay``."""
+    """``groups``: each with its ``params`` as (name, weight) pairs, a ``lr`` and a
+    ``weight_decay``. What is random in an update is a function of torch's seed when it was made, of
+    the weight's name and the step."""
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
-        super().__init__(groups, {"norm": 0.0})
+        super().__init__(groups, {"norm": 0.0, "seed": torch.initial_seed()})
         keep_dtypes(self)
         self.max_grad_norm = 0.0
         """Of all gradients together; 0: they are not clipped."""
         self._squares = 0.0
         self._hooks = [
-            weight.register_post_accumulate_grad_hook(partial(self._use_up, number))
+            weight.register_post_accumulate_grad_hook(partial(self._use_up, number, name))
             for number, group in enumerate(self.param_groups)
-            for weight in group["params"]
+            for name, weight in named(group)
         ]
 
     @abstractmethod
-    def update(self, weight: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+    def update(
+        self, name: str, weight: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]
+    ) -> None:
         """One step of one tensor in place."""
 
     @property
@@ -52,7 +60,7 @@ class UpdatedInBackward(torch.optim.Optimizer, ABC):
         return float(self.param_groups[0]["norm"])
 
     @torch.no_grad()
-    def _use_up(self, number: int, weight: torch.Tensor) -> None:
+    def _use_up(self, number: int, name: str, weight: torch.Tensor) -> None:
         gradient, weight.grad = weight.grad, None
         assert gradient is not None
         at_least = torch.promote_types(gradient.dtype, torch.float32)
@@ -61,7 +69,7 @@ class UpdatedInBackward(torch.optim.Optimizer, ABC):
             return
         if 0 < self.max_grad_norm < self.norm:
             gradient.mul_(self.max_grad_norm / self.norm)
-        self.update(weight, gradient, self.param_groups[number])
+        self.update(name, weight, gradient, self.param_groups[number])
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """The end of a step, whose updates are done. Raises FloatingPointError where a gradient was
@@ -84,14 +92,18 @@ class UpdatedInBackward(torch.optim.Optimizer, ABC):
 
 
 class LOMO(UpdatedInBackward):
-    def update(self, weight: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+    def update(
+        self, name: str, weight: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]
+    ) -> None:
         if group["weight_decay"]:
             gradient.add_(weight, alpha=group["weight_decay"])
         weight.add_(gradient, alpha=-group["lr"])
 
 
 class AdaLomo(UpdatedInBackward):
-    def update(self, weight: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+    def update(
+        self, name: str, weight: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]
+    ) -> None:
         state, gradient = self.state[weight], wide(gradient)
         state["step"] = state.get("step", 0) + 1
         direction = self._root_inverse(state, gradient).mul_(gradient)
@@ -99,6 +111,10 @@ class AdaLomo(UpdatedInBackward):
         there = wide(weight)
         rate = group["lr"] * max(1e-3, float(_rms(there)))
         there.mul_(1 - rate * group["weight_decay"]).sub_(direction, alpha=rate)
+        if weight.dtype == torch.bfloat16:
+            del gradient, direction  # no more than was held before is held now
+            noise = generator_of(group["seed"], name, state["step"], weight.device)
+            there = round_at_random(there, noise)
         weight.copy_(there)
 
     def _root_inverse(self, state: dict[str, Any], gradient: torch.Tensor) -> torch.Tensor:

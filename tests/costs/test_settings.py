@@ -325,3 +325,11 @@ def test_low_rank_states_need_matrices_of_a_higher_rank():
         # What is refused would save nothing: AdamW's two moments of each adapter.
         run = setting(adapter=Adapter(rank=16))
         assert state_bytes(LLAMA, method().rewrite(run)) == state_bytes(LLAMA, run)
+
+
+def test_the_largest_tensor_of_a_mixture_holds_all_its_experts():
+    """As transformers has them: what an optimizer's step allocates beside is of that."""
+    shape = ModelShape.from_config(TINY["mixtral"])
+    largest = max(weight.numel() for weight in build(TINY["mixtral"]).parameters())
+    assert trained(shape, setting()).largest == largest
+    assert largest > shape.vocab_size * shape.hidden_size

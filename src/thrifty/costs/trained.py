@@ -26,6 +26,8 @@ class Trained:
     """Of norms, biases and all else that is no matrix."""
     heads: Counter[tuple[int, int]] = field(default_factory=Counter)
     """The head, where it is not tied to the embedding."""
+    fused_elements: int = 0
+    """Of the largest tensor that holds a matrix of all experts of a layer."""
 
     @cached_property
     def num_elements(self) -> int:
@@ -34,7 +36,8 @@ class Trained:
     @cached_property
     def largest(self) -> int:
         """Elements of the largest tensor."""
-        return max((m * n for (m, n), _ in self._all()), default=self.vector_elements)
+        single = max((m * n for (m, n), _ in self._all()), default=self.vector_elements)
+        return max(single, self.fused_elements)
 
     def _all(self) -> Iterable[tuple[tuple[int, int], int]]:
         return (*self.matrices.items(), *self.embeddings.items(), *self.heads.items())
@@ -83,7 +86,7 @@ def _trained(
     if only_head:
         return Trained(Counter(), Counter(), 0, Counter({head: 1}))
     layers = range(shape.num_layers) if only_layers is None else only_layers
-    matrices: Counter[tuple[int, int]] = Counter()
+    matrices, fused = Counter[tuple[int, int]](), 0
     for index in layers:
         matrices.update((each.in_features, each.out_features) for each in shape.linears_of(index))
         if shape.is_mixture(index) and shape.experts is not None:
@@ -92,6 +95,7 @@ def _trained(
             matrices[hidden, 2 * inner] += count
             matrices[inner, hidden] += count
             matrices[hidden, count] += 1
+            fused = count * hidden * 2 * inner
     embeddings: Counter[tuple[int, int]] = Counter()
     heads: Counter[tuple[int, int]] = Counter()
     elements = sum(shape.layer_parameters(index) for index in layers)
@@ -108,7 +112,7 @@ def _trained(
         elements += shape.num_parameters - in_layers - before
     found = (matrices, embeddings, heads)
     in_matrices = sum(m * n * count for sizes in found for (m, n), count in sizes.items())
-    return Trained(matrices, embeddings, elements - in_matrices, heads)
+    return Trained(matrices, embeddings, elements - in_matrices, heads, fused)
 
 
 def _of_adapter(shape: ModelShape, adapter: Adapter) -> Trained:

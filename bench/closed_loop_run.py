@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,8 @@ def asked(
 
 
 def one(home: Path, run: Run) -> None:
-    """Plan, or go on with, a run; leave result.json and drop what takes space."""
+    """Plan, or go on with, a run; leave result.json and drop what takes space. What planning leaves
+    in memory is not the run's, so that it runs in a process that has not planned."""
     from thrifty import display, pipeline
     from thrifty.core.budget import Budget
     from thrifty.planner import NoPlanFits
@@ -59,6 +62,7 @@ def one(home: Path, run: Run) -> None:
             line = str(refusal).partition("\n")[0]
             (folder / "result.json").write_text(json.dumps({**run._asdict(), "refused": line}))
             return
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     pipeline.run(folder, quiet)
     found = {**run._asdict(), **measured(folder, facts["targets"]), "limit": limit}
     found["flops"] -= found.pop("test_flops")

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from thrifty.core.budget import Budget
 from thrifty.core.marginal import replay
 from thrifty.interruption import Interrupted
 from thrifty.memory_plan import Techniques
+from thrifty.planner import NoPlanFits
 from thrifty.refresh import CHOSEN_ANEW, DECISION, WIDTH
+from thrifty.run_folder import RunFolder
 
 pytestmark = pytest.mark.xdist_group("refresh_runs")
 
@@ -178,6 +181,36 @@ def test_where_no_probe_can_be_paid_for_only_the_width_is_weighed(tiny_model, ti
     assert len(widths) == len(_refreshes(folder))
     assert all("for nothing" in d["reason"] for d in widths)
     assert widths
+
+
+@pytest.mark.long
+def test_where_no_look_fits_into_memory_rows_are_chosen_once(tiny_model, tiny_data, tmp_path):
+    """Governed refreshing is an option; fixed refreshing was asked for."""
+    looks = {**ANEW, "selection.scorer": "bm25", "selection.refresh.scorer": "grad_cosine"}
+    budget = Budget(flops=2e10, memory_bytes=2.0**40)
+
+    def plan(when, memory_bytes, name):
+        settings = {**looks, "selection.refresh.when": when}
+        limits = replace(budget, memory_bytes=memory_bytes)
+        folder = tmp_path / name
+        runs.planned(folder, tiny_model, tiny_data, fixed=settings, budget=limits)
+        return RunFolder(folder).plan()
+
+    def fits(when, memory_bytes):
+        try:
+            return plan(when, memory_bytes, f"{when}-{memory_bytes:.0f}")
+        except NoPlanFits:
+            return None
+
+    # Between what training alone and what training with looks needs.
+    low, high = 2.0**28, 2.0**32
+    while high - low > 2.0**20:
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits("fixed", middle) else (middle, high)
+    assert plan("governed", high, "above").selection.refresh.when == "governed"
+    found = plan("governed", low, "below")
+    assert found.selection.refresh.when == "never"
+    assert "rows are chosen once: with another look" in found.why["selection.refresh.when"]
 
 
 @pytest.mark.slow

@@ -146,7 +146,8 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
             say(note)
         for note in notes.of_objective(objective, request.dev):
             say(note)
-        piloted = with_pilot(request, planner.search(request))
+        asked, request, found = _searched(asked, request)
+        piloted = with_pilot(request, found)
         told = in_sequence(piloted.planned, request).text
         planned = replace(piloted.planned, why={**piloted.planned.why, "joint": told})
         plan = _plan(asked, revision, planned, request, stores, piloted.pilot)
@@ -286,6 +287,26 @@ def _request(asked: Asked, shape: ModelShape, stores: Stores | None = None) -> p
     )
     context = generated_context(sequence_of(request), objective.generated_tokens)
     return replace(request, generated_context=context)
+
+
+def _searched(
+    asked: Asked, request: planner.Request
+) -> tuple[Asked, planner.Request, planner.Planned]:
+    """The plan. Where nothing fits that leaves room for looking at the model again, and doing so is
+    an option, rows are chosen once. Raises NoPlanFits."""
+    try:
+        return asked, request, planner.search(request)
+    except planner.NoPlanFits as refusal:
+        if asked.fixed.get("selection.refresh.when") != "governed":
+            raise
+        once = {"selection.refresh.when": "never"}
+        asked = replace(asked, fixed={**asked.fixed, **once})
+        request = replace(request, fixed={**request.fixed, **once})
+        planned = planner.search(request)
+        lacking = str(refusal).partition("\n")[0]
+        told = f"rows are chosen once: with another look at the model, {lacking}"
+        why = {**planned.why, "selection.refresh.when": told}
+        return asked, request, replace(planned, why=why)
 
 
 def _kept_scores(stores: Stores, model: Path) -> Callable[[Scorer, str], bool]:

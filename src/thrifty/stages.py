@@ -41,7 +41,7 @@ from thrifty.report.words import in_targets
 from thrifty.scoring_engines import Engine, on_ranks
 from thrifty.sharded_test import ShardedTest
 from thrifty.signals.models import load_model, local_device, locate, weights_sha256
-from thrifty.signals.peak_memory import peak_noted
+from thrifty.signals.peak_memory import peak_noted, release_free_memory
 
 __all__ = ["Branch", "Work", "at_work", "control", "select", "test", "train"]
 
@@ -299,6 +299,7 @@ def _test(work: Work, branch: Branch, stage: Stage, part: str, upper: Cost) -> N
     num_rows = sum(len(some.ids) for some in rows.values())
     work.say(f"{name}: measuring {which} on {num_rows:,} {part} rows")
     more: dict[str, float] = {}
+    release_free_memory()  # what training leaves behind
     with stage.spending("test", upper) as lease, peak_noted(lease, local_device()):
         model = None if branch.plan.training.is_cut else _trained(work, branch)
         if (pairs := branch.plan.training.preference) is not None:

@@ -56,8 +56,11 @@ def peak_noted(lease: Meter, device: str) -> Iterator[None]:
 
 
 def release_free_memory() -> None:
-    """Give back what the allocator keeps of earlier work, so that it is not counted again."""
+    """Give back what allocators keep of earlier work, so that it is not counted again."""
     gc.collect()
+    arrow = sys.modules.get("pyarrow")
+    if arrow is not None:
+        arrow.default_memory_pool().release_unused()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()

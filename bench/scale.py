@@ -2,6 +2,7 @@
 
 python bench/scale.py measure 100000 1000000 --references 100000
 python bench/scale.py check 100000 1000000
+python bench/scale.py measure 20000 --references 20000 --methods prepare embedding
 python bench/scale.py paper docs/scale.md
 
 ``measure`` makes a jsonl of so many rows, plans on it, and selects by each method, each command of
@@ -53,9 +54,17 @@ METHODS = {
     "dsir": ("dsir", "[]"),
     "duplicates": ("length", "[duplicates]"),
     "near_duplicates": ("length", "[near_duplicates]"),
+    "embedding": ("embedding", "[]"),
 }
 """What is measured: scorer and filters."""
-REFERENCES = {"bm25": "bm25s", "dsir": "data-selection", "near_duplicates": "datasketch"}
+ASKS_A_MODEL = ("embedding",)
+"""Measured where they are named: ten million rows take a day."""
+REFERENCES = {
+    "bm25": "bm25s",
+    "dsir": "data-selection",
+    "near_duplicates": "datasketch",
+    "embedding": "sentence-transformers",
+}
 MIB = 2**20
 HOME = Path(tempfile.gettempdir()) / "scale"
 RESULTS = HOME / "results.jsonl"
@@ -226,6 +235,21 @@ def reference(method: str, pool: Path, signal: Path) -> dict[str, Any]:
             signature.update_batch([part.encode() for part in shingles(text, 5)])
             if not near.query(signature):
                 near.insert(place, signature)
+    elif method == "embedding":
+        import torch
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.models import Pooling, Transformer
+
+        torch.set_num_threads(1)
+        inner = Transformer(str(pool.parent / "base-64"), max_seq_length=128)
+        inner.tokenizer.pad_token = inner.tokenizer.pad_token or inner.tokenizer.eos_token
+        pooling = Pooling(inner.get_word_embedding_dimension(), pooling_mode="weightedmean")
+        model = SentenceTransformer(modules=[inner, pooling], device="cpu")
+        rows, target = (
+            model.encode(some, normalize_embeddings=True, show_progress_bar=False)
+            for some in (texts, asked)
+        )
+        (rows @ target.T).max(axis=1)
     else:
         from data_selection import HashedNgramDSIR
 
@@ -382,7 +406,8 @@ def main() -> None:
     measured = commands.add_parser("measure")
     measured.add_argument("rows", type=int, nargs="+")
     measured.add_argument("--references", type=int, nargs="*", default=[])
-    measured.add_argument("--methods", nargs="+", default=["prepare", *METHODS])
+    usual = [name for name in METHODS if name not in ASKS_A_MODEL]
+    measured.add_argument("--methods", nargs="+", default=["prepare", *usual])
     measured.add_argument("--real", type=Path, nargs="*", default=[])
     measured.add_argument("--home", type=Path, default=HOME)
     measured.add_argument("--results", type=Path, default=RESULTS)

@@ -33,9 +33,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "lora_fa": {"trained": {"lora_fa": {"rank": 4}}},
     "ia3": {"trained": "ia3"},
     "selective, chunked": {"activations": "selective", "loss": {"chunked": {"tokens": 32}}},
+    "fused": {"loss": {"fused": {"tokens": 32}}},
     "fp8": {"trained": {"lora": {"rank": 4}}, "weights": "fp8"},
 }
-QUICK = {"lomo"}
+QUICK = {"lomo", "fused"}
 STEPS, CUT = 12, 7
 
 

@@ -42,6 +42,7 @@ from thrifty.data.packed_attention import pack_attention_kwargs
 from thrifty.fake_device import as_on_the_device
 from thrifty.holding.blockwise import weights_of
 from thrifty.holding.chunked_loss import hold_few_logits
+from thrifty.holding.fused_loss import hold_no_logits
 from thrifty.holding.host_activations import Link, offload
 from thrifty.holding.recompute import recompute
 from thrifty.holding.zeroth_order import Moved
@@ -71,6 +72,7 @@ _TRACED = (
     "selective",
     "offload",
     "loss_chunk",
+    "loss_fused",
     "holds_logits",
 )
 """The fields of a setting that a trace follows; the others must be at their defaults."""
@@ -300,7 +302,8 @@ def skeleton(config: Mapping[str, Any], setting: MemorySetting, num_layers: int 
         shape = ModelShape.from_config(config)
         techniques.pack_linears(layers_of(model), shape, setting.storage)
     if setting.loss_chunk:
-        hold_few_logits(model, setting.loss_chunk)
+        hold = hold_no_logits if setting.loss_fused else hold_few_logits
+        hold(model, setting.loss_chunk)
     if setting.recompute:
         recompute(model, every=int(setting.recompute), selective=setting.selective)
     return model.train()

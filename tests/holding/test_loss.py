@@ -32,12 +32,17 @@ from thrifty.costs.operations import Adapter
 from thrifty.costs.phases import BATCH_BYTES
 from thrifty.costs.setting import MemorySetting
 from thrifty.costs.shape import ModelShape
+from thrifty.data.packing import IGNORED
 from thrifty.data.tokens import Tokens
+from thrifty.holding.fused_loss import FusedLoss
 from thrifty.signals.forward import example_losses, token_losses
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 NAMES = [name for name in all_names("loss") if method_class("loss", name).runs]
 SEVEN = {"chunked": {"tokens": 7}}
+FUSED = {"fused": {"tokens": 7}}
+MORE_THAN_A_HEAD = ("gemma2", "granite", "cohere")
+"""Families that cap or scale their logits."""
 CASES = [
     *(
         pytest.param(TINY[family], way, marks=() if family in USUAL else pytest.mark.slow)
@@ -74,9 +79,56 @@ def test_loss_and_gradients_are_the_same(config, way):
         assert_same(found, wanted)
 
 
+@pytest.mark.parametrize(("config", "way"), CASES, ids=_name_of)
+def test_fused_with_its_gradient_they_are_the_same(config, way):
+    """Or it is refused; whatever the loss is scaled by afterwards."""
+    model = model_of(config, ADAPTERS[way])
+    if config["model_type"] in MORE_THAN_A_HEAD:
+        with pytest.raises(ValueError, match=r"more to its logits.*\nhint: memory.loss chunked"):
+            held(model, "loss", FUSED)
+        return
+    inputs = rows(model)
+    for items in (torch.tensor(60), None):
+        inputs["num_items_in_batch"] = items
+        loss, wanted = gradients(copy.deepcopy(model), inputs)
+        same_loss, found = gradients(held(model, "loss", FUSED), inputs)
+        assert same_loss.dtype == torch.float32
+        assert same_loss == pytest.approx(float(loss), rel=1e-6)
+        assert_same(found, wanted, rel=2e-6)
+
+
+def test_fused_in_float64_it_is_autograds_own():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (
+        torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_()
+        for size in ((10, 6), (9, 6), (9,))
+    )
+    ids = torch.randint(0, 9, (10,), generator=generator)
+    ids[3] = IGNORED
+    for chunk in (1, 4, 10, 99):
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        plain = torch.nn.functional.cross_entropy(logits, ids, reduction="sum")
+        wanted = torch.autograd.grad(3.0 * plain, (hidden, weight, bias))
+        fused = FusedLoss.apply(hidden, weight, bias, ids, chunk)
+        torch.testing.assert_close(fused, plain)
+        found = torch.autograd.grad(3.0 * fused, (hidden, weight, bias))
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_fused_nothing_is_kept_of_a_head_that_is_frozen():
+    model = model_of(TINY["llama"])
+    model.get_output_embeddings().weight.requires_grad_(False)
+    inputs = rows(model)
+    _, wanted = gradients(copy.deepcopy(model), inputs)
+    _, found = gradients(held(model, "loss", FUSED), inputs)
+    assert not any("lm_head" in name for name in found)
+    assert_same(found, wanted)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_without_labels_it_answers_as_ever(name):
-    model = model_of(TINY["gemma2"])
+    model = model_of(TINY["llama"])
     inputs = rows(model)
     for label in ("labels", "num_items_in_batch"):
         del inputs[label]
@@ -131,11 +183,12 @@ def test_it_goes_together_with_recomputation_and_the_host():
         assert_same(gradients(both, inputs)[1], wanted)
 
 
+@pytest.mark.parametrize("name", ["chunked", "fused"])
 @pytest.mark.parametrize("way", ADAPTERS)
-def test_the_peak_is_what_is_priced(way):
+def test_the_peak_is_what_is_priced(way, name):
     config = TINY["llama"] | {"hidden_size": 128, "intermediate_size": 352, "vocab_size": 8000}
     shape = ModelShape.from_config(config)
-    technique = {"chunked": {"tokens": 128}}
+    technique = {name: {"tokens": 128}}
     model = held(model_of(config, ADAPTERS[way]), "loss", technique)
     inputs = rows(model, 8, 128)
     del inputs["num_items_in_batch"]
@@ -154,10 +207,17 @@ def test_the_peak_is_what_is_priced(way):
 @pytest.mark.parametrize("way", ADAPTERS)
 @pytest.mark.parametrize("name", NAMES)
 def test_flops_are_what_is_priced(name, way, family):
+    if name == "fused" and family in MORE_THAN_A_HEAD:
+        return  # refused
     shape = ModelShape.from_config(TINY[family])
     model = held(model_of(TINY[family], ADAPTERS[way], attention="eager"), "loss", name)
     inputs = rows(model)
-    with FlopCounterMode(display=False) as counter:
+
+    def added_up(total, one, other, **_):
+        return 2 * one[0] * one[1] * other[1]
+
+    summed_up = {torch.ops.aten.addmm_: added_up}  # which torch's counter does not know
+    with FlopCounterMode(display=False, custom_mapping=summed_up) as counter:
         model(**inputs).loss.backward()
     setting = MemorySetting(
         micro_batch=ROWS, sequence=SEQUENCE, adapter=ADAPTERS[way], dtype="float32"
@@ -226,8 +286,19 @@ def test_a_copy_of_a_held_model_has_weights_of_its_own():
 
 def test_bad_combinations_are_refused():
     assert "without a backward" in resolve("loss", SEVEN).refuses(MemorySetting(zeroth_order=True))
-    with pytest.raises(ValueError, match="tokens"):
-        resolve("loss", {"chunked": {"tokens": 0}})
+    assert "without a backward" in resolve("loss", FUSED).refuses(MemorySetting(zeroth_order=True))
+    cut = MemorySetting(num_devices=2, device_kind="cuda")
+    assert "cut over the devices" in resolve("loss", FUSED).refuses(cut)
+    capped = ModelShape.from_config(TINY["gemma2"])
+    assert resolve("loss", FUSED).refuses_model(capped, "cpu") == "its logits are capped"
+    from peft import LoraConfig, get_peft_model
+
+    on_head = LoraConfig(r=4, target_modules=["lm_head"])
+    with pytest.raises(ValueError, match=r"head has an adapter.*\nhint: memory.loss chunked"):
+        held(get_peft_model(model_of(TINY["llama"]), on_head), "loss", FUSED)
+    for name in ("chunked", "fused"):
+        with pytest.raises(ValueError, match="tokens"):
+            resolve("loss", {name: {"tokens": 0}})
     routed = TINY["mixtral"] | {"output_router_logits": True}
     with pytest.raises(ValueError, match=r"mixtral has a loss over its routers.*\nhint: "):
         held(model_of(routed), "loss", SEVEN)

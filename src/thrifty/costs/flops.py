@@ -187,7 +187,7 @@ def _whole_step(shape: ModelShape, setting: MemorySetting) -> tuple[float, float
         setting.zeroth_order,
         int(setting.recompute),
         setting.selective,
-        setting.loss_chunk > 0,
+        setting.loss_chunk > 0 and not setting.loss_fused,
         setting.mlp_chunk > 0,
     )
 

@@ -134,8 +134,9 @@ class Step:
         """The highest of each phase, the update of the weights last."""
         if self.setting.zeroth_order:
             return self._forwards() | {"perturbation": self.last()}
+        head = self._fused() if self.setting.loss_fused else self._head()
         return {
-            "loss": _highest_of(_highest_of(self._head(), self._last_forward()), self._chunks()),
+            "loss": _highest_of(_highest_of(head, self._last_forward()), self._chunks()),
             "backward": _highest_of(self._layers(), self._embedding()),
             "optimizer": self.last(),
         }
@@ -189,6 +190,27 @@ class Step:
         held = self._gradients(0.0) + self.gathered
         return Instant(self.kept + waiting + most + summed + held, terms)
 
+    def _fused(self) -> Instant:
+        """A chunk's logits, in float32 too where they are narrower, become their own gradient; the
+        hidden states' and the head's wait for the backward. There the head may be updated at once,
+        a tied one with the embedding."""
+        itemsize, elements = self.setting.itemsize, self.passes.last.weight_elements
+        tokens = np.minimum(self.tokens, float(self.setting.loss_chunk))
+        logits = tokens * (self.shape.vocab_size * (4.0 if itemsize == 4 else 4.0 + itemsize))
+        chunk = np.maximum(logits, 0.0 if self.tied else self.update * elements)
+        waiting = 2.0 * self.passes.input + self.passes.normed
+        gradients = self._gradients(float(elements * self.itemsize))
+
+        def terms(batch: int) -> dict[str, float]:
+            return {
+                "activations": float(self.kept[batch] + waiting[batch]),
+                "logits": float(chunk[batch]),
+                "gradients": gradients,
+                "temporaries": self.gathered,
+            }
+
+        return Instant(self.kept + waiting + chunk + gradients + self.gathered, terms)
+
     def _waiting(self, tokens: Bytes) -> Bytes:
         """While ``tokens`` have logits: the hidden states and their gradient, and what their norm
         kept of all others."""
@@ -197,7 +219,7 @@ class Step:
     def _chunks(self) -> Instant | None:
         """The head's gradient of a chunk is added to that of the others, out of place."""
         elements, chunk = self.passes.last.weight_elements, self.setting.loss_chunk
-        if not (elements and chunk):
+        if not (elements and chunk) or self.setting.loss_fused:
             return None
         gradients = self._gradients(3.0 * elements * self.itemsize)
         waiting = self._waiting(np.zeros_like(self.tokens))

@@ -157,6 +157,8 @@ class MemorySetting:
     """Tokens of a row whose MLP runs at a time, and again in the backward; 0: all, once."""
     loss_chunk: int = 0
     """Tokens whose logits exist at a time; 0: all."""
+    loss_fused: bool = False
+    """Their gradient is made with them, in the forward; else they are made again for it."""
     holds_logits: bool = False
     """The model's output, so its logits, stays alive during the backward."""
 

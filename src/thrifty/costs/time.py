@@ -193,7 +193,7 @@ def _terms(
         setup_of(shape, setting, backward=train),
         int(setting.recompute) if train else 0,
         setting.selective,
-        train and setting.loss_chunk > 0,
+        train and setting.loss_chunk > 0 and not setting.loss_fused,
     )
     sequence = setting.sequence
     tokens = np.array(micro_batches, dtype=float) * sequence

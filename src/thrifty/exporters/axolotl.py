@@ -51,12 +51,14 @@ _OTHERWISE = {
     "selective": "layers run again whole, products too",
     "offload": "layers run again besides, and their inputs wait on the host",
 }
+_LIGER = {
+    "plugins": ["axolotl.integrations.liger.LigerPlugin"],
+    "liger_fused_linear_cross_entropy": True,
+}
 _LOSS: Known = {
     "whole": {},
-    "chunked": {
-        "plugins": ["axolotl.integrations.liger.LigerPlugin"],
-        "liger_fused_linear_cross_entropy": True,
-    },
+    "chunked": _LIGER,
+    "fused": _LIGER,
 }
 _WEIGHTS: Known = {
     "float32": {},
@@ -168,7 +170,7 @@ class Axolotl(Exporter):
             into.lacks("training.memory.activations", f"{name}: {_OTHERWISE[name]}")
         recomputes_all(run, into)
         into.technique("loss", held.loss, _LOSS, "whole logits")
-        if name_of(held.loss) == "chunked":
+        if name_of(held.loss) != "whole":
             into.packages.append("liger-kernel")
             into.lacks("training.memory.loss", "the chunks are of Liger's own size, on GPUs alone")
 

@@ -47,7 +47,8 @@ _OTHERWISE = {
     "selective": "layers run again whole, products too",
     "offload": "layers run again besides, and their inputs wait on the host",
 }
-_LOSS: Known = {"whole": {}, "chunked": {"enable_liger_kernel": True}}
+_LIGER = {"enable_liger_kernel": True}
+_LOSS: Known = {"whole": {}, "chunked": _LIGER, "fused": _LIGER}
 _WEIGHTS: Known = {
     "float32": {},
     "bfloat16": {},
@@ -184,7 +185,7 @@ class LLaMAFactory(Exporter):
             into.lacks("training.memory.activations", f"{name}: {_OTHERWISE[name]}")
         recomputes_all(run, into)
         into.technique("loss", held.loss, _LOSS, "whole logits")
-        if name_of(held.loss) == "chunked":
+        if name_of(held.loss) != "whole":
             into.packages.append("liger-kernel")
             into.lacks("training.memory.loss", "the chunks are of Liger's own size, on GPUs alone")
 

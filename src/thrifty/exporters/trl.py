@@ -47,7 +47,7 @@ _ACTIVATIONS: Known = {
     "offload": {"gradient_checkpointing": False, "activation_offloading": True},
     "recompute_offload": {"gradient_checkpointing": True, "activation_offloading": True},
 }
-_LOSS: Known = {"whole": {}, "chunked": {}}
+_LOSS: Known = {"whole": {}, "chunked": {}, "fused": {}}
 _WEIGHTS: Known = {
     "float32": {},
     "bfloat16": {},

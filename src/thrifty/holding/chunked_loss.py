@@ -69,46 +69,60 @@ def _forward(
 
     if labels is None and shift_labels is None:
         return whole(input_ids, **inputs)
+    following = following_of(labels, shift_labels)
+    losses = _token_losses(plain, tokens, following, input_ids=input_ids, **inputs)
+    return CausalLMOutputWithPast(
+        loss=losses.sum() / items_of(num_items_in_batch, losses, following)
+    )
+
+
+def following_of(labels: Any, shift_labels: Any) -> torch.Tensor:
+    """Of each token the id that comes after it, -100 where none counts."""
     if shift_labels is None:
         shift_labels = functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
-    losses = _token_losses(plain, tokens, shift_labels, input_ids=input_ids, **inputs)
-    items = num_items_in_batch
-    if items is None:
-        items = (shift_labels != IGNORED).sum()
-    if torch.is_tensor(items):
-        items = items.to(losses.device)
-    return CausalLMOutputWithPast(loss=losses.sum() / items)
+    found: torch.Tensor = shift_labels
+    return found
+
+
+def items_of(given: Any, losses: torch.Tensor, following: torch.Tensor) -> Any:
+    """What a sum of ``losses`` is divided by."""
+    items = (following != IGNORED).sum() if given is None else given
+    return items.to(losses.device) if torch.is_tensor(items) else items
 
 
 def _token_losses(plain: Any, tokens: int, following: torch.Tensor, **inputs: Any) -> torch.Tensor:
     """[batch, sequence] in float32: of each token the negative log-likelihood of the id that
     ``following`` has for it, 0 where that is -100."""
-    given = {name: value for name, value in inputs.items() if value is not None}
-    given = given | {"use_cache": False, "return_dict": True}
-    given.pop("logits_to_keep", None)
-    name, decoder = decoder_of(plain)
-    outputs = decoder(**given)
-    hidden = outputs.last_hidden_state
-    following = following.to(hidden.device)
+    outputs, hidden, following = hidden_of(plain, following, **inputs)
     pairs = zip(hidden.flatten(0, 1).split(tokens), following.flatten().split(tokens), strict=True)
-    losses = partial(_losses, plain, name, type(outputs))
+    losses = partial(_losses, plain, decoder_of(plain)[0], type(outputs))
     if torch.is_grad_enabled():
         losses = partial(checkpoint, losses, use_reentrant=False)
     found = [losses(*pair) for pair in pairs]
     return torch.cat(found).view(following.shape)
 
 
+def hidden_of(plain: Any, following: torch.Tensor, **inputs: Any) -> tuple[Any, Any, torch.Tensor]:
+    """What the decoder puts out, its hidden states, and ``following`` where they are."""
+    given = {name: value for name, value in inputs.items() if value is not None}
+    given = given | {"use_cache": False, "return_dict": True}
+    given.pop("logits_to_keep", None)
+    outputs = decoder_of(plain)[1](**given)
+    hidden = outputs.last_hidden_state
+    return outputs, hidden, following.to(hidden.device)
+
+
 def _losses(
     plain: Any, decoder: str, outputs: type, hidden: torch.Tensor, following: torch.Tensor
 ) -> torch.Tensor:
     """[num_tokens] of hidden states ``[num_tokens, hidden]``."""
-    logits = _logits(plain, decoder, outputs(last_hidden_state=hidden[None]))[0]
+    logits = logits_of(plain, decoder, outputs(last_hidden_state=hidden[None]))[0]
     return functional.cross_entropy(
         logits.float(), following, ignore_index=IGNORED, reduction="none"
     )
 
 
-def _logits(plain: Any, decoder: str, decoded: Any) -> torch.Tensor:
+def logits_of(plain: Any, decoder: str, decoded: Any) -> torch.Tensor:
     """[batch, sequence, vocab], as the family makes them of what its decoder put out."""
     asked = object.__new__(type(plain))
     asked.__dict__.update(plain.__dict__)

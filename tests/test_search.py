@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +24,7 @@ from thrifty.pareto import pareto_front, thinned
 from thrifty.plan_display import plan_json, plan_text
 from thrifty.planner import NoPlanFits
 from thrifty.preparation import Asked, quick_plan
-from thrifty.pricing import MEMORY_MARGIN
+from thrifty.pricing import MEMORY_MARGIN, Pricing
 
 LLAMA = {
     "model_type": "llama",
@@ -465,3 +466,20 @@ def test_every_candidate_carries_both_answers(planned):
         assert {*candidate["better_per_flop"]} <= {*candidate["techniques"].values()}
     assert "makes it fit: " in plan_text(found, request)
     assert facts["relief"] == []
+
+
+@pytest.mark.parametrize("apart", [3, 40, 111, 100_000])
+def test_evaluations_at_fixed_distances_leave_nothing_over(planned, apart):
+    """Not one more step, with the evaluation that may come before it, would fit."""
+    _, request = planned(SMALL, flops=2e17)
+    rows = PoolStats(num_examples=100_000, num_tokens=50_000_000, max_tokens=900)
+    dev = PoolStats(num_examples=2_000, num_tokens=1_000_000, max_tokens=900)
+    fixed = {"training.eval_steps": apart, "selection.scorer": "uniform"}
+    request = replace(request, pool=rows, dev=dev, fixed={**request.fixed, **fixed})
+    chosen = planner.search(request).chosen
+    evaluation = Pricing(request).predictor.of(chosen.setting, chosen.step).evaluation
+    assert evaluation.flops > 2 * chosen.step.flops
+    assert chosen.num_evaluations == math.ceil(chosen.max_steps / apart) + 1
+    left = 2e17 - chosen.total.flops
+    crosses = chosen.max_steps % apart == 0
+    assert 0 <= left < chosen.step.flops + crosses * evaluation.flops

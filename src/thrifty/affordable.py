@@ -56,6 +56,26 @@ def affordable(request: Request, step: Cost, left: Budget, pool_tokens: float) -
     return (cap, "epochs") if cap < steps else (steps, resource or "epochs")
 
 
+def watched_apart(
+    request: Request,
+    costs: Predictions,
+    step: Cost,
+    once: Cost,
+    pool_tokens: float,
+    apart: int,
+    about: int,
+) -> int:
+    """The most steps that the budget buys beside ``once`` and an evaluation every ``apart`` steps,
+    before the first and after the last; at least ``about``, which do not use the last interval up
+    or take an evaluation too many for granted."""
+    found = about
+    for intervals in range(max(1, about // apart), about // apart + 3):
+        left = minus(request, once + costs.watching(intervals + 1, intervals))
+        possible, _ = affordable(request, step, left, pool_tokens)
+        found = max(found, min(int(possible), intervals * apart))
+    return found
+
+
 def ceiling(
     request: Request, step: Cost, left: Budget, pool_tokens: float, steps: int, binding: str
 ) -> int:

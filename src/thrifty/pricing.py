@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from thrifty.affordable import accumulation as accumulation_of
-from thrifty.affordable import affordable, ceiling, minus, reserved, watch
+from thrifty.affordable import affordable, ceiling, minus, reserved, watch, watched_apart
 from thrifty.core.budget import Budget, Cost, PoolStats
 from thrifty.core.contracts import Filter, OnlineMethod, Picker, Scorer, Work, Worth
 from thrifty.core.given import same_tokens
@@ -352,6 +352,8 @@ class Pricing:
         left = minus(request, once + costs.watching(evaluations, saves))
         possible, binding = affordable(request, each, left, pool_tokens)
         steps = int(possible)
+        if apart:
+            steps = watched_apart(request, costs, step, once, pool_tokens, int(apart), steps)
         evaluations, saves = watch(request, costs, step, steps)
         if request.fixed.get("training.max_steps"):
             steps = min(steps, int(request.fixed["training.max_steps"]))

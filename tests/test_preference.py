@@ -290,11 +290,13 @@ WAYS = {
         for name in all_names("trained")
     },
     "lomo": {"training.memory.states": "lomo"},
+    "fused": {"training.memory.loss": "fused"},
     "selective": {"training.memory.activations": "selective"},
     "recompute_half": {"training.memory.activations": "recompute_half"},
 }
 REFUSED = {
     "mezo": "by gradients",
+    "fused": "loss of pairs is another",
     "adalora": "alone on its model",
     "loftq": "these lose nothing|is no reference",
 }

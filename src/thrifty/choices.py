@@ -44,7 +44,8 @@ def combinations_of(request: Request, sequence: int) -> Combinations:
             )
     sides = 1 if request.preference is None else SIDES
     if request.preference is not None:
-        _check_pairs(request, wanted.get("trained", []))
+        for kind in ("trained", "loss"):
+            _check_pairs(request, wanted.get(kind, []))
     masks = [True, False] if not runs_only and request.device.kind == "cuda" else [True]
     counts = [2**n for n in range(request.num_devices.bit_length())]
     layouts: list[dict[str, Any]] = [
@@ -89,14 +90,14 @@ def _of_runs(request: Request) -> list[dict[str, int]]:
     return [layout for name, layout in ways.items() if wanted in (None, name)]
 
 
-def _check_pairs(request: Request, trained: Sequence[MemoryTechnique]) -> None:
-    """Raise ValueError where what the user named does not train on pairs."""
+def _check_pairs(request: Request, named: Sequence[MemoryTechnique]) -> None:
+    """Raise ValueError where none of what the user named of a kind trains on pairs."""
     start = MemorySetting(
         reference=request.asks_reference,
         replicas=1 if request.pool is None else request.num_devices,
         device_kind=request.device.kind,
     )
-    reasons = [why_no_pairs(each.rewrite(start)) for each in trained] or [why_no_pairs(start)]
+    reasons = [why_no_pairs(each.rewrite(start)) for each in named] or [why_no_pairs(start)]
     if all(reasons):
         raise ValueError(f"task preference: {reasons[0]}\nhint: another technique, or one device")
 

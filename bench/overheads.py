@@ -64,11 +64,6 @@ def setting_of(asked: dict[str, Any]) -> tuple[Techniques, MemorySetting]:
     return techniques, techniques.setting(start)
 
 
-def steps_of_a_round(techniques: Techniques, shape: ModelShape) -> int:
-    """A whole cycle, where blocks take turns."""
-    return max(STEPS, getattr(techniques.trained, "cycle_steps", lambda _: STEPS)(shape))
-
-
 class Pace:
     """Steps under one memory plan."""
 
@@ -78,7 +73,7 @@ class Pace:
         self.number = 0
 
     def seconds(self, steps: int) -> float:
-        """The median of a step where they are alike, and the mean of a cycle's, which are not."""
+        """Of the next steps, their mean."""
         start = time.perf_counter()
         for _ in range(steps):
             self.step(self.number)
@@ -89,7 +84,7 @@ class Pace:
 def ratios(base: Path, asked: dict[str, Any], rounds: int) -> list[float]:
     """Of seconds, to the reference's around it; one a round."""
     techniques, _ = setting_of(asked)
-    steps = steps_of_a_round(techniques, read_shape(base))
+    steps = max(STEPS, techniques.trained.cycle_steps(read_shape(base)))
     plain, other = Pace(base, PLAIN), Pace(base, asked)
     plain.seconds(STEPS), other.seconds(steps)
     found, before = [], plain.seconds(STEPS)

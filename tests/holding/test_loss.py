@@ -116,6 +116,19 @@ def test_fused_in_float64_it_is_autograds_own():
             torch.testing.assert_close(one, other)
 
 
+def test_fused_in_bfloat16_gradients_are_as_near_float32_as_the_plain_ones():
+    """Which a loss divided by a number that bfloat16 has not would show."""
+    exact = gradients(model_of(TINY["llama"]), rows(model_of(TINY["llama"])))[1]
+    model = model_of(TINY["llama"], dtype="bfloat16")
+    inputs = rows(model)
+    inputs["num_items_in_batch"] = 61.3
+    (_, plain), (_, fused) = (gradients(x, inputs) for x in (model, held(model, "loss", FUSED)))
+    name = "lm_head.weight"
+    wanted = exact[name] * 60 / 61.3
+    off = [float((each[name].float() - wanted).norm() / wanted.norm()) for each in (plain, fused)]
+    assert off[1] < 1.3 * off[0] < 0.05
+
+
 def test_fused_nothing_is_kept_of_a_head_that_is_frozen():
     model = model_of(TINY["llama"])
     model.get_output_embeddings().weight.requires_grad_(False)

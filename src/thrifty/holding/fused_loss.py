@@ -132,9 +132,8 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        found = tuple(
-            None if each is None else each.mul_(grad.to(each.dtype)) for each in ctx.gradients
-        )
+        # A number scales in its own precision, whatever it scales.
+        found = tuple(None if each is None else each.mul_(grad) for each in ctx.gradients)
         ctx.gradients = ()
         return (*found, None, None)
 

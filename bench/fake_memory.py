@@ -139,6 +139,8 @@ TIGHT = (
     "lora offload",
     "full recompute_offload",
     "mezo",
+    "addax lomo",
+    "addax recompute chunked lomo",
     "lora nf4 selective chunked",
     "badam",
     "badam recompute chunked adam_mini",

@@ -194,21 +194,19 @@ def stepper(asked: Mapping[str, Any], kind: str) -> Callable[[int], None]:
     optimizer = techniques.optimizer(groups, shape, seed=0)
     ids = torch.randint(0, shape.vocab_size, (rows, length), device=kind)
     positions = torch.arange(length, device=kind).repeat(rows, 1) % (length // 2 + 1)
-    batch = {
-        "input_ids": ids,
-        "labels": ids,
-        "position_ids": positions,
-    }
+    short = techniques.trained.short  # of two packs the one with a backward
 
-    def loss() -> torch.Tensor:
-        return model(**batch, **attention_of(inner, positions)).loss
+    def loss(tokens: int = length) -> torch.Tensor:
+        at, there = ids[:, :tokens], positions[:, :tokens]
+        apart = attention_of(inner, there)
+        return model(input_ids=at, labels=at, position_ids=there, **apart).loss
 
     def step(number: int) -> None:
         techniques.trained.at_step(model, optimizer, number, 0)
         if hasattr(optimizer, "estimate"):
             optimizer.estimate(lambda: loss().detach())
-        else:
-            loss().backward()
+        if short or not hasattr(optimizer, "estimate"):
+            loss(short or length).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -41,7 +41,7 @@ ON_ADAPTERS = {"int8", "nf4", "fp8"}
 """Weights that cannot be trained themselves."""
 NARROW = {"adamw_bf16"}
 """Optimizers for weights in bfloat16."""
-BESIDE = {"mezo": {"states": "sgd"}, "loftq": {"weights": "nf4"}}
+BESIDE = {"mezo": {"states": "sgd"}, "addax": {"states": "lomo"}, "loftq": {"weights": "nf4"}}
 """What some cannot do without."""
 SMALLER: dict[str, dict[str, Any]] = {
     "galore": {"rank": 16},
@@ -49,8 +49,10 @@ SMALLER: dict[str, dict[str, Any]] = {
     "q_galore": {"rank": 16},
     "badam": {"switch_steps": 20},
     "adalora": {"last_cut": 150},
+    "addax": {"short": 96},
 }
-"""The model is 64 wide, where the usual ranks would save nothing, and the run is short."""
+"""The model is 64 wide, where the usual ranks would save nothing, the run is short, and a third of
+the rows have no more than 96 tokens."""
 
 
 def ways() -> dict[str, dict[str, Any]]:

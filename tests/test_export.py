@@ -319,6 +319,7 @@ BESIDE: tuple[dict[str, Any], ...] = (
     {"weights": "bfloat16"},
     {"weights": "nf4"},
     {"states": "sgd"},
+    {"states": "lomo"},
 )
 
 

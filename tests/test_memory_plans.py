@@ -27,6 +27,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "adalora": {"rank": 4, "alpha": 1024.0},
     "badam": {"switch_steps": 1},
     "lisa": {"layers": 1, "switch_steps": 1},
+    "addax": {"short": 16},
 }
 
 
@@ -48,7 +49,8 @@ PAIRS = [
 
 def plan_of(*techniques: tuple[str, str]) -> MemoryPlan:
     """Of what is named, and of what it needs: weights in few bits need an adapter, an optimizer
-    for bf16 weights those, a zeroth-order update no states, LoftQ what 4 bits have lost."""
+    for bf16 weights those, a zeroth-order update no states, a mixed one lomo's, LoftQ what 4 bits
+    have lost."""
     named = dict(techniques)
     if named.get("weights") in ("int8", "nf4", "fp8"):
         named.setdefault("trained", "lora")
@@ -56,6 +58,8 @@ def plan_of(*techniques: tuple[str, str]) -> MemoryPlan:
         named.setdefault("weights", "bfloat16")
     if named.get("trained") == "mezo":
         named.setdefault("states", "sgd")
+    if named.get("trained") == "addax":
+        named.setdefault("states", "lomo")
     if named.get("trained") == "loftq":
         named.setdefault("weights", "nf4")
     return MemoryPlan(**{kind: spec(name) for kind, name in named.items()})
@@ -146,7 +150,7 @@ def three_steps(techniques: Techniques, base: Any) -> list[torch.Tensor]:
 
         if hasattr(optimizer, "estimate"):
             found = optimizer.estimate(lambda: loss().detach())
-        else:
+        if not hasattr(optimizer, "estimate") or techniques.trained.short:
             found = loss()
             found.backward()
         optimizer.step()

@@ -19,6 +19,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "hift": {"trained": "hift"},
     "lisa": {"trained": {"lisa": {"layers": 1, "switch_steps": 3}}},
     "mezo": {"trained": "mezo", "states": "sgd"},
+    "addax": {"trained": {"addax": {"short": 64}}, "states": "lomo"},
     "lomo": {"states": "lomo"},
     "adalomo": {"states": "adalomo"},
     "galore": {"states": {"galore": {"rank": 4, "refresh": 3}}},
@@ -106,6 +107,9 @@ def test_a_run_shorter_than_a_cycle_is_refused(tiny_model, tiny_data, tmp_path):
         ({"trained": "lora", "states": "lomo"}, "an adapter's gradients are small"),
         ({"activations": "offload"}, "there is no other place"),
         ({"trained": "mezo", "activations": "recompute"}, "without a backward nothing is kept"),
+        ({"trained": {"addax": {"short": 64}}, "states": "adamw"}, "is plain descent"),
+        ({"trained": {"addax": {"short": 9999}}, "states": "lomo"}, "rows of 9999 tokens are sho"),
+        ({"trained": {"addax": {"short": 1}}, "states": "lomo"}, "has at most 1 tokens"),
     ],
 )
 def test_what_cannot_be_says_so_when_planning(memory, message, tiny_model, tiny_data, tmp_path):

@@ -283,7 +283,7 @@ def test_stock_libraries_load_what_is_left(done, tiny_model):
     )
 
 
-SHORT = {"badam": {"switch_steps": 2}, "lisa": {"switch_steps": 2}}
+SHORT = {"badam": {"switch_steps": 2}, "lisa": {"switch_steps": 2}, "addax": {"short": 16}}
 WAYS = {
     **{
         name: {"training.memory.trained": {name: SHORT.get(name, {})}}
@@ -296,6 +296,7 @@ WAYS = {
 }
 REFUSED = {
     "mezo": "by gradients",
+    "addax": "by gradients",
     "fused": "loss of pairs is another",
     "adalora": "alone on its model",
     "loftq": "these lose nothing|is no reference",

@@ -150,6 +150,7 @@ def test_another_scorer_looks_at_the_model_in_training(
     [
         ({"selection.scorer": "bm25"}, "bm25 does not look at the model"),
         ({"training.online": "infobatch"}, "keeps books on the rows of the first choice"),
+        ({"training.memory.trained": "addax"}, "addax draws short and long rows apart, once"),
         ({"selection.refresh.dwell": 0}, "selection.refresh.dwell must be in"),
         ({"selection.refresh.when": "sometimes"}, "selection.refresh.when"),
         ({"selection.scorer": "s2l"}, "trains a model of its own"),

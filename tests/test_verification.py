@@ -317,7 +317,9 @@ def test_depths():
 def test_what_is_alive_at_a_peak():
     setting = MemorySetting(**BATCH, dtype="float32", masked=False)
     tape = record(LLAMA, setting)
-    for phase, peak in verification._by_phase(tape.peaks().items()).items():
+    peaks = verification._by_phase(tape.peaks().items())
+    assert peaks.pop("estimate") == 0
+    for phase, peak in peaks.items():
         assert tape.inventory(phase).total() == peak
     buffers = tape.inventory("loss")
     logits = next(b for b in buffers if b.operation == "aten._log_softmax.default")
@@ -364,9 +366,22 @@ def test_what_is_traced_at_two_depths_is_the_whole():
     assert found.traced == trace(SIX, MemorySetting(**BATCH))
     text = str(found)
     assert text.startswith("verified on fake tensors, carried on from 2 and 3 layers, in ")
-    for name in (*PHASES, "peak"):
+    for name in ("loss", "backward", "optimizer", "peak"):
         assert f"  {name:<9}  traced " in text
     assert "predicted" in text
+
+
+@pytest.mark.parametrize("depth", [2, 12])
+def test_a_gradient_of_short_rows_and_an_estimate_of_long_ones(depth):
+    """Each in phases of its own: which of them is the peak changes with the depth."""
+    config = LLAMA | {"num_hidden_layers": depth}
+    start = MemorySetting(**BATCH | {"sequence": 256}, dtype="float32")
+    addax = resolve("trained", {"addax": {"short": 64}})
+    found = verify(config, resolve("states", "lomo").rewrite(addax.rewrite(start)))
+    assert found.traced["estimate"] > 0
+    for phase in PHASES:
+        assert found.predicted[phase] == pytest.approx(found.traced[phase], rel=0.05), phase
+    assert "  estimate   traced " in str(found)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from thrifty.core.resolve import all_names, method_class, name_of
 from thrifty.costs.flops import fixed_flops, step_coefficients
 from thrifty.costs.hardware import Device
 from thrifty.costs.job import job_peaks
-from thrifty.costs.setting import MemorySetting
+from thrifty.costs.setting import MemorySetting, parts_of
 from thrifty.costs.shape import ModelShape
 from thrifty.costs.time import seconds_by_optimizer
 from thrifty.held import Block, Held, quality_of
@@ -299,9 +299,11 @@ def _block(
     generated_context: int,
 ) -> Block:
     settings = tuple(setting for _, setting in states)
-    linear, attention = step_coefficients(shape, settings[0])
-    sequence = settings[0].sequence
-    tokens = np.array(micro_batches, dtype=float) * sequence
+    rows, flops = np.array(micro_batches, dtype=float), np.zeros(len(micro_batches))
+    for part in parts_of(settings[0]):
+        linear, attention = step_coefficients(shape, part)
+        flops += rows * part.sequence * (linear + attention * part.sequence)
+        flops += fixed_flops(shape, part)
     alone, accumulating, resident = job_peaks(
         shape, settings, micro_batches, generated_context=generated_context
     )
@@ -314,5 +316,5 @@ def _block(
         resident=resident,
         accumulating=accumulating,
         seconds=seconds_by_optimizer(shape, settings, device, micro_batches),
-        flops=tokens * (linear + attention * sequence) + fixed_flops(shape, settings[0]),
+        flops=flops,
     )

@@ -64,6 +64,7 @@ _TRACED = (
     "with_head",
     "only_head",
     "zeroth_order",
+    "short",
     "storage",
     "states",
     "fused",
@@ -194,9 +195,12 @@ def record(
 def _step(model: Any, setting: MemorySetting, tape: Tape) -> None:
     """Forward, backward and optimizer as the Trainer runs them, in a steady state."""
     batch = batch_of(setting.micro_batch, setting.sequence)
-    if setting.zeroth_order:
+    if setting.zeroth_order or setting.short:
         _zeroth_order_step(model, batch, tape)
-        return
+        if setting.zeroth_order:
+            return
+        model.train()
+        batch = batch_of(setting.micro_batch, setting.short)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     config = model.config.to_dict()
     shape = ModelShape.from_config(config) if has_closed_form(config) else None
@@ -226,7 +230,7 @@ def _step(model: Any, setting: MemorySetting, tape: Tape) -> None:
 def _zeroth_order_step(model: Any, batch: dict[str, torch.Tensor], tape: Tape) -> None:
     """The loss on both sides of a random direction."""
     model.eval()
-    tape.instant = Instant("loss")
+    tape.instant = Instant("estimate")
     weights = dict(model.named_parameters())
     with torch.no_grad():
         for distance in (1e-3, -1e-3):

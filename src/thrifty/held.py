@@ -60,7 +60,7 @@ class Block:
         """Of a micro-batch on every device, those that are no padding: [num_batches]."""
         setting = self.settings[0]
         rows = np.array(self.micro_batches) * setting.num_ranks
-        return rows * float(setting.sequence) * PACKING_FILL
+        return rows * float(setting.row_tokens) * PACKING_FILL
 
 
 @dataclass(frozen=True)
@@ -167,11 +167,11 @@ class Held:
 
     def micro(self, index: int) -> Cost:
         """Of a micro-batch on every device at once, its update included."""
-        sequence = self.block.settings[self.state].sequence
+        row_tokens = self.block.settings[self.state].row_tokens
         return Cost(
             flops=float(self.block.flops[index]) * self.num_ranks,
             seconds=float(self.block.seconds[self.state, index]),
-            tokens=float(self.micro_batches[index] * sequence * self.num_ranks),
+            tokens=float(self.micro_batches[index] * row_tokens * self.num_ranks),
         )
 
 

@@ -63,7 +63,7 @@ def reference_cost(
 
 def why_no_pairs(setting: MemorySetting) -> str | None:
     """Why pairs cannot be trained on in steps that are held like this; None where they can."""
-    if setting.zeroth_order:
+    if setting.zeroth_order or setting.short:
         return "pairs are trained on by gradients, of which a zeroth-order step has none"
     if setting.loss_fused:
         return "the loss of pairs is another than the one whose gradient is made with it"

@@ -102,7 +102,7 @@ def predictions(
     micro = Cost(
         flops=step_flops(shape, setting) * setting.num_ranks,
         seconds=step_seconds(shape, setting, device),
-        tokens=float(setting.tokens * setting.num_ranks),
+        tokens=float(setting.micro_batch * setting.row_tokens * setting.num_ranks),
         peak_memory_bytes=peak,
     )
     if training.preference is not None:
@@ -137,6 +137,8 @@ def why_unsuited(online: OnlineMethod, shape: ModelShape, setting: MemorySetting
     blockwise = setting.blocks is not None
     if online.chooses and (setting.zeroth_order or setting.in_backward or blockwise):
         return "it chooses by the gradients of all that is trained, which this step never has whole"
+    if setting.short and (online.watches or online.weighs_tokens):
+        return "it looks at every token's loss, which long rows have beside the weights alone"
     if (online.chooses or online.watches or online.weighs_tokens) and setting.loss_chunk:
         return "it looks at every token's logits, which a loss in chunks does not keep"
     return online.refuses(shape, setting)

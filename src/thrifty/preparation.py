@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from thrifty import notes, origins, planned_before, planner
 from thrifty.asked_rows import Stores, check_masked, check_nothing_aside, read_asked, stats_together
 from thrifty.choices import sequence_of
@@ -26,6 +28,7 @@ from thrifty.core.durable import make_folder, rename_durably, sync_folder
 from thrifty.core.ledger import Ledger, Rates
 from thrifty.core.plan import ModelSource, Objective, Plan, PoolSource, Target
 from thrifty.core.redaction import redact
+from thrifty.core.resolve import resolve
 from thrifty.core.target_names import check_target_name
 from thrifty.costs.hardware import Device, dollars_per_hour, load_device
 from thrifty.costs.shape import ModelShape, read_config, read_shape
@@ -151,6 +154,7 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
         told = in_sequence(piloted.planned, request).text
         planned = replace(piloted.planned, why={**piloted.planned.why, "joint": told})
         plan = _plan(asked, revision, planned, request, stores, piloted.pilot)
+        _check_lengths(plan, draft)
         sums.write(draft.plan_file, plans.dump(plan))
         prepared = {**what_was_read(plan), "training.epochs": plan.training.epochs}
         prepared["model"] = origins.model_marks(model_folder)
@@ -366,6 +370,16 @@ def _plan(
         if not key.startswith(("training.memory.", "pilot")):
             plans.put(values, key, value)
     return plans.from_dict(_without_secrets(values))
+
+
+def _check_lengths(plan: Plan, draft: RunFolder) -> None:
+    """Raise ValueError where what is trained needs short rows, and there are none."""
+    if short := resolve("trained", plan.training.memory.trained).short:
+        from thrifty.data.store import open_store
+        from thrifty.data.two_lengths import short_ones
+
+        shards = open_store(draft.pool).shards()
+        short_ones(np.concatenate([shard.num_tokens for shard in shards]), short)
 
 
 def _without_secrets(values: dict[str, Any]) -> dict[str, Any]:

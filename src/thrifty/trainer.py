@@ -27,6 +27,7 @@ from thrifty.costs.flops import forward_flops
 from thrifty.costs.hardware import learn_memory_factor
 from thrifty.costs.shape import read_shape
 from thrifty.data.packed_attention import attention_of, check_isolation
+from thrifty.data.two_lengths import cut_at, num_labels
 from thrifty.divergence import NonFiniteGradient
 from thrifty.evaluation import Measured
 from thrifty.frontier_price import frontier_price
@@ -354,10 +355,16 @@ class BudgetedTrainer(PiecewiseTrainer):
         return loss
 
     def make_pass(self, model: Any, inputs: Any, num_items: Any) -> Any:
-        """As ever, or what the optimizer needs of it where that is the loss alone."""
-        if estimate := getattr(self._inner_optimizer, "estimate", None):
+        """As ever, or what the optimizer needs of it where that is the loss alone: of all of it, or
+        of what has more than ``short`` tokens."""
+        estimate, short = getattr(self._inner_optimizer, "estimate", None), self.job.setting.short
+        if estimate is None:
+            return super().make_pass(model, inputs, num_items)
+        if not short:
             return self._estimated(estimate, self._prepare_inputs(inputs), num_items)
-        return super().make_pass(model, inputs, num_items)
+        first, other = cut_at(short, self._prepare_inputs(inputs))
+        beside = self._estimated(estimate, other, num_labels(other))
+        return super().make_pass(model, first, num_labels(first)) / 2 + beside / 2
 
     def begin_anew(self) -> None:
         self._inner_optimizer.zero_grad()

@@ -23,6 +23,7 @@ from thrifty.core.resolve import name_of, resolve
 from thrifty.data.packing import PackedDataset
 from thrifty.data.pairs import PairedDataset
 from thrifty.data.store import Store, open_store
+from thrifty.data.two_lengths import TwoLengths
 from thrifty.group_quotas import labels_of
 from thrifty.held import PACKING_FILL
 from thrifty.memory_plan import dtype_of
@@ -109,7 +110,8 @@ def rounds_of(
     """``planned``: what training was predicted to take, nothing where that is not known. Charges
     what the online method prepares, once."""
     settings = branch.plan.training
-    steps = settings.max_steps * settings.max_length * settings.step_sequences
+    row_tokens = settings.max_length + _short(settings)
+    steps = settings.max_steps * row_tokens * settings.step_sequences
     method: OnlineMethod = resolve("online", settings.online)
     return Rounds(
         method,
@@ -201,7 +203,15 @@ def predicted_reference(work: Work, branch: Branch, chosen: Chosen) -> Cost:
     return work.ledger.rates.of(replace(cost, flops=flops))
 
 
-def read_by_training(settings: Training, rounds: Rounds) -> PackedDataset | PairedDataset:
+def _short(settings: Training) -> int:
+    """Tokens of the pack that a row has beside its own; 0: it has none."""
+    short: int = resolve("trained", settings.memory.trained).short
+    return short
+
+
+def read_by_training(
+    settings: Training, rounds: Rounds
+) -> PackedDataset | PairedDataset | TwoLengths:
     """Sequences, or pairs of them, for every step that the plan allows, and for a step more, so
     that the trainer does not come to an end of them."""
     num_items = (settings.max_steps + 1) * settings.step_sequences * rounds.method.larger
@@ -210,6 +220,15 @@ def read_by_training(settings: Training, rounds: Rounds) -> PackedDataset | Pair
         return PairedDataset(
             pairs,
             settings.per_device_train_batch_size,
+            num_items=num_items,
+            order=rounds.order,
+            exact=rounds.method.keeps_order,
+        )
+    if short := _short(settings):
+        return TwoLengths(
+            rounds.chosen.tokens,
+            short,
+            settings.max_length,
             num_items=num_items,
             order=rounds.order,
             exact=rounds.method.keeps_order,

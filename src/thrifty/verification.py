@@ -22,8 +22,7 @@ from thrifty.fake_step import Instant, base_model, has_closed_form, record
 from thrifty.fake_techniques import STATES
 from thrifty.signals.models import layers_of
 
-PHASES = ("loss", "backward", "optimizer")
-_ZEROTH_ORDER = {"layers": "loss", "perturbation": "loss"}
+PHASES = ("loss", "backward", "optimizer", "estimate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +144,7 @@ def _predicted(shape: ModelShape, setting: MemorySetting) -> dict[str, float]:
     closed = account(shape, setting)
     phases = dict.fromkeys(PHASES, 0.0)
     for name in closed.phases:
-        phase = _ZEROTH_ORDER.get(name, name)
+        phase = "estimate" if name == "perturbation" else name
         phases[phase] = max(phases[phase], closed.phase_bytes(name))
     return phases
 

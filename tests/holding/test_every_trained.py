@@ -64,7 +64,8 @@ def beside(trains: str) -> str:
 
 def train(chosen: Any, model: Any, steps: int = 3) -> list[float]:
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    groups = [{"params": named, "lr": 1e-3 * chosen.learning_rate, "weight_decay": 0.0}]
+    rate = 0.1 if chosen.short else 1e-3 * chosen.learning_rate  # beside lomo's
+    groups = [{"params": named, "lr": rate, "weight_decay": 0.0}]
     optimizer = chosen.optimizer(groups, SHAPE, 1)
     if optimizer is None:
         optimizer = resolve("states", "adamw").optimizer(groups, SHAPE)
@@ -73,7 +74,7 @@ def train(chosen: Any, model: Any, steps: int = 3) -> list[float]:
         chosen.at_step(model, optimizer, step, 1)
         if hasattr(optimizer, "estimate"):
             loss = optimizer.estimate(lambda: model(input_ids=IDS, labels=IDS).loss.detach())
-        else:
+        if not hasattr(optimizer, "estimate") or chosen.short:
             loss = model(input_ids=IDS, labels=IDS).loss
             loss.backward()
         optimizer.step()

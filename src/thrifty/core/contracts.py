@@ -531,6 +531,9 @@ class Trainable(MemoryTechnique):
 
     learning_rate: ClassVar[float] = 1.0
     """The usual one, in that of training all weights."""
+    short: int = 0
+    """An option of those whose rows have two packs: the tokens of the first, which alone gets a
+    backward."""
 
     def prepare(self, model: Any, shape: ModelShape, seed: int) -> Any:
         """The model to train: ``model`` itself or what is wrapped around it, what is to be trained
@@ -563,7 +566,8 @@ class Trainable(MemoryTechnique):
     def optimizer(self, groups: list[dict[str, Any]], shape: ModelShape, seed: int) -> Any:
         """One of its own, where its update is not by a gradient's backward; else None. ``groups``
         as for ``OptimizerStates``. It has ``estimate(loss) -> loss``, called for each micro-batch
-        of a step instead of a forward and a backward; ``loss()`` is the micro-batch's."""
+        of a step instead of a forward and a backward, or before those of its ``short`` packs;
+        ``loss()`` is the micro-batch's, or of its other packs."""
         return None
 
 

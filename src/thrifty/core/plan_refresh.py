@@ -104,6 +104,9 @@ def wrong_refresh(plan: Plan) -> Iterator[str]:
         yield "selection.refresh: rows of pairs are chosen once"
     if plan.training.devices > 1 and plan.training.parallel == "fsdp":
         yield "selection.refresh: no device can look by a model that is cut over several: use ddp"
+    trained = resolve("trained", plan.training.memory.trained)
+    if trained.short:
+        yield f"selection.refresh: {name_of(trained)} draws short and long rows apart, once"
     online: OnlineMethod = resolve("online", plan.training.online)
     if _keeps_books(online):
         yield (

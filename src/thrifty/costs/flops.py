@@ -28,7 +28,7 @@ from thrifty.costs.adapted import regularising_flops
 from thrifty.costs.blocks import mean_turns
 from thrifty.costs.layer import Setup, embedding, head, layers
 from thrifty.costs.operations import Adapter, Operation, Product, recomputed
-from thrifty.costs.setting import MemorySetting, at_turn, takes_turns
+from thrifty.costs.setting import MemorySetting, at_turn, parts_of, takes_turns
 from thrifty.costs.shape import ModelShape
 
 __all__ = [
@@ -76,9 +76,12 @@ def train_flops(
 
 def step_flops(shape: ModelShape, setting: MemorySetting, *, causal: bool = False) -> float:
     """Forward and backward of one micro-batch, in whatever way it is run."""
-    linear, attention = step_coefficients(shape, setting)
-    of_tokens = _count(linear, attention, setting.micro_batch, setting.sequence, causal)
-    return of_tokens + fixed_flops(shape, setting)
+    flops = 0.0
+    for part in parts_of(setting):
+        linear, attention = step_coefficients(shape, part)
+        flops += _count(linear, attention, part.micro_batch, part.sequence, causal)
+        flops += fixed_flops(shape, part)
+    return flops
 
 
 def dearest_step_flops(shape: ModelShape, setting: MemorySetting) -> float:
@@ -153,7 +156,8 @@ def _forward(shape: ModelShape) -> tuple[float, float, float, float]:
 
 
 def step_coefficients(shape: ModelShape, setting: MemorySetting) -> tuple[float, float]:
-    """FLOPs of a step per token, and per token and key; those of ``fixed_flops`` come on top."""
+    """FLOPs of a step per token, and per token and key; those of ``fixed_flops`` come on top. Of
+    one of ``parts_of``, where there are several."""
     linear, attention, _ = _whole_step(shape, setting)
     if setting.reference:
         own, keyed, head_linear, _ = _forward(shape)

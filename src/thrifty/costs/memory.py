@@ -6,6 +6,11 @@ A step has three phases, and its peak is the largest of them, never their sum:
     backward   weights + optimizer + gradients so far + activations not yet consumed + temporaries
     optimizer  weights + optimizer + gradients + what the optimizer allocates
 
+or, where it has no backward, two:
+
+    estimate      weights + what lives beside them in a layer, or the logits + a moved weight
+    perturbation  weights + logits + the noise of the largest
+
 What autograd keeps of each layer, and which buffers live beside it, is read off the layer's
 operations (``layer.py``, ``liveness.py``), so that recomputation, adapters, masks, dropout and
 dtypes need no rules of their own here. For T tokens, a bf16 Llama layer without a mask comes to the
@@ -49,6 +54,7 @@ from thrifty.costs.setting import (
     States,
     Storage,
     at_turn,
+    parts_of,
     setup_of,
     takes_turns,
 )
@@ -114,8 +120,10 @@ def account(shape: ModelShape, setting: MemorySetting) -> MemoryAccount:
     """Bytes of one training step in steady state: optimizer states exist from its start. Of blocks
     that take turns, of the turn that holds most."""
     setting = worst_turn(shape, setting)
-    step = Step(shape, setting, (setting.micro_batch,))
-    return MemoryAccount(phases=step.terms())
+    phases: dict[str, dict[str, float]] = {}
+    for part in parts_of(setting):  # which have no phase in common
+        phases |= Step(shape, part, (part.micro_batch,)).terms()
+    return MemoryAccount(phases=phases)
 
 
 def worst_turn(shape: ModelShape, setting: MemorySetting) -> MemorySetting:
@@ -135,6 +143,11 @@ def peaks(
 
     The settings may differ in their optimizer alone, which changes none of the passes.
     """
+    if settings[0].short:
+        parts = zip(*map(parts_of, settings), strict=True)
+        each = [peaks(shape, part, micro_batches)[0] for part in parts]
+        most = np.maximum.reduce(each)
+        return most, np.full_like(most, np.inf)
     if shape.attention == "math" and 1 in micro_batches and len(micro_batches) > 1:
         # A single row is a program of its own, as some kernels broadcast it without a copy.
         rows = np.array(micro_batches)
@@ -145,8 +158,8 @@ def peaks(
         return np.insert(more[0], where, one[0], axis=1), np.insert(more[1], where, one[1], axis=1)
     blocks = takes_turns(settings[0])
     turns = worst_turns(shape, blocks) if blocks else (None,)
-    each = [_peaks_at(shape, settings, turn, tuple(micro_batches)) for turn in turns]
-    single, accumulated = (np.maximum.reduce(found) for found in zip(*each, strict=True))
+    found = [_peaks_at(shape, settings, turn, tuple(micro_batches)) for turn in turns]
+    single, accumulated = (np.maximum.reduce(most) for most in zip(*found, strict=True))
     return single, accumulated
 
 

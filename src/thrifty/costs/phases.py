@@ -133,7 +133,7 @@ class Step:
     def instants(self) -> dict[str, Instant]:
         """The highest of each phase, the update of the weights last."""
         if self.setting.zeroth_order:
-            return self._forwards() | {"perturbation": self.last()}
+            return {"estimate": self._forwards(), "perturbation": self.last()}
         head = self._fused() if self.setting.loss_fused else self._head()
         return {
             "loss": _highest_of(_highest_of(head, self._last_forward()), self._chunks()),
@@ -168,7 +168,7 @@ class Step:
         at a time. Then a chunk's logits are made again in the backward, and the head's gradient is
         summed up over the chunks."""
         chunk, last = self.setting.loss_chunk, self.passes.last
-        tokens = np.minimum(self.tokens, float(chunk)) if chunk else self.tokens
+        tokens = self._at_once
         # A tied head is updated with the embedding.
         per_element = (self.left, self.fresh, 0.0 if self.tied else self.update)
         each = tuple(tokens.tolist())
@@ -292,14 +292,20 @@ class Step:
 
         return Instant(np.zeros_like(self.tokens) + gradients + allocated, terms)
 
-    def _forwards(self) -> dict[str, Instant]:
+    @property
+    def _at_once(self) -> Bytes:
+        """Tokens that have logits at a time."""
+        chunk = self.setting.loss_chunk
+        return np.minimum(self.tokens, float(chunk)) if chunk else self.tokens
+
+    def _forwards(self) -> Instant:
         """Zeroth order: two forwards, in which each weight is moved for its use."""
 
-        def forward(points: Instants, term: str, held: Bytes) -> Instant:
-            most, at = points.highest(self.tokens, self.keys)
+        def forward(points: Instants, term: str, held: Bytes, tokens: Bytes) -> Instant:
+            most, at = points.highest(tokens, self.keys)
 
             def terms(batch: int) -> dict[str, float]:
-                kept, beside, _ = self._parts(points.points[at[batch]], batch, self.tokens)
+                kept, beside, _ = self._parts(points.points[at[batch]], batch, tokens)
                 return {term: kept + beside, "temporaries": self.gathered + float(held[batch])}
 
             return Instant(most + self.gathered + held, terms)
@@ -309,16 +315,17 @@ class Step:
         masks = self.passes.bytes(shared_bytes(self.shape, self.setup, held=True))
         # The model itself holds the embedding's output, and a layer's input while the layer runs.
         around = masks + (2.0 if self.shape.num_layers > 1 else 1.0) * self.passes.input
-        return {
-            "layers": forward(top.forward, "activations", around + moved),
-            # The model's own forward holds what the logits are made of.
-            "loss": forward(self.passes.last.forward, "logits", self.passes.input),
-        }
+        # The model's own forward holds what the logits are made of.
+        last, made_of = self.passes.last.forward, self.passes.input
+        return _highest_of(
+            forward(top.forward, "activations", around + moved, self.tokens),
+            forward(last, "logits", made_of, self._at_once),
+        )
 
     def _perturbation(self) -> Instant:
         """Of the largest weight, which is the head's: beside what it is given and the logits."""
         noise = float(self.shape.head_parameters * self.setting.itemsize)
-        logits = self.tokens * float(self.shape.vocab_size * self.setting.itemsize)
+        logits = self._at_once * float(self.shape.vocab_size * self.setting.itemsize)
         held = self.passes.input + logits
 
         def terms(batch: int) -> dict[str, float]:

@@ -129,6 +129,9 @@ class MemorySetting:
     only_head: bool = False
     zeroth_order: bool = False
     """Two forwards and no backward (MeZO)."""
+    short: int = 0
+    """Tokens of a pack more that each row has, which alone gets a backward; the other, of
+    ``sequence``, gets two forwards (Addax). 0: a row is one pack."""
     reference: bool = False
     """A frozen copy is asked as well, as preference training does; under an adapter it is the model
     without it."""
@@ -196,6 +199,11 @@ class MemorySetting:
         return self.micro_batch * self.sequence
 
     @property
+    def row_tokens(self) -> int:
+        """Of all packs of a row."""
+        return self.sequence + self.short
+
+    @property
     def trained_shards(self) -> int:
         """Devices over which what is trained is sharded; an adapter is whole on each."""
         return self.num_devices if self.adapter is None else 1
@@ -223,6 +231,19 @@ def at_turn(setting: MemorySetting, block: Block) -> MemorySetting:
         with_embedding=block.embedding,
         with_head=block.head,
     )
+
+
+def parts_of(setting: MemorySetting) -> tuple[MemorySetting, ...]:
+    """The passes of a micro-batch, each held as a step of its own would be: of the short packs with
+    a backward, then of the others without; or one."""
+    if not setting.short:
+        return (setting,)
+    first = setting.changed(sequence=setting.short, short=0)
+    # Nothing is kept, so that nothing is made again or put away.
+    nothing = {"recompute": 0, "selective": False, "offload": False, "mlp_chunk": 0}
+    nothing |= {"loss_fused": False}
+    zeroth = setting.changed(short=0, zeroth_order=True, in_backward=False, **nothing)
+    return first, zeroth
 
 
 def takes_turns(setting: MemorySetting) -> Blocks | None:
@@ -268,7 +289,7 @@ def only_frozen(setting: MemorySetting, what: str) -> str | None:
         return f"it changes the weights to begin with, which {what} cannot follow"
     if setting.adapter is not None:
         return None
-    if setting.zeroth_order:
+    if setting.zeroth_order or setting.short:
         return (
             f"a zeroth-order step moves the weights themselves, by less than {what} can tell apart"
         )
@@ -293,7 +314,7 @@ def only_in_full(setting: MemorySetting) -> str | None:
 
 def needs_a_gradient(setting: MemorySetting) -> str | None:
     """Why an optimizer with states cannot be combined with a setting that makes no gradient."""
-    if setting.zeroth_order:
+    if setting.zeroth_order or setting.short:
         return "a zeroth-order update is plain descent, without states"
     return None
 

@@ -38,7 +38,7 @@ from thrifty.costs.memory import (
     weight_bytes,
 )
 from thrifty.costs.operations import Operation, Operations, Product, Size, recomputed, total
-from thrifty.costs.setting import at_turn, takes_turns
+from thrifty.costs.setting import at_turn, parts_of, takes_turns
 from thrifty.costs.shape import ModelShape
 from thrifty.costs.trained import Trained, trained
 
@@ -120,6 +120,11 @@ def seconds_by_optimizer(
     """``step_seconds`` of settings that differ in their optimizer alone, [settings, batches]. Of
     blocks that take turns, the mean over a cycle."""
     batches, first = tuple(micro_batches), settings[0]
+    if first.short:
+        parts = zip(*map(parts_of, settings), strict=True)
+        each = [seconds_by_optimizer(shape, part, device, batches) for part in parts]
+        summed: NDArray[np.float64] = np.sum(each, axis=0)
+        return summed
     if blocks := takes_turns(first):
         seconds = np.zeros((len(settings), len(batches)))
         for block, weight in mean_turns(shape, blocks):

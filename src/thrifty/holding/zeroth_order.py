@@ -36,9 +36,12 @@ class ZerothOrder(torch.optim.Optimizer):
     """``groups``: each with its ``params`` as (name, parameter) pairs, a ``lr``, a
     ``weight_decay``."""
 
-    def __init__(self, groups: list[dict[str, Any]], *, eps: float, seed: int) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], *, eps: float, seed: int, share: float = 1.0
+    ) -> None:
+        """``share``: of the rate, where another part of the step has the rest."""
         super().__init__(groups, {"steps": 0})
-        self.eps, self.seed = eps, seed
+        self.eps, self.seed, self._share = eps, seed, share
         self._slope = 0.0
         self._seen: set[str] = set()
 
@@ -90,7 +93,7 @@ class ZerothOrder(torch.optim.Optimizer):
         return loss
 
     def _update(self, name: str, weight: torch.Tensor, group: dict[str, Any]) -> None:
-        rate, decay = group["lr"], group["weight_decay"]
+        rate, decay = group["lr"] * self._share, group["weight_decay"]
         generator = generator_of(self.seed, f"{name} rounded", self._steps, weight.device)
         parts = weight.view(-1).split(_CHUNK)
         for part, noise in zip(parts, _noise(name, weight, self.seed, self._steps), strict=True):

@@ -12,7 +12,7 @@ from typing import Any
 
 from thrifty.core.budget import Cost
 from thrifty.costs.flops import Adapter, forward_flops, step_flops, train_flops
-from thrifty.costs.setting import MemorySetting
+from thrifty.costs.setting import MemorySetting, parts_of
 from thrifty.costs.shape import ModelShape
 
 
@@ -71,7 +71,8 @@ class PassMeter:
         if self._shape is None:
             return 6.0 * self._num_parameters * batch * sequence
         if self.setting is not None:
-            held = replace(self.setting, micro_batch=batch, sequence=sequence)
+            # Of two lengths, the short rows alone come by in training.
+            held = replace(parts_of(self.setting)[0], micro_batch=batch, sequence=sequence)
             return step_flops(self._shape, held) - self.spared * batch * sequence
         return train_flops(
             self._shape, batch, sequence, adapter=self._adapter, recompute=self._recompute

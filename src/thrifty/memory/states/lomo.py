@@ -23,8 +23,8 @@ class LOMO(OptimizerStates):
     worth = Worth(0.3, 0.2, "as sgd")
 
     def refuses(self, setting: MemorySetting) -> str | None:
-        if reason := needs_a_gradient(setting):
-            return reason
+        if setting.zeroth_order:
+            return needs_a_gradient(setting)
         if setting.gradient_accumulation_steps > 1:
             return "a gradient that is used up at once cannot be accumulated"
         if setting.replicas > 1:

@@ -22,6 +22,11 @@ class SGD(OptimizerStates):
     learning_rate = 300.0
     worth = Worth(0.3, 0.2, "transformers need adaptive steps, arXiv:1912.03194")
 
+    def refuses(self, setting: MemorySetting) -> str | None:
+        return (
+            "addax uses up its gradients in the backward, as lomo does" if setting.short else None
+        )
+
     def rewrite(self, setting: MemorySetting) -> MemorySetting:
         return setting.changed(states=STATES)
 

@@ -1,9 +1,7 @@
 """No gradient: the loss on both sides of a random direction (MeZO).
 
 g = (L(w + eps z) - L(w - eps z)) / (2 eps) z, with z, standard normal, made anew from its seed.
-What is stored in few bits cannot be moved by eps z. Addax (arXiv:2410.06441) mixes it with the
-gradient of the short sequences of a batch, so that the long ones need no backward: packed
-sequences are all of one length, and a smaller micro-batch saves the same.
+What is stored in few bits cannot be moved by eps z.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -17,6 +18,7 @@ from thrifty.core.budget import Budget, Cost
 from thrifty.core.ledger import BudgetExceeded, Ledger, Rates
 from thrifty.costs.flops import train_flops
 from thrifty.costs.shape import read_shape
+from thrifty.signals.peak_memory import memory_bytes
 from thrifty.step_cost import StepCost
 from thrifty.step_leases import StepLeases
 
@@ -378,3 +380,24 @@ def test_a_step_itself_is_never_cut(budget, tmp_path):
         steps = StepLeases(stage, cost, "cpu")
         with pytest.raises(BudgetExceeded, match="train needs"):
             steps.begin(0, 1, Cost())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc's allocator")
+def test_near_its_memory_limit_a_process_gives_back_what_it_does_not_use(tmp_path):
+    """Small blocks that were freed stay resident as long as one above them is in use."""
+    blocks = [np.ones(8_000) for _ in range(2_500)]  # 64 kB each, below the mmap threshold
+    above = np.ones(8_000)
+    blocks.clear()
+    before, found = memory_bytes("cpu"), {}
+    assert above.sum() == 8_000
+    for name, limit in (("far from it", 10 * before), ("near it", 1.05 * before)):
+        budget = Budget(flops=1e9, memory_bytes=limit)
+        with (
+            Ledger.create(tmp_path / f"{name}.sqlite", budget) as ledger,
+            ledger.stage("train", "test") as stage,
+        ):
+            steps = StepLeases(stage, StepCost(Cost(flops=1.0, seconds=1.0)), "cpu")
+            steps.begin(0, 10, Cost())
+            steps.end()
+        found[name] = memory_bytes("cpu")
+    assert found["near it"] < found["far from it"] - 80e6

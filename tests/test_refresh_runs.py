@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests import runs
 from tests.test_ranks_run import as_ranks
-from thrifty import pipeline
+from thrifty import checkpoints, pipeline
 from thrifty.budget_callback import BudgetCallback
 from thrifty.core.budget import Budget
 from thrifty.core.marginal import replay
@@ -95,11 +95,16 @@ def test_an_interrupted_run_resumes_bit_for_bit(fixed, tmp_path, monkeypatch, st
 
 @pytest.mark.long
 def test_the_governed_one_weighs_it_and_says_why(tiny_model, tiny_data, tmp_path):
-    """Every verdict rests on options that can be weighed again."""
+    """Every verdict rests on options that can be weighed again; a look is taken where one of them
+    could be the answer, and not towards the end of the run."""
     folder = tmp_path / "run"
     settings = {**ANEW, "selection.refresh.when": "governed", "selection.refresh.probe_share": 1.0}
-    runs.planned(folder, tiny_model, tiny_data, fixed=settings, budget=Budget(flops=2e10))
+    settings |= {"training.max_steps": 400, "training.eval_steps": 25, "training.save_steps": 50}
+    settings |= {"training.cooldown_steps": 40, "selection.refresh.probe_rows": 8}
+    runs.planned(folder, tiny_model, tiny_data, fixed=settings, budget=Budget(flops=1e11))
     runs.finish(folder)
+    assert _probes(folder)
+    assert max(_probes(folder)) < 300
     decisions = runs.ledger(folder).decisions()
     weighed = [d for d in decisions if d["name"] in (DECISION, WIDTH)]
     assert any(d["name"] == DECISION for d in weighed)
@@ -107,6 +112,48 @@ def test_the_governed_one_weighs_it_and_says_why(tiny_model, tiny_data, tmp_path
         assert replay(decision["choice"]).chosen == decision["choice"]["chosen"]
     won = {d["step"] for d in weighed if d["choice"]["chosen"] is not None}
     assert won == {step for step, _ in _refreshes(folder)}
+
+
+@pytest.mark.long
+def test_a_first_look_that_a_crash_undid_is_taken_again(
+    tiny_model, tiny_data, tmp_path, monkeypatch
+):
+    """As the checkpoint after it is written; the choices that follow are those of a run that went
+    through."""
+    settings = {**ANEW, "selection.scorer": "bm25", "selection.refresh.scorer": "grad_cosine"}
+    settings |= {"selection.refresh.when": "governed", "selection.refresh.probe_share": 1.0}
+    settings |= {"training.max_steps": 400, "training.eval_steps": 25, "training.save_steps": 100}
+    settings |= {"training.cooldown_steps": 40, "selection.refresh.probe_rows": 8}
+    settings |= {"selection.refresh.shortlist": 0.05, "selection.max_tokens": 500}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        runs.planned(folder, tiny_model, tiny_data, fixed=settings, budget=Budget(flops=2e11))
+    runs.finish(whole)
+    first = _probes(whole)[0]
+    assert 0 < first < 99
+    with monkeypatch.context() as patch:
+        commit = checkpoints.commit
+
+        def crash(folder, details):
+            if details["step"] == first:
+                raise RuntimeError("crashed")
+            commit(folder, details)
+
+        patch.setattr(checkpoints, "commit", crash)
+        with pytest.raises(RuntimeError, match="crashed"):
+            runs.finish(broken)
+    runs.finish(broken)
+    assert _probes(broken) == [first, *_probes(whole)]  # the lost one too
+    undone, *found = _refreshes(broken)
+    assert found == _refreshes(whole) == [undone]
+    one, other = (runs.weights(folder / "model") for folder in (whole, broken))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _probes(folder):
+    """Steps of all looks at the probe, lost ones too."""
+    charges = runs.ledger(folder).charges()
+    return [charge["step_from"] for charge in charges if charge["activity"] == "probe"]
 
 
 @pytest.mark.long

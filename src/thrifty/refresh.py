@@ -1,7 +1,7 @@
 """Choosing the rows anew while the model is trained on them: "dynamic LESS".
 
-    probe      at evaluations, a few hundred rows scored by the model as it is by then: how far have
-               the scores drifted?
+    probe      at evaluations, where anything that it might find could pay: a few hundred rows
+               scored by the model as it is by then; how far have the scores drifted?
     weigh      is a fresh choice worth what looking again costs? (``refresh_gain.py``, the one rule)
     proxy      what the probe taught of cheap signals keeps a short-list of the pool
     verify     the method scores the short-list
@@ -42,7 +42,14 @@ from thrifty.core.resolve import name_of
 from thrifty.drift import Beliefs, Drift, Scale, drift, turn
 from thrifty.effective_tokens import MAX_EPOCHS
 from thrifty.prospect import Prospect
-from thrifty.refresh_gain import WIDTHS, Standing, Takeover, weigh_refresh, weigh_width
+from thrifty.refresh_gain import (
+    WIDTHS,
+    Standing,
+    Takeover,
+    could_pay,
+    weigh_refresh,
+    weigh_width,
+)
 from thrifty.refresh_looks import Look, Looks, Running, upper
 
 DECISION = "train on or choose rows anew"
@@ -150,13 +157,15 @@ class Refresher:
 
     # -- asked at every evaluation -----------------------------------------------------------------
 
-    def restore(self, choices: Sequence[NDArray[np.int64]]) -> None:
-        """Go on where these were chosen after the first."""
+    def restore(self, choices: Sequence[NDArray[np.int64]], tokens_given: float) -> None:
+        """Go on where these were chosen after the first, and so much was trained on."""
         self._choices = [self._choices[0], *choices]
         file = self._file(len(choices))
         if not file.is_file():
             return
         saved = load_arrays(file)
+        if not choices and saved["looked_at"] > tokens_given:  # by a process that was killed
+            return
         self._beliefs = Beliefs(saved["scores"], int(saved["reversals"]))
         self._chosen_at, self._looked_at = int(saved["step"]), float(saved["looked_at"])
         self._probe_then = saved.get("probe", self._probe_then)
@@ -167,7 +176,8 @@ class Refresher:
     def consider(self, step: int, running: Running, outlook: Outlook) -> NDArray[np.int64] | None:
         """The rows to train on from now on, by id and in order; None: as before."""
         if step == 0:
-            self._see_at_first(running)
+            if self.settings.when != "governed":  # which waits for a forecast
+                self._see_at_first(running, outlook)
             return None
         if not self._is_due(step) or len(self._choices) > self.settings.times:
             return None
@@ -186,12 +196,15 @@ class Refresher:
         if prospect is None:
             return None
         moved = None
-        if self._looks.may_probe(running) and running.allows(self._both):
+        others = {other.name: other for other in self._others(running)}
+        pays = self._may_pay(running, outlook, prospect, list(others.values()))
+        if pays and self._probe_then is None:
+            self._see_at_first(running, outlook)
+        elif pays:
             look = self._looks.probe(running)
             moved = drift(self._seen_then, look.scores)
             standing, momentum = self._standing(outlook, moved), self._momentum
-            width = standing.best_width(momentum, (1.0, *WIDTHS.values()))
-            others = {other.name: other for other in self._others(running)}
+            width = standing.best_width(momentum)
             choice = weigh_refresh(
                 standing,
                 prospect,
@@ -217,6 +230,24 @@ class Refresher:
         how = "by the scores that there are"
         return self._chosen(step, running.stage, outlook, WIDTHS[choice.chosen], how)
 
+    def _may_pay(
+        self, running: Running, outlook: Outlook, prospect: Prospect, others: Sequence[Takeover]
+    ) -> bool:
+        """Whether the run can pay for a look, and could be the better for it."""
+        if not (self._looks.may_probe(running) and running.allows(self._both)):
+            return False
+        probes = 1 if self._probe_then is not None else 2
+        return could_pay(
+            self._standing(outlook, Drift(0.0, 0.0)),
+            prospect,
+            momentum=self._momentum,
+            cost=running.stage.ledger.rates.of(
+                self._looks.probe_cost * probes + self._refresh_cost
+            ),
+            z=self.settings.z,
+            others=others,
+        )
+
     def _others(self, running: Running) -> Iterator[Takeover]:
         """Those that may look in its place, and whose looks the run can pay for."""
         for name, looks in self._all_looks.items():
@@ -228,14 +259,15 @@ class Refresher:
     def _take_over(self, name: str) -> None:
         self._looking, self._worth = name, self._worths[name]
 
-    def _see_at_first(self, running: Running) -> None:
-        """Where another than the selection's scorer looks: how it scores the probe before training,
+    def _see_at_first(self, running: Running, outlook: Outlook) -> None:
+        """Where another than the selection's scorer looks: how it scores the probe to begin with,
         for drift is between two looks of one scorer."""
-        if self._probe_then is not None or not self._looks.can_probe:
+        if self._probe_then is not None:
             return
         # Also where a killed process did, whose look is booked as lost with the training before it.
         look = self._looks.probe(running)
         self._probe_then, self._direction_then = look.scores, look.direction
+        self._looked_at = outlook.tokens_given
         self._save()
 
     def _is_due(self, step: int) -> bool:

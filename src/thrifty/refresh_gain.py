@@ -34,7 +34,7 @@ from thrifty.core.budget import Cost
 from thrifty.core.contracts import Worth
 from thrifty.core.marginal import Choice, Option, choose
 from thrifty.drift import Drift
-from thrifty.effective_tokens import fresh_tokens, worth_of_share
+from thrifty.effective_tokens import MAX_EPOCHS, fresh_tokens, worth_of_share
 from thrifty.prospect import Prospect
 
 REFRESH = "choose rows anew"
@@ -110,11 +110,20 @@ class Standing:
             errors.append(self.multiple(momentum, width, _further(by)) - here)
         return math.hypot(*errors)
 
-    def best_width(
-        self, momentum: float, widths: Sequence[float], by: Worth | None = None
-    ) -> float:
-        """Of ``widths``, the first where several are worth as much."""
+    def best_width(self, momentum: float, by: Worth | None = None) -> float:
+        """The present one where others are worth no more."""
+        widths = [1.0, *self.widths().values()]
         return max(widths, key=lambda width: round(self.multiple(momentum, width, by), 3))
+
+    def widths(self) -> dict[str, float]:
+        """Of ``WIDTHS`` those that may be chosen: no fewer rows than leave each with the passes
+        that a plan allows it (``MAX_EPOCHS``)."""
+        unique = max(self.unique, 1.0)
+
+        def passes(width: float) -> float:
+            return self.tokens_seen / unique + self.tokens_left / (width * unique)
+
+        return {n: w for n, w in WIDTHS.items() if w > 1 or passes(w) <= MAX_EPOCHS}
 
 
 def _further(worth: Worth) -> Worth:
@@ -159,7 +168,7 @@ class Takeover:
         return f"{REFRESH} by {self.scorer}"
 
     def best_width(self, standing: Standing) -> float:
-        return standing.best_width(1.0, (1.0, *WIDTHS.values()), self.worth)
+        return standing.best_width(1.0, self.worth)
 
 
 def weigh_refresh(
@@ -189,10 +198,32 @@ def weigh_refresh(
     return choose(options, resource=prospect.resource, price=price, z=z)
 
 
+def could_pay(
+    standing: Standing,
+    prospect: Prospect,
+    *,
+    momentum: float,
+    cost: Cost,
+    z: float,
+    others: Sequence[Takeover] = (),
+) -> bool:
+    """Whether a look could have any choice follow it, however far the scores turned out to have
+    drifted. ``cost``: of the look too."""
+    for drifted in (0.25, 0.5, 0.75, 1.0):
+        then = replace(standing, drift=Drift(drifted, 0.0))
+        width = then.best_width(momentum)
+        choice = weigh_refresh(
+            then, prospect, momentum=momentum, width=width, cost=cost, z=z, others=others
+        )
+        if choice.chosen is not None:
+            return True
+    return False
+
+
 def weigh_width(standing: Standing, prospect: Prospect, *, z: float) -> Choice:
     """Choosing more rows, or fewer, by the scores that there are, which costs nothing."""
     options = []
-    for name, width in WIDTHS.items():
+    for name, width in standing.widths().items():
         v, error = standing.multiple(0.0, width), standing.error(0.0, width)
         options.append(
             Option(name, prospect.gain(v, error), Cost(), f"worth {v:.2f} ± {error:.2f}")

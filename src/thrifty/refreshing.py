@@ -28,7 +28,8 @@ def go_on(job: TrainingJob) -> None:
     if job.rounds.leg_of is not None:
         job.data.restore(job.rounds.tokens, job.rounds.cuts)
     if job.refresher is not None:
-        job.refresher.restore(job.rounds.legs)
+        own = 1 - job.training.replay_share
+        job.refresher.restore(job.rounds.legs, job.rounds.tokens_given * own)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,19 @@ from dataclasses import replace
 from thrifty.affordable import CLOCKED
 from thrifty.core.budget import Cost
 from thrifty.core.ledger import Lease, Stage
-from thrifty.signals.peak_memory import peak_memory_bytes, reset_peak
+from thrifty.signals.peak_memory import (
+    memory_bytes,
+    peak_memory_bytes,
+    release_free_memory,
+    reset_peak,
+)
 from thrifty.step_cost import StepCost
 
 _LEASE_STEPS = 50
 _FIRST_LEASE_STEPS = 4
 """The first lease is short: until a step was timed, its seconds are unknown."""
+_NEAR_THE_LIMIT = 0.9
+"""Of the memory, from where on it is worth the time to give some back."""
 
 
 class StepLeases:
@@ -120,6 +127,14 @@ class StepLeases:
             self._note_peak(self._lease)
             self._lease.settle()
             self._lease = None
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Near its limit: what a CPU's allocator keeps of freed memory counts as resident, and
+        grows by tens of MiB in some runs."""
+        limit = self.stage.budget.memory_bytes
+        if self._device == "cpu" and limit and memory_bytes("cpu") > _NEAR_THE_LIMIT * limit:
+            release_free_memory()
 
     @contextmanager
     def spending(self, activity: str, upper: Cost, *, step: int) -> Iterator[Lease]:

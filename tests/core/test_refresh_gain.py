@@ -17,6 +17,7 @@ from thrifty.refresh_gain import (
     Standing,
     Takeover,
     _mean_drift,
+    could_pay,
     weigh_refresh,
     weigh_width,
 )
@@ -223,3 +224,34 @@ def test_a_change_that_stays_is_followed():
     shares = run(Switched(), governed)
     assert (shares[2:7] > 0.9).all(), shares
     assert (shares[14:] < 0.1).all(), shares
+
+
+def test_no_fewer_rows_than_leave_each_its_passes():
+    """A plan gives a row four at most (arXiv:2305.16264); narrowing on the way keeps to it."""
+    broad = dict(drift=Drift(0.0, 0.0), share=0.5, unique=1e6)
+    few = _standing(**broad, tokens_seen=1e6, tokens_left=1e6)  # 1 + 2 passes of half of it
+    assert weigh_width(few, _prospect(), z=1.0).chosen == "narrow the choice"
+    many = _standing(**broad, tokens_seen=1e6, tokens_left=2e6)  # 1 + 4
+    assert [*many.widths()] == ["widen the choice"]
+    assert "narrow the choice" not in str(weigh_width(many, _prospect(), z=1.0).to_dict())
+    assert many.best_width(0.5) >= 1.0
+
+
+def test_no_look_is_bought_that_nothing_could_follow():
+    """However far the scores had drifted. Where a look is bought, some drift makes it pay."""
+
+    def could(cost, **changes):
+        given = {"momentum": 0.5, "cost": Cost(flops=cost), "z": 1.0}
+        return could_pay(_standing(**changes), _prospect(), **given)
+
+    assert could(1e10)
+    assert not could(9e11)  # nearly all that is left
+    assert not could(1e10, worth=Worth(1.0, 0.0, "a test"))
+    assert not could(1e11, worth=Worth(3.0, 20.0, "a test"))
+    costs = [1e9 * 2**k for k in range(11)]
+    for cost in costs:
+        paid = any(
+            _weigh(_standing(drift=Drift(d, 0.0)), cost=cost, momentum=0.5).chosen
+            for d in (0.25, 0.5, 0.75, 1.0)
+        )
+        assert could(cost) or not paid

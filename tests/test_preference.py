@@ -283,7 +283,11 @@ def test_stock_libraries_load_what_is_left(done, tiny_model):
     )
 
 
-SHORT = {"badam": {"switch_steps": 2}, "lisa": {"switch_steps": 2}}
+SHORT = {
+    "adapters": {"rank": 8},
+    "badam": {"switch_steps": 2},
+    "lisa": {"switch_steps": 2},
+}
 WAYS = {
     **{
         name: {"training.memory.trained": {name: SHORT.get(name, {})}}

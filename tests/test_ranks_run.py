@@ -291,6 +291,7 @@ def test_moments_stay_in_8_bits(plan_of, wider_model, tmp_path, monkeypatch):
         {"trained": "lora", "weights": "int8"},
         {"trained": "lora", "weights": "bfloat16"},
         {"trained": "dora", "activations": "recompute"},
+        {"trained": {"adapters": {"rank": 8}}, "weights": "bfloat16"},
         {"trained": {"adalora": {"first_cut": 0, "last_cut": 2, "cut_steps": 1}}},
         {"activations": "selective", "loss": "chunked"},
         {"states": "adafactor"},

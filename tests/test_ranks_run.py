@@ -387,6 +387,10 @@ def test_replicas_hold_all_and_their_gradients_stay(tiny_model):
             {"training.parallel": "fsdp", "training.memory.states": "adamw_8bit"},
             "adamw_8bit cannot be cut over devices in a run",
         ),
+        (
+            {"training.parallel": "fsdp", "training.memory.trained": {"adapters": {"rank": 8}}},
+            r"adapters.* cannot be cut over devices in a run",
+        ),
         ({"training.online": "rho1"}, "each device sees its own alone"),
         ({"training.devices": 0}, "training.devices must be more than zero"),
     ],

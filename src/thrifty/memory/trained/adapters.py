@@ -29,7 +29,7 @@ class Adapters(Trainable):
     """Bottleneck adapters beside the MLP of each layer, left as a wider MLP of a stock model."""
 
     makes = "fit"
-    searched = False  # worth what LoRA is, for all that is known
+    searched = False  # at LoRA's worth, which is a guess, its fewer bytes would often win
     runs = True
     source = "arXiv:2110.04366; arXiv:1902.00751"
     worth = Worth(0.6, 0.2, "a guess: as LoRA, beside which arXiv:2110.04366 finds it no worse")

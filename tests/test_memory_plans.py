@@ -185,13 +185,16 @@ def test_what_was_trained_is_loaded_by_stock_libraries(trained, base, tmp_path):
     model.eval()
     with torch.no_grad():
         expected = model(input_ids=ids).logits
-    if not techniques.trained.save(model, tmp_path):
-        model.save_pretrained(tmp_path)
-    if (tmp_path / "adapter_config.json").exists():
+    saved, made = tmp_path / "saved", tmp_path / "made"
+    made.mkdir()
+    if not techniques.trained.save(model, saved):
+        model.save_pretrained(saved)
+    left = made if techniques.trained.publish(saved, base, made) else saved
+    if (left / "adapter_config.json").exists():
         plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        again: Any = PeftModel.from_pretrained(plain, str(tmp_path)).eval()
+        again: Any = PeftModel.from_pretrained(plain, str(left)).eval()
     else:
-        assert load_file(tmp_path / "model.safetensors")
-        again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+        assert load_file(left / "model.safetensors")
+        again = AutoModelForCausalLM.from_pretrained(left, dtype=torch.float32).eval()
     with torch.no_grad():
         torch.testing.assert_close(again(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)

@@ -33,6 +33,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "pissa": {"trained": {"pissa": {"rank": 4}}},
     "lora_fa": {"trained": {"lora_fa": {"rank": 4}}},
     "ia3": {"trained": "ia3"},
+    "adapters": {"trained": {"adapters": {"rank": 4}}},
+    "adapters, fp8": {"trained": {"adapters": {"rank": 4}}, "weights": "fp8"},
     "selective, chunked": {"activations": "selective", "loss": {"chunked": {"tokens": 32}}},
     "fused": {"loss": {"fused": {"tokens": 32}}},
     "fp8": {"trained": {"lora": {"rank": 4}}, "weights": "fp8"},

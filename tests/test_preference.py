@@ -283,7 +283,12 @@ def test_stock_libraries_load_what_is_left(done, tiny_model):
     )
 
 
-SHORT = {"badam": {"switch_steps": 2}, "lisa": {"switch_steps": 2}, "addax": {"short": 16}}
+SHORT = {
+    "adapters": {"rank": 8},
+    "addax": {"short": 16},
+    "badam": {"switch_steps": 2},
+    "lisa": {"switch_steps": 2},
+}
 WAYS = {
     **{
         name: {"training.memory.trained": {name: SHORT.get(name, {})}}

@@ -291,6 +291,7 @@ def test_moments_stay_in_8_bits(plan_of, wider_model, tmp_path, monkeypatch):
         {"trained": "lora", "weights": "int8"},
         {"trained": "lora", "weights": "bfloat16"},
         {"trained": "dora", "activations": "recompute"},
+        {"trained": {"adapters": {"rank": 8}}, "weights": "bfloat16"},
         {"trained": {"adalora": {"first_cut": 0, "last_cut": 2, "cut_steps": 1}}},
         {"activations": "selective", "loss": "chunked"},
         {"states": "adafactor"},
@@ -385,6 +386,10 @@ def test_replicas_hold_all_and_their_gradients_stay(tiny_model):
         (
             {"training.parallel": "fsdp", "training.memory.states": "adamw_8bit"},
             "adamw_8bit cannot be cut over devices in a run",
+        ),
+        (
+            {"training.parallel": "fsdp", "training.memory.trained": {"adapters": {"rank": 8}}},
+            r"adapters.* cannot be cut over devices in a run",
         ),
         ({"training.online": "rho1"}, "each device sees its own alone"),
         ({"training.devices": 0}, "training.devices must be more than zero"),

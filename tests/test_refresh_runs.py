@@ -157,8 +157,9 @@ def _probes(folder):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("trained", ["lora", "adapters"])
 def test_another_scorer_looks_at_the_model_in_training(
-    tiny_model, tiny_data, tmp_path, monkeypatch
+    trained, tiny_model, tiny_data, tmp_path, monkeypatch
 ):
     """Its own view of the probe before training is what it is compared with. Evaluations and looks
     are charged with all that the model executes, its adapters included."""
@@ -180,7 +181,7 @@ def test_another_scorer_looks_at_the_model_in_training(
     monkeypatch.setattr(Techniques, "build", built)
     folder = tmp_path / "run"
     settings = {**ANEW, "selection.scorer": "bm25", "selection.refresh.scorer": "el2n"}
-    settings["training.memory.trained"] = "lora"
+    settings["training.memory.trained"] = {trained: {"rank": 16}}
     runs.planned(folder, tiny_model, tiny_data, fixed=settings, budget=Budget(flops=2e10))
     runs.finish(folder)
     probes = [c for c in runs.ledger(folder).charges() if c["activity"] == "probe"]

@@ -103,8 +103,10 @@ def checkpoint_size(shape: ModelShape, setting: MemorySetting, base: Path) -> fl
 
 def model_size(shape: ModelShape, setting: MemorySetting, base: Path) -> float:
     """Bytes of the folder that a run leaves: all weights, or an adapter."""
-    if setting.adapter is None:
-        weights = float(shape.num_parameters * setting.itemsize)
+    adapter = setting.adapter
+    if adapter is None or adapter.merged:
+        within = adapter.num_parameters(shape) if adapter else 0
+        weights = float((shape.num_parameters + within) * setting.itemsize)
     else:
         weights = _adapter_bytes(shape, setting) + _adapter_bytes(shape, setting, frozen=True)
     return weights + _tokenizer_bytes(base)

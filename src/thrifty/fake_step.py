@@ -41,6 +41,7 @@ from thrifty.costs.shape import ModelShape
 from thrifty.data.packed_attention import pack_attention_kwargs
 from thrifty.fake_device import as_on_the_device
 from thrifty.holding.blockwise import weights_of
+from thrifty.holding.bottleneck import with_bottlenecks
 from thrifty.holding.chunked_loss import hold_few_logits
 from thrifty.holding.fused_loss import hold_no_logits
 from thrifty.holding.host_activations import Link, offload
@@ -357,6 +358,9 @@ def _targets(config: Mapping[str, Any], model: Any, adapter: Adapter) -> Sequenc
 
 
 def _adapted(model: Any, adapter: Adapter, default_targets: Sequence[str]) -> Any:
+    if adapter.form == "bottleneck":
+        shape = ModelShape.from_config(model.config.to_dict())
+        return with_bottlenecks(model, shape, adapter.rank, dtype="float32", seed=0)
     scaled: list[str] = []
     options: dict[str, Any] = {}
     if adapter.form == "ia3":

@@ -6,25 +6,37 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from thrifty import checkpoints
 from thrifty.core import sums
 from thrifty.core.durable import make_folder, replace_folder
+from thrifty.signals.model_folder import TRAINED
 
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md")
-_NOT_MODEL = ("trainer_state.json", checkpoints.MANIFEST)
+_NOT_MODEL = ("trainer_state.json", checkpoints.MANIFEST, TRAINED)
 _NOTE = "thrifty.json"
 
 
-def publish(checkpoint: Path, folder: Path, *, mark: str, step: int) -> None:
-    """Copy the model's own files of ``checkpoint``, which is of ``step``, to ``folder``."""
+def publish(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    mark: str,
+    step: int,
+    make: Callable[[Path], object] | None = None,
+) -> None:
+    """Copy the model's own files of ``checkpoint``, which is of ``step``, to ``folder``, beside
+    what ``make`` leaves there of the files that a checkpoint lacks."""
     if (checkpoint / checkpoints.FOR_OTHERS).is_dir():
         checkpoint /= checkpoints.FOR_OTHERS
     draft = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(draft, ignore_errors=True)
     make_folder(folder.parent)
     draft.mkdir()
+    if make is not None:
+        make(draft)
     for pattern in _MODEL_FILES:
         for file in checkpoint.glob(pattern):
             if file.name not in _NOT_MODEL:

@@ -368,11 +368,17 @@ def _own_losses(
 def _trained(work: Work, branch: Branch) -> Any:
     folder, memory = work.run.model(branch.folder), branch.plan.training.memory
     publication.check(folder)
+    techniques, adapter = Techniques.of(memory), work.left(branch.plan).adapter
+    if adapter is not None and adapter.merged:  # held as in training, its weights in few bits, say
+        base = techniques.weights.load(work.base, local_device())
+        model = techniques.trained.prepare(base, work.shape, branch.plan.training.seed)
+        techniques.trained.restore(model, folder)
+        return model
     if not (folder / "adapter_config.json").is_file():
         return load_model(folder, dtype_of(memory), local_device())
     from peft import PeftModel
 
-    base = Techniques.of(memory).weights.load(work.base, local_device())
+    base = techniques.weights.load(work.base, local_device())
     return PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
 
 

@@ -239,6 +239,8 @@ class BudgetedTrainer(PiecewiseTrainer):
         model = self.model if model is None else model
         if self._reads_from is not None:
             return  # as it is
+        if self._trained.restore(model, Path(resume_from_checkpoint)):
+            return
         if not hasattr(model, "peft_config"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return

@@ -9,6 +9,7 @@ model; stop on gradients that are not finite; shrug off a reporter that raises.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,7 +19,7 @@ from thrifty.core.ledger import BudgetExceeded, Ledger, Stage
 from thrifty.divergence import NonFiniteGradient
 from thrifty.in_pieces import ran_out
 from thrifty.interruption import Interrupted, signals_asking
-from thrifty.memory_plan import trained_name
+from thrifty.memory_plan import Techniques, trained_name
 from thrifty.memory_switch import held_as
 from thrifty.publication import is_done, publish
 from thrifty.rewinding import NOT_FINITE, rewind, skipped_steps
@@ -188,4 +189,7 @@ def _keep_the_best(job: TrainingJob, stage: Stage) -> None:
             reason += f", where {'; '.join(broken)}"
         stage.decide("which model to keep", chosen, reason, step=last.step)
     stage.detail.update(steps=last.step, best_step=step)
-    publish(folder, job.model, mark=job.mark, step=step)
+    trained = Techniques.of(job.training.memory).trained
+    release_free_memory()  # the model that was trained is needed no more
+    make = None if folder == job.base else partial(trained.publish, folder, job.base)
+    publish(folder, job.model, mark=job.mark, step=step, make=make)

@@ -58,7 +58,7 @@ def in_training(folder, name):
 
 
 @pytest.mark.parametrize("scorer", ["grad_cosine", "el2n", "embedding"])
-@pytest.mark.parametrize("name", ["lora", "dora", "lora_fa", "ia3", "full"])
+@pytest.mark.parametrize("name", ["lora", "dora", "lora_fa", "ia3", "adapters", "full"])
 @pytest.mark.long
 def test_looking_at_a_model_in_training_is_charged_as_counted(folder, name, scorer):
     model, adapter = in_training(folder, name)

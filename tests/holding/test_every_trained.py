@@ -134,13 +134,16 @@ def test_stock_libraries_load_what_it_saves(folder, tmp_path, name):
     chosen, model, _ = held(folder, name, beside(name))
     train(chosen, model)
     wanted = logits(model)
-    if not chosen.save(model, tmp_path):
-        model.save_pretrained(tmp_path)
-    if (tmp_path / "adapter_config.json").exists():
+    saved, made = tmp_path / "saved", tmp_path / "made"
+    made.mkdir()
+    if not chosen.save(model, saved):
+        model.save_pretrained(saved)
+    left = made if chosen.publish(saved, folder, made) else saved
+    if (left / "adapter_config.json").exists():
         base = technique("weights", beside(name)).load(folder, "cpu")
-        again = PeftModel.from_pretrained(base, str(tmp_path))
+        again = PeftModel.from_pretrained(base, str(left))
     else:
-        again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+        again = AutoModelForCausalLM.from_pretrained(left, dtype=torch.float32)
     torch.testing.assert_close(logits(again), wanted, rtol=1e-5, atol=2e-5)
     assert not torch.allclose(
         wanted.float(), logits(load_model(folder, "float32", "cpu")), atol=1e-6

@@ -45,7 +45,7 @@ def prepared(model: Any, config: dict[str, Any], trained: str = "lora") -> Any:
     technique = resolve("trained", {trained: options} if options else trained)
     found = technique.prepare(model, ModelShape.from_config(config), 1).train()
     for name, weight in found.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "bottleneck.up" in name:
             torch.nn.init.normal_(weight, std=0.1)
     return found
 
@@ -69,7 +69,7 @@ def here(model: Any) -> int:
 
 
 @pytest.mark.parametrize("activations", ["keep", "recompute", "recompute_half", "selective"])
-@pytest.mark.parametrize("trained", ["lora", "lora_fa", "ia3"])
+@pytest.mark.parametrize("trained", ["lora", "lora_fa", "ia3", "adapters"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_gradients_are_the_same_bit_for_bit(family, trained, activations):
     away, plain = both(TINY[family], trained)

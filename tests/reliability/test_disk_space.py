@@ -81,6 +81,8 @@ WAYS = {
     },
     "lora_fa": {"trained": {"lora_fa": {"rank": 32}}, "weights": "float32", "states": "adamw"},
     "dora": {"trained": {"dora": {"rank": 32}}, "weights": "float32", "states": "adamw"},
+    "adapters": {"trained": {"adapters": {"rank": 32}}, "weights": "float32", "states": "adamw"},
+    "adapters nf4": {"trained": {"adapters": {"rank": 32}}, "weights": "nf4", "states": "adamw"},
 }
 QUICK = ("full",)
 LEDGER = headroom.BYTES + 160 * 1024

@@ -545,6 +545,16 @@ class Trainable(MemoryTechnique):
         ``save_pretrained`` leaves; whether there was need to."""
         return False
 
+    def restore(self, model: Any, folder: Path) -> bool:
+        """Give ``model``, as it was prepared, what was trained of it, out of a checkpoint or of the
+        model that a run left, where neither the Trainer nor PEFT can; whether there was need to."""
+        return False
+
+    def publish(self, checkpoint: Path, base: Path, folder: Path) -> bool:
+        """Leave in ``folder`` what stock libraries load, made of a checkpoint and of the base
+        model's files, where the checkpoint holds no such; whether there was need to."""
+        return False
+
     def at_step(self, model: Any, optimizer: Any, step: int, seed: int) -> None:
         """Called before each step, the first 0: where what is trained changes on the way, have
         that require a gradient and nothing else. A function of the step and the seed."""

@@ -8,6 +8,10 @@ With a linear W, m x n, of T tokens x, and the scale s = alpha / rank,
     adalora   y = W x + s B (E A) x, E diagonal, and a pull of A A' and B' B towards 1
     ia3       y = l * W x, of the mlp's last linear y = W (l * x)
 
+and beside the whole mlp, counted at its last linear and run in ``mlp.py``,
+
+    bottleneck    y = mlp(x) + U (act(G x) * (D x))
+
 DoRA's norms take the matrices I (n x n), A I, B A I, s B A and W + s B A whole, in the adapter's
 dtype, and 2 n r (n + m) FLOPs whatever the batch. PEFT keeps adapters in float32 unless told
 otherwise, casts the input of each adapted linear on its own, and autograd keeps every copy.
@@ -153,7 +157,7 @@ class Form:
     """A kind of adapter; the counts are of one linear."""
 
     run: Callable[[Program, Adapter, LinearShape, Tensor, Tensor], Tensor]
-    matrices: Callable[[LinearShape, int], tuple[tuple[int, int], ...]]
+    matrices: Callable[[ModelShape, LinearShape, int], tuple[tuple[int, int], ...]]
     """Trained, (rows, columns)."""
     vector: Callable[[ModelShape, LinearShape, int], int] = lambda shape, linear, rank: 0
     """Elements of what else is trained."""
@@ -161,17 +165,28 @@ class Form:
     """Elements of what is not."""
     averages: float = 0.0
     """Numbers that are kept of a trained element beside the optimizer's states."""
+    merged: bool = False
+    """A run leaves a whole model with the adapter in its weights, and not the adapter alone."""
 
     def num_trained(self, shape: ModelShape, linear: LinearShape, rank: int) -> int:
-        matrices = sum(rows * columns for rows, columns in self.matrices(linear, rank))
+        matrices = sum(rows * columns for rows, columns in self.matrices(shape, linear, rank))
         return matrices + self.vector(shape, linear, rank)
 
     def num_parameters(self, shape: ModelShape, linear: LinearShape, rank: int) -> int:
         return self.num_trained(shape, linear, rank) + self.frozen(linear, rank)
 
 
-def _both(linear: LinearShape, rank: int) -> tuple[tuple[int, int], ...]:
+def _plain(p: Program, adapter: Adapter, linear: LinearShape, x: Tensor, out: Tensor) -> Tensor:
+    return out
+
+
+def _both(shape: ModelShape, linear: LinearShape, rank: int) -> tuple[tuple[int, int], ...]:
     return (linear.in_features, rank), (rank, linear.out_features)
+
+
+def _around(shape: ModelShape, linear: LinearShape, rank: int) -> tuple[tuple[int, int], ...]:
+    into = (linear.out_features, rank)  # what the mlp reads is as wide as what it puts out
+    return (*(into,) * (2 if shape.gated else 1), (rank, linear.out_features))
 
 
 def _scaled_width(shape: ModelShape, linear: LinearShape, rank: int) -> int:
@@ -182,12 +197,13 @@ FORMS: Mapping[str, Form] = {
     "lora": Form(_lora, _both),
     "lora_fa": Form(
         _lora,
-        lambda linear, rank: ((rank, linear.out_features),),
+        lambda shape, linear, rank: ((rank, linear.out_features),),
         frozen=lambda linear, rank: rank * linear.in_features,
     ),
     "dora": Form(_dora, _both, lambda shape, linear, rank: linear.out_features),
     "adalora": Form(_adalora, _both, lambda shape, linear, rank: rank, averages=2.0),
-    "ia3": Form(_ia3, lambda linear, rank: (), _scaled_width),
+    "ia3": Form(_ia3, lambda shape, linear, rank: (), _scaled_width),
+    "bottleneck": Form(_plain, _around, merged=True),
 }
 
 

@@ -16,6 +16,7 @@ from functools import lru_cache
 
 from thrifty.costs.latent import latent_projections
 from thrifty.costs.mixture import mixture_of_experts
+from thrifty.costs.mlp import mlp
 from thrifty.costs.operations import (
     Adapter,
     Operation,
@@ -27,13 +28,6 @@ from thrifty.costs.operations import (
 )
 from thrifty.costs.rotary import rotate
 from thrifty.costs.shape import ModelShape
-
-ACTIVATIONS = {
-    # Kernels that keep their output; every other activation is taken to keep its input.
-    "relu": "output",
-    "tanh": "output",
-    "sigmoid": "output",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,27 +229,27 @@ def layer(
     x, hidden = _input(shape, setup, grad=grad), shape.hidden_size
     if shape.block == "parallel":
         attended = p.dropout(_attention(p, p.norm(x, hidden), setup.eager), shape.dropout)
-        mlp = p.dropout(_mlp(p, p.norm(x, hidden)), shape.dropout)
-        p.add(x, p.add(attended, mlp))
+        branch = p.dropout(mlp(p, p.norm(x, hidden)), shape.dropout)
+        p.add(x, p.add(attended, branch))
     elif shape.block == "shared":
         normal = p.norm(x, hidden)
         attended = p.dropout(_attention(p, normal, setup.eager), shape.dropout)
-        p.add(x, p.add(attended, p.dropout(_mlp(p, normal), shape.dropout)))
+        p.add(x, p.add(attended, p.dropout(mlp(p, normal), shape.dropout)))
     elif shape.block == "sandwich":
         x = p.add(x, p.norm(_attention(p, p.norm(x, hidden), setup.eager), hidden))
-        p.add(x, p.norm(_mlp(p, p.norm(x, hidden)), hidden))
+        p.add(x, p.norm(mlp(p, p.norm(x, hidden)), hidden))
     elif shape.block == "branch":
         x = p.add(x, p.norm(_attention(p, x, setup.eager), hidden))
-        p.add(x, p.norm(_mlp(p, x), hidden))
+        p.add(x, p.norm(mlp(p, x), hidden))
     elif shape.block == "post":
         attended = p.dropout(_attention(p, x, setup.eager), shape.dropout)
         x = p.norm(p.add(x, attended), hidden)
-        p.norm(p.add(x, p.dropout(_mlp(p, x), shape.dropout)), hidden)
+        p.norm(p.add(x, p.dropout(mlp(p, x), shape.dropout)), hidden)
     else:
         attended = p.dropout(_attention(p, p.norm(x, hidden), setup.eager), shape.dropout)
         x = p.add(x, attended)
-        branch = mixture_of_experts if mixture else _mlp
-        p.add(x, p.dropout(branch(p, p.norm(x, hidden)), shape.dropout))
+        run = mixture_of_experts if mixture else mlp
+        p.add(x, p.dropout(run(p, p.norm(x, hidden)), shape.dropout))
         if shape.model_type == "gpt2":  # a variable of its own
             p.hold(attended)
     return Operations(p.operations)
@@ -289,44 +283,6 @@ def _program(
 
 def _input(shape: ModelShape, setup: Setup, *, grad: bool) -> Tensor:
     return Tensor("input", Size(shape.hidden_size * setup.itemsize), grad)
-
-
-def _mlp(p: Program, x: Tensor) -> Tensor:
-    if not p.mlp_share:
-        return _whole_mlp(p, x)
-    inside = replace(p, operations=list(p.operations))
-    out = _whole_mlp(inside, x)
-    return p.sliced(inside.operations[len(p.operations) :], x, out, p.mlp_share)
-
-
-def _whole_mlp(p: Program, x: Tensor) -> Tensor:
-    linears = [linear for linear in p.shape.linears if linear.part == "mlp"]
-    keeps = ACTIVATIONS.get(p.shape.activation, "input")
-    if not p.shape.gated:
-        into, down = linears
-        inner = _activation(p, p.linear(into, x), keeps)
-    elif len(linears) == 2:  # gate and up are views of one product
-        into, down = linears
-        both = p.linear(into, x)
-        active = p.apply(p.shape.activation, both, keeps=keeps, share=0.5)
-        inner = p.multiply(active, both)
-    else:
-        gate, up, down = linears
-        active = _activation(p, p.linear(gate, x), keeps)
-        inner = p.multiply(active, p.linear(up, x))
-    out = p.linear(down, inner)
-    p.hold(x)
-    return out
-
-
-def _activation(p: Program, x: Tensor, keeps: str) -> Tensor:
-    if p.shape.activation not in ("gelu_new", "gelu_fast"):
-        return p.apply(p.shape.activation, x, keeps=keeps)
-    # Written out in Python: x, 0.5 x, tanh(...) and 1 + tanh(...) are kept.
-    parts = tuple(Tensor(f"{p.name()} {part}", x.size) for part in ("half", "tanh", "plus"))
-    kept = (x, *parts) if x.grad else ()
-    packs = "before" if kept else ""
-    return p.emit("gelu_new", (x,), x.size, saves=kept, packs=packs, passes=(8.0, 12.0))
 
 
 def _attention(p: Program, x: Tensor, force_eager: bool) -> Tensor:

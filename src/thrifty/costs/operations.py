@@ -140,6 +140,11 @@ class Adapter:
             )
 
     @property
+    def merged(self) -> bool:
+        """Whether a run leaves it within the weights of a whole model."""
+        return FORMS[self.form].merged
+
+    @property
     def saved(self) -> Adapter:
         """As it is left for others: what the weights gave up has its own rank beside it."""
         return replace(self, rank=2 * self.rank, start="") if self.start == "pissa" else self
@@ -153,9 +158,13 @@ class Adapter:
         """Of the linears that it is put on."""
         if self.targets is not None:
             return self.targets
+        if self.form == "bottleneck":
+            return shape.last_of_the_mlp
         return shape.ia3_targets if self.form == "ia3" else shape.lora_targets
 
     def adapts(self, shape: ModelShape, linear: LinearShape) -> bool:
+        if self.form == "bottleneck" and linear.part != "mlp":  # of the same name, in attention
+            return False
         return linear.name in self.names(shape)
 
     def check(self, shape: ModelShape) -> None:

@@ -118,6 +118,6 @@ def _trained(
 def _of_adapter(shape: ModelShape, adapter: Adapter) -> Trained:
     form, matrices, elements = FORMS[adapter.form], Counter[tuple[int, int]](), 0
     for linear in adapter.linears(shape):
-        matrices.update(form.matrices(linear, adapter.rank))
+        matrices.update(form.matrices(shape, linear, adapter.rank))
         elements += form.vector(shape, linear, adapter.rank)
     return Trained(matrices, Counter(), elements)

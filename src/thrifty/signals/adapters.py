@@ -101,5 +101,5 @@ def sharing_copy(model: Any) -> Any:
 
 def adapter_weights(model: Any) -> list[Any]:
     """Of the adapters on ``model``, in its order."""
-    found = model.named_parameters()
-    return [weight for name, weight in found if ".lora_" in name or ".ia3_" in name]
+    marks = (".lora_", ".ia3_", ".bottleneck.")
+    return [w for name, w in model.named_parameters() if any(mark in name for mark in marks)]

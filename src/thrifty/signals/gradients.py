@@ -81,7 +81,7 @@ def norms_flops(shape: ModelShape, num_layers: int, length: int) -> float:
         matrices.append((linear.in_features, linear.out_features))
         worn = shape.adapter
         if worn is not None and worn.adapts(shape, linear):
-            matrices += FORMS[worn.unfrozen.form].matrices(linear, worn.rank)
+            matrices += FORMS[worn.unfrozen.form].matrices(shape, linear, worn.rank)
     return sum(2.0 * length * min(length * (m + n), m * n) for m, n in matrices)
 
 

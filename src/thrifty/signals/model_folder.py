@@ -14,6 +14,8 @@ from typing import Any
 
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
+TRAINED = "trained.safetensors"
+"""In a checkpoint: what was trained alone, where no stock library puts it on a model."""
 _READ = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken", "chat_templates/*")
 """What is read of a folder."""
 MOST_BYTES = {"config.json": 16 << 20, "tokenizer_config.json": 64 << 20, INDEX: 64 << 20}

@@ -141,6 +141,8 @@ TIGHT = (
     "mezo",
     "addax lomo",
     "addax recompute chunked lomo",
+    "adapters",
+    "adapters nf4 selective chunked",
     "lora nf4 selective chunked",
     "badam",
     "badam recompute chunked adam_mini",

@@ -49,6 +49,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "q_galore": {"rank": 16},
     "badam": {"switch_steps": 20},
     "adalora": {"last_cut": 150},
+    "adapters": {"rank": 32},
     "addax": {"short": 96},
 }
 """The model is 64 wide, where the usual ranks would save nothing, the run is short, and a third of

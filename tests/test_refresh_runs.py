@@ -13,13 +13,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests import runs
 from tests.test_ranks_run import as_ranks
-from thrifty import checkpoints, pipeline
+from thrifty import checkpoints, pipeline, refreshes
 from thrifty.budget_callback import BudgetCallback
+from thrifty.core.arrays import load_arrays
 from thrifty.core.budget import Budget
 from thrifty.core.marginal import replay
 from thrifty.interruption import Interrupted
 from thrifty.memory_plan import Techniques
 from thrifty.planner import NoPlanFits
+from thrifty.priors import Priors
 from thrifty.refresh import CHOSEN_ANEW, DECISION, WIDTH
 from thrifty.run_folder import RunFolder
 
@@ -154,6 +156,41 @@ def _probes(folder):
     """Steps of all looks at the probe, lost ones too."""
     charges = runs.ledger(folder).charges()
     return [charge["step_from"] for charge in charges if charge["activity"] == "probe"]
+
+
+@pytest.mark.long
+def test_a_scorer_that_is_worth_more_takes_over_and_a_run_that_goes_on_keeps_it(
+    tiny_model, tiny_data, tmp_path, monkeypatch
+):
+    """By its own probe and its own short-list; from there on the probes are its own."""
+    known = Priors({"grad_cosine": {"mean": 1.2, "stderr": 0.01}, "el2n": {"mean": 9, "stderr": 1}})
+    monkeypatch.setattr(refreshes, "load_priors", lambda: known)
+    settings = {**ANEW, "selection.refresh.others": ("el2n",), "selection.refresh.times": 3}
+    settings |= {"selection.refresh.when": "governed", "selection.refresh.probe_share": 1.0}
+    settings |= {"training.max_steps": 400, "training.eval_steps": 25, "training.save_steps": 25}
+    settings |= {"training.cooldown_steps": 40, "selection.refresh.probe_rows": 8}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        runs.planned(folder, tiny_model, tiny_data, fixed=settings, budget=Budget(flops=2e11))
+    runs.finish(whole)
+    took = [
+        d["step"]
+        for d in runs.ledger(whole).decisions()
+        if d["name"] == DECISION and d["chosen"] == "choose rows anew by el2n"
+    ]
+    assert len(took) == 1
+    after = [detail for step, detail in _refreshes(whole) if step >= took[0]]
+    files = sorted((whole / "refreshes").glob("*.npz"))
+    assert len(files) >= len(after) > 0
+    assert {str(load_arrays(file)["looking"]) for file in files[-len(after) :]} == {"el2n"}
+    with monkeypatch.context() as patch:
+        runs.interrupt_at(patch, took[0] + 5)
+        with pytest.raises(Interrupted):
+            runs.finish(cut)
+    runs.finish(cut)
+    assert _refreshes(cut) == _refreshes(whole)
+    one, other = (runs.weights(folder / "model") for folder in (whole, cut))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.long

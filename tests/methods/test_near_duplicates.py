@@ -1,9 +1,10 @@
-"""Near duplicates against all pairs, and against datasketch."""
+"""Near duplicates against all pairs and datasketch, semantic ones and k-means against faiss."""
 
 from __future__ import annotations
 
 import random
 
+import faiss
 import numpy as np
 import pytest
 from datasketch import MinHash, MinHashLSH
@@ -11,7 +12,7 @@ from datasketch import MinHash, MinHashLSH
 from tests.methods.test_pickers import Vectors
 from thrifty.core.contracts import Candidates, Held
 from thrifty.core.resolve import resolve
-from thrifty.signals.clusters import connected
+from thrifty.signals.clusters import connected, k_means
 from thrifty.signals.minhash import banding, near_pairs, shingles
 
 WORDS = [f"w{k}" for k in range(400)]
@@ -114,3 +115,53 @@ def test_of_semantic_duplicates_the_best_scored_survives():
     rows = candidates(["a"] * 5, [1, 2, 3, 4, 5], vectors)
     dropped = resolve("filter", {"semantic_duplicates": {"clusters": 1}}).drop(rows, Held({}))
     assert dropped == {0: "semantic duplicate of row 1", 2: "semantic duplicate of row 4"}
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    """3,000 unit vectors around 40 centres, some of them almost the same."""
+    random = np.random.default_rng(0)
+    centres = random.normal(size=(40, 32))
+    found = centres[random.integers(40, size=3000)] + 0.3 * random.normal(size=(3000, 32))
+    found[1000:1200] = found[:200] + 0.02 * random.normal(size=(200, 32))
+    return (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_faiss_finds_the_same_semantic_duplicates(vectors):
+    """Of one cluster: all pairs by ``range_search``, and of each group the best-scored is left."""
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
+    limits, _, places = index.range_search(vectors, 0.98)
+    pairs = np.stack(
+        [np.repeat(np.arange(len(vectors)), np.diff(limits.astype(np.int64))), places], axis=1
+    )
+    group = connected(pairs.astype(np.int64), len(vectors))
+    scores = np.random.default_rng(1).permutation(len(vectors)).astype(np.float32)
+    best = {each: np.flatnonzero(group == each)[scores[group == each].argmax()] for each in group}
+    rows = candidates(["a"] * len(vectors), scores, vectors)
+    spec = {"semantic_duplicates": {"clusters": 1, "epsilon": 0.02}}
+    dropped = resolve("filter", spec).drop(rows, Held({}))
+    assert 100 < len(dropped) < 400
+    assert set(range(len(vectors))) - set(dropped) == {int(row) for row in best.values()}
+
+
+@pytest.mark.parametrize("count", [10, 40])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_k_means_is_no_worse_than_that_of_faiss(vectors, count, dtype):
+    """By the squared distances to the means, of which k-means++ begins nearer to the least."""
+
+    def spread(own):
+        groups = [vectors[own == each] for each in range(count)]
+        return sum(float(((group - group.mean(0)) ** 2).sum()) for group in groups if len(group))
+
+    theirs = faiss.Kmeans(vectors.shape[1], count, niter=20, seed=1)
+    theirs.train(vectors)
+    _, own = theirs.index.search(vectors, 1)
+    assert spread(k_means(vectors.astype(dtype), count, 0)) < 1.02 * spread(own[:, 0])
+
+
+def test_k_means_of_equal_vectors_is_one_cluster():
+    same = np.full((300, 8), 0.1, dtype=np.float32)
+    assert k_means(same, 5, 0).max() == 0
+    same[7] += 1.0
+    assert sorted(np.bincount(k_means(same, 5, 0))) == [1, 299]

@@ -26,44 +26,60 @@ def k_means(
     if count <= 1:
         return np.zeros(len(vectors), dtype=np.int64)
     rng = np.random.default_rng(seed)
-    sample = np.asarray(vectors, dtype=np.float64)
+    sample = np.asarray(vectors, dtype=_precision(vectors))
     if len(vectors) > _FITTED_A_CLUSTER * count:
         places = rng.choice(len(vectors), _FITTED_A_CLUSTER * count, replace=False)
         sample = sample[np.sort(places)]
     means = _starts(sample, count, rng)
     for _ in range(iterations):
-        own = nearest(sample, means)
-        sums = np.zeros_like(means)
-        np.add.at(sums, own, sample)
-        sizes = np.bincount(own, minlength=len(means))[:, None]
-        moved = np.where(sizes > 0, sums / np.maximum(sizes, 1), means)
+        sums, sizes = _sums(sample, nearest(sample, means), len(means))
+        moved = np.where(sizes > 0, sums / np.maximum(sizes, 1), means).astype(sample.dtype)
         if np.array_equal(moved, means):
             break
         means = moved
     return nearest(vectors, means)
 
 
+def _sums(
+    vectors: NDArray[np.floating], own: NDArray[np.int64], count: int
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """[count, width] of the vectors of each cluster, and [count, 1] how many they are."""
+    from scipy.sparse import csr_array
+
+    members = (np.ones(len(own)), (own, np.arange(len(own))))
+    sums = csr_array(members, shape=(count, len(own))) @ vectors.astype(np.float64)
+    return sums, np.bincount(own, minlength=count)[:, None]
+
+
+def _precision(vectors: NDArray[np.floating]) -> type[np.floating]:
+    """In which products are made: float32, of what is no wider."""
+    return np.float64 if vectors.dtype == np.float64 else np.float32
+
+
 def _starts(
-    sample: NDArray[np.float64], count: int, rng: np.random.Generator
-) -> NDArray[np.float64]:
+    sample: NDArray[np.floating], count: int, rng: np.random.Generator
+) -> NDArray[np.floating]:
     """k-means++: each start with probability as its squared distance from those before it; fewer
     where there are fewer different vectors."""
-    means = [sample[rng.integers(len(sample))]]
+    squares = np.einsum("nd,nd->n", sample, sample, dtype=np.float64)
+    noise = 1e-6 * squares.max() if sample.dtype == np.float32 else 0.0
+    means = [place := int(rng.integers(len(sample)))]
     distance = np.full(len(sample), np.inf)
     while len(means) < count:
-        distance = np.minimum(distance, ((sample - means[-1]) ** 2).sum(1))
+        apart = squares + squares[place] - 2.0 * (sample @ sample[place])
+        distance = np.minimum(distance, np.where(apart > noise, apart, 0.0))
         if not distance.sum() > 0:
             break
-        means.append(sample[rng.choice(len(sample), p=distance / distance.sum())])
-    return np.stack(means)
+        means.append(place := int(rng.choice(len(sample), p=distance / distance.sum())))
+    return sample[means]
 
 
 def nearest(vectors: NDArray[np.floating], means: NDArray[np.floating]) -> NDArray[np.int64]:
-    """[n] place of the nearest of ``means`` to each vector, a chunk at a time."""
+    """[n] place of the nearest of ``means`` to each vector, a chunk at a time, in their dtype."""
     found = np.empty(len(vectors), dtype=np.int64)
     squares = (means**2).sum(1)
     for start in range(0, len(vectors), _CHUNK):
-        chunk = np.asarray(vectors[start : start + _CHUNK], dtype=np.float64)
+        chunk = np.asarray(vectors[start : start + _CHUNK], dtype=means.dtype)
         found[start : start + len(chunk)] = (squares - 2 * chunk @ means.T).argmin(1)
     return found
 

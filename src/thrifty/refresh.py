@@ -106,6 +106,7 @@ class Refresher:
         self._looking = next(iter(self._all_looks))
         """Whose looks are gone by."""
         self._num_evaluations, self._folder = num_evaluations, folder
+        self._run_flops = run_flops
         self._choices = [first]
         self._raw = Scale.of(candidates.scores)
         self._beliefs = Beliefs(self._raw.standard(candidates.scores))
@@ -176,13 +177,14 @@ class Refresher:
     def consider(self, step: int, running: Running, outlook: Outlook) -> NDArray[np.int64] | None:
         """The rows to train on from now on, by id and in order; None: as before."""
         if step == 0:
-            if self.settings.when != "governed":  # which waits for a forecast
+            # The governed form waits for a forecast.
+            if self.settings.when != "governed" and running.allows(self._until_the_first_choice):
                 self._see_at_first(running, outlook)
             return None
         if not self._is_due(step) or len(self._choices) > self.settings.times:
             return None
         if self.settings.when != "governed":
-            if not running.allows(self._both):
+            if self._probe_then is None or not running.allows(self._both):
                 return None
             look = self._looks.probe(running)
             moved = drift(self._seen_then, look.scores)
@@ -271,17 +273,27 @@ class Refresher:
         self._save()
 
     def _is_due(self, step: int) -> bool:
-        settings, number = self.settings, step // self._eval_steps
-        last = self._num_evaluations - 1
-        if settings.when == "fixed":
-            times = settings.times
-            return number in {round(k * (last + 1) / (times + 1)) for k in range(1, times + 1)}
-        if settings.when == "random":
-            random = np.random.default_rng([settings.seed, 1])
-            return number in 1 + random.choice(
-                max(last, 1), min(settings.times, max(last, 1)), replace=False
-            )
-        return number - self._chosen_at // self._eval_steps >= settings.dwell
+        number = step // self._eval_steps
+        if self.settings.when != "governed":
+            return number in self._due
+        return number - self._chosen_at // self._eval_steps >= self.settings.dwell
+
+    @property
+    def _due(self) -> set[int]:
+        """Numbers of the evaluations at which ``fixed`` and ``random`` choose."""
+        times, last = self.settings.times, self._num_evaluations - 1
+        if self.settings.when == "fixed":
+            return {round(k * (last + 1) / (times + 1)) for k in range(1, times + 1)}
+        random = np.random.default_rng([self.settings.seed, 1])
+        drawn = random.choice(max(last, 1), min(times, max(last, 1)), replace=False)
+        return {1 + int(number) for number in drawn}
+
+    @property
+    def _until_the_first_choice(self) -> Cost:
+        """Of ``fixed`` and ``random``, the first look and their first choice included: those that
+        cannot pay for that need not look."""
+        share = min(self._due) / self._num_evaluations
+        return self._both + self._looks.probe_cost + Cost(flops=share * self._run_flops)
 
     @property
     def _both(self) -> Cost:

@@ -6,33 +6,56 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from thrifty import checkpoints
 from thrifty.core import sums
 from thrifty.core.durable import make_folder, replace_folder
+from thrifty.signals.model_folder import ADAPTER
 
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md")
 _NOT_MODEL = ("trainer_state.json", checkpoints.MANIFEST)
+_OF_ADAPTER = (ADAPTER, "adapter_model.safetensors", "README.md")
 _NOTE = "thrifty.json"
 
 
-def publish(checkpoint: Path, folder: Path, *, mark: str, step: int) -> None:
-    """Copy the model's own files of ``checkpoint``, which is of ``step``, to ``folder``."""
+def publish(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    mark: str,
+    step: int,
+    merge: Callable[[Path, Path], None] | None = None,
+) -> None:
+    """Copy the model's own files of ``checkpoint``, which is of ``step``, to ``folder``. ``merge``:
+    an adapter is not left as it is, but this leaves, of its folder, all weights in another."""
     if (checkpoint / checkpoints.FOR_OTHERS).is_dir():
         checkpoint /= checkpoints.FOR_OTHERS
     draft = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(draft, ignore_errors=True)
     make_folder(folder.parent)
     draft.mkdir()
+    merges = merge is not None and (checkpoint / ADAPTER).is_file()
+    left = (*_NOT_MODEL, *(_OF_ADAPTER if merges else ()))
     for pattern in _MODEL_FILES:
         for file in checkpoint.glob(pattern):
-            if file.name not in _NOT_MODEL:
+            if file.name not in left:
                 shutil.copy2(file, draft / file.name)
+    if merge is not None and merges:
+        merge(checkpoint, draft)
     note = json.dumps({"settings": mark, "step": step})
     (draft / _NOTE).write_text(note, encoding="utf-8")
     sums.note_all(draft)
     replace_folder(draft, folder)
+
+
+def is_of(folder: Path, mark: str) -> bool:
+    """Whether ``folder`` holds, whole, what was published with ``mark``."""
+    note = folder / _NOTE
+    if not note.is_file() or list(sums.faults(folder)):
+        return False
+    return bool(json.loads(note.read_text(encoding="utf-8"))["settings"] == mark)
 
 
 def is_done(model: Path, mark: str) -> bool:

@@ -531,6 +531,9 @@ class Trainable(MemoryTechnique):
 
     learning_rate: ClassVar[float] = 1.0
     """The usual one, in that of training all weights."""
+    switches: ClassVar[bool] = False
+    """Whether a run may go over to it, or from it, on the way: it begins as the model is, whatever
+    that was trained by, and what it leaves merges into the model's weights."""
 
     def prepare(self, model: Any, shape: ModelShape, seed: int) -> Any:
         """The model to train: ``model`` itself or what is wrapped around it, what is to be trained
@@ -569,6 +572,9 @@ class Trainable(MemoryTechnique):
 
 class WeightStorage(MemoryTechnique):
     """How the weights lie in memory."""
+
+    merges: ClassVar[bool] = False
+    """Whether an adapter can be merged into them, to within their own rounding."""
 
     @abstractmethod
     def load(self, folder: Path, device: str) -> Any:

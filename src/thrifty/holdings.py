@@ -1,0 +1,65 @@
+"""The ways to hold the steps of a run, priced, and who goes over from one to another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from thrifty.core.budget import Cost
+from thrifty.core.plan import Plan, Training
+from thrifty.core.plan_switch import others_trained
+from thrifty.costs.flops import dearest_step_flops, step_flops
+from thrifty.held import worths_of
+from thrifty.memory_plan import Techniques
+from thrifty.memory_switch import Holding, MemorySwitch
+from thrifty.open_run import Work
+from thrifty.predictions import setting_of
+from thrifty.priors import load_priors
+from thrifty.training_phase import turning_cost
+
+
+def memory_switch_of(work: Work, plan: Plan) -> MemorySwitch | None:
+    """None: the steps are held as planned."""
+    if plan.training.switch.when == "never":
+        return None
+    limit = plan.budget.memory_bytes or work.device.memory_bytes
+    return MemorySwitch(partial(_holding, work, plan), plan.training, limit)
+
+
+def _holding(work: Work, plan: Plan, settings: Training) -> Holding:
+    """A way to hold the plan's steps. Raises ValueError where techniques refuse one another."""
+    plan = replace(plan, training=settings)
+    costs, techniques = work.predicted(plan), Techniques.of(settings.memory)
+    return Holding(
+        training=settings,
+        setting=setting_of(settings, work.shape, work.device),
+        step=costs.step,
+        dearest=dearest_step(work, plan, costs.step),
+        evaluation=costs.evaluation,
+        checkpoint=costs.checkpoint,
+        shape=work.yardstick(plan).shape,
+        worths=tuple(worths_of(techniques.in_order, load_priors())),
+        cycle_steps=techniques.trained.cycle_steps(work.shape),
+    )
+
+
+def last_merge(work: Work, switch: MemorySwitch | None) -> Cost:
+    """Of merging the adapter that a run may end with: on weights of its own, which nobody has."""
+    if switch is None or not others_trained(switch.plan):
+        return Cost()
+    ends = [setting_of(way, work.shape, work.device) for way in switch.ways()]
+    load = work.predicted(work.plan).load
+    costs = [turning_cost(work.shape, each, load) for each in ends if each.adapter is not None]
+    return max(costs, key=lambda cost: cost.flops, default=Cost())
+
+
+def dearest_step(work: Work, plan: Plan, step: Cost) -> Cost:
+    """No step may take more: where what is trained changes, or how long its rows are, ``step`` is
+    their mean."""
+    setting = setting_of(plan.training, work.shape, work.device)
+    if plan.training.preference is not None:
+        times = plan.training.gradient_accumulation_steps
+        flops = dearest_step_flops(work.shape, setting) * times
+        return replace(step, flops=flops, tokens=float(setting.tokens * times))
+    dearer = dearest_step_flops(work.shape, setting) / step_flops(work.shape, setting)
+    return replace(step, flops=step.flops * dearer)

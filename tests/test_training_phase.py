@@ -1,0 +1,264 @@
+"""Runs that go over to training something else on the way."""
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from tests import runs
+from thrifty import checkpoints, stages, training_phase
+from thrifty.core.budget import Budget
+from thrifty.holding.merging import write_merged
+from thrifty.memory_plan import Techniques
+from thrifty.memory_switch import DECISION, MemorySwitch
+from thrifty.run_folder import RunFolder
+from thrifty.signals.models import load_model
+
+pytestmark = pytest.mark.xdist_group("training_phase")
+
+LORA = {"lora": {"rank": 4, "alpha": 8.0}}
+BADAM = {"badam": {"switch_steps": 3}}
+SETTINGS = {
+    "training.memory.trained": LORA,
+    "training.switch": {"when": "governed", "trained": [BADAM]},
+    "training.max_steps": 30,
+    "training.warmup_steps": 3,
+    "training.cooldown_steps": 4,
+    "training.eval_steps": 6,
+    "training.save_steps": 6,
+    "selection.scorer": "uniform",
+    "stopping": "plateau",
+}
+
+
+def forced(monkeypatch, turns):
+    """Have a run go over to each of ``turns``, step -> what is trained, whatever it brings."""
+
+    def consider(self, standing, stage):
+        name = turns.get(standing.step)
+        if name is None:
+            return None
+        ways = {holding.name.split()[0]: holding for holding in map(self.holding_of, self.ways())}
+        stage.decide(DECISION, ways[name].name, "as the test says", step=standing.step)
+        return ways[name]
+
+    monkeypatch.setattr(MemorySwitch, "consider", consider)
+
+
+def planned(folder, model, data, **changes):
+    fixed = {**SETTINGS, **changes}
+    return runs.planned(folder, model, data, fixed=fixed, budget=Budget(flops=2e10))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(40)[None]).logits
+
+
+TURNS = {6: "badam", 18: "lora"}
+
+
+@pytest.fixture(scope="module")
+def turned(tmp_path_factory, tiny_model, tiny_data):
+    """The folder, and what was said; no checkpoint of it is deleted."""
+    folder, said = tmp_path_factory.mktemp("turned") / "run", []
+    with pytest.MonkeyPatch.context() as patch:
+        forced(patch, TURNS)
+        patch.setattr(checkpoints, "KEPT", 100)
+        patch.setattr(training_phase, "retain", lambda folder: None)
+        planned(folder, tiny_model, tiny_data)
+        runs.finish(folder, said.append)
+    return folder, said
+
+
+@pytest.fixture(scope="module")
+def left(turned):
+    """Step -> checkpoint."""
+    return {each.step: each for each in checkpoints.committed(turned[0] / "checkpoints")}
+
+
+def test_what_a_checkpoint_trained_and_on_which_weights_it_says(left):
+    phases = {step: each.manifest["phase"] for step, each in left.items()}
+    assert {step: next(iter(phase["trained"])) for step, phase in phases.items()} == {
+        6: "lora", 12: "badam", 18: "badam", 24: "lora", 30: "lora",
+    }  # fmt: skip
+    assert [phases[step]["since"] for step in sorted(phases)] == [0, 6, 6, 18, 18]
+    assert [phases[step]["base"] for step in sorted(phases)] == ["", "", "", "base-18", "base-18"]
+
+
+def test_going_over_leaves_the_model_as_it_is(turned, left, tiny_model):
+    folder = turned[0] / "checkpoints"
+    plain = load_model(tiny_model, "float32", "cpu")
+    before = logits(PeftModel.from_pretrained(plain, str(left[6].path)))
+    after = logits(load_model(folder / "base-6", "float32", "cpu"))
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(after, logits(load_model(tiny_model, "float32", "cpu")), atol=1e-4)
+    # Back: the same weights, and an adapter that adds nothing yet.
+    blocks, whole = (runs.weights(each) for each in (left[18].path, folder / "base-18"))
+    assert all(torch.equal(blocks[name], whole[name]) for name in blocks)
+    plan = RunFolder(turned[0]).plan()
+    with stages.at_work(RunFolder(turned[0]), runs.silent) as work:
+        fresh = Techniques.of(plan.training.memory).build(folder / "base-18", work.shape, "cpu", 0)
+    found, expected = logits(fresh), logits(load_model(left[18].path, "float32", "cpu"))
+    assert torch.equal(found, expected)
+
+
+def merged_by_hand(base, adapter, rank=4, alpha=8.0):
+    """W + alpha / rank B A in float64."""
+    found = {name: weight.double() for name, weight in runs.weights(base).items()}
+    parts = load_file(adapter / "adapter_model.safetensors")
+    for name in (each for each in parts if "lora_A" in each):
+        own = name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+        high = parts[name.replace("lora_A", "lora_B")].double()
+        found[own] = found[own] + alpha / rank * high @ parts[name].double()
+    return found
+
+
+def test_an_adapter_is_merged_as_by_hand(turned, left, tiny_model):
+    found = runs.weights(turned[0] / "checkpoints" / "base-6")
+    expected = merged_by_hand(tiny_model, left[6].path)
+    moved = 0
+    for name, weight in found.items():
+        torch.testing.assert_close(weight.double(), expected[name], rtol=1e-6, atol=1e-8)
+        moved += not torch.equal(weight, runs.weights(tiny_model)[name])
+    assert moved == 2 * 7
+
+
+def test_in_bfloat16_each_weight_is_rounded_once(left, tiny_model, tmp_path):
+    def load(folder, device):
+        return load_model(folder, "bfloat16", device)
+
+    write_merged(load, tiny_model, left[6].path, tmp_path)
+    base = tmp_path / "base"
+    load(tiny_model, "cpu").save_pretrained(base)
+    expected = merged_by_hand(base, left[6].path)
+    for name, weight in runs.weights(tmp_path).items():
+        assert weight.dtype == torch.bfloat16
+        # Where the sum in float32 lies between two of bfloat16 it may go to the other.
+        torch.testing.assert_close(weight.double(), expected[name], rtol=2**-8, atol=1e-6)
+        same = (weight == expected[name].bfloat16()).float().mean()
+        assert same > 0.99
+
+
+def test_the_model_that_is_left_is_whole(turned, left, tiny_model):
+    """Of the last phase, an adapter's, merged into weights that nobody else has."""
+    model = turned[0] / "model"
+    assert not (model / "adapter_config.json").exists()
+    plain = load_model(turned[0] / "checkpoints" / "base-18", "float32", "cpu")
+    expected = logits(PeftModel.from_pretrained(plain, str(left[30].path)))
+    found = logits(load_model(model, "float32", "cpu"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert any("merged into the weights of step 18" in line for line in turned[1])
+
+
+def test_going_over_is_charged_and_said(turned, tiny_model):
+    charges = runs.ledger(turned[0]).charges()
+    found = [(c["activity"], c["step_from"], c["flops"]) for c in charges if c["activity"] in
+             ("switch", "merge")]  # fmt: skip
+    weights = runs.weights(tiny_model)
+    matrices = [w for name, w in weights.items() if name.endswith("proj.weight")]
+    flops = sum((2 * 4 + 2) * weight.numel() for weight in matrices)
+    assert found == [("switch", 6, flops), ("switch", 18, 0.0), ("merge", 30, flops)]
+    assert all(c["seconds"] > 0 for c in charges if c["activity"] == "switch")
+    told = [line for line in turned[1] if "begin anew" in line]
+    assert "from 0.003 to 0.0003" in told[0]
+    assert "from 0.0003 to 0.003" in told[1]
+    assert "warmed up over 3 steps" in told[0]
+
+
+def test_steps_are_charged_as_what_is_trained_takes(turned):
+    plan = RunFolder(turned[0]).plan()
+    with stages.at_work(RunFolder(turned[0]), runs.silent) as work:
+        switch = stages.memory_switch_of(work, plan)
+        ways = [switch.holding_of(training) for training in switch.ways()]
+    assert [way.name for way in ways] == ["lora 4x1 keep", "badam 4x1 keep"]
+    charges = [c for c in runs.ledger(turned[0]).charges() if c["activity"] == "train"]
+    taken = {
+        name: sum(c["flops"] for c in charges if first <= c["step_from"] < last) / (last - first)
+        for name, first, last in (("lora", 0, 6), ("badam", 6, 18), ("again", 18, 30))
+    }
+    assert taken["lora"] == taken["again"] == pytest.approx(ways[0].step.flops)
+    # Twelve steps are two rounds of two blocks.
+    assert taken["badam"] == pytest.approx(ways[1].step.flops)
+
+
+def rates(folder, step):
+    saved = torch.load(folder / f"checkpoint-{step}" / "scheduler.pt", weights_only=True)
+    return {round(rate, 12) for rate in saved["_last_lr"]}
+
+
+def test_the_learning_rate_is_that_of_what_is_trained(turned):
+    folder = turned[0] / "checkpoints"
+    assert rates(folder, 6) == {3e-3}
+    assert rates(folder, 12) == rates(folder, 18) == {3e-4}
+    assert rates(folder, 24) == {3e-3}
+
+
+def kill_within(patch, owner, name, which=1):
+    """The process is killed in the midst of that call: as it has done what it does, before anyone
+    knows."""
+    plain, calls = getattr(owner, name), []
+
+    def killed(*args, **kwargs):
+        calls.append(name)
+        found = plain(*args, **kwargs)
+        if len(calls) == which:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    patch.setattr(owner, name, killed)
+
+
+def kill_before_saving(patch, step):
+    """A checkpoint of that step is written and never committed."""
+    plain = checkpoints.commit
+
+    def killed(folder, details):
+        if details["step"] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        plain(folder, details)
+
+    patch.setattr(checkpoints, "commit", killed)
+
+
+KILLS = {
+    "before": lambda patch: runs.kill_at(patch, 3),
+    "decided, not saved": lambda patch: kill_before_saving(patch, 6),
+    "weights being made": lambda patch: kill_within(patch, training_phase, "write_merged"),
+    "weights made": lambda patch: kill_within(patch, training_phase, "weights_sha256"),
+    "blocks, not saved": lambda patch: runs.kill_at(patch, 8),
+    "blocks, saved": lambda patch: runs.kill_at(patch, 14),
+    "weights copied": lambda patch: kill_within(patch, training_phase, "weights_sha256", 2),
+    "adapter, not saved": lambda patch: runs.kill_at(patch, 20),
+    "adapter, saved": lambda patch: runs.kill_at(patch, 26),
+    "model being merged": lambda patch: kill_within(patch, training_phase, "write_merged", 2),
+}
+QUICK = {"weights being made", "blocks, not saved", "adapter, saved"}
+
+
+@pytest.mark.parametrize(
+    "when",
+    [pytest.param(w, marks=[] if w in QUICK else pytest.mark.slow, id=w) for w in KILLS],
+)
+def test_a_killed_run_leaves_the_same_weights(
+    when, turned, tiny_model, tiny_data, tmp_path, monkeypatch
+):
+    folder = tmp_path / "run"
+    forced(monkeypatch, TURNS)
+    planned(folder, tiny_model, tiny_data)
+    with monkeypatch.context() as patch:
+        KILLS[when](patch)
+        process = multiprocessing.get_context("fork").Process(target=runs.finish, args=(folder,))
+        process.start()
+        process.join(150)
+    assert process.exitcode == -signal.SIGKILL
+    runs.finish(folder)
+    whole, resumed = (runs.weights(each / "model") for each in (turned[0], folder))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    kept = {each.name for each in (folder / "checkpoints").glob("[!.]*")}
+    assert kept - {"torn-checkpoint-6"} == {"base-18", "checkpoint-24", "checkpoint-30"}
+    assert runs.ledger(folder).faults() == []

@@ -1,5 +1,6 @@
 """Runs that go over to training something else on the way."""
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -10,11 +11,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from tests import runs
-from thrifty import checkpoints, stages, training_phase
+from thrifty import checkpoints, stages, training_phase, verify_command
 from thrifty.core.budget import Budget
+from thrifty.core.marginal import replay
 from thrifty.holding.merging import write_merged
+from thrifty.interruption import Interrupted
 from thrifty.memory_plan import Techniques
-from thrifty.memory_switch import DECISION, MemorySwitch
+from thrifty.memory_switch import DECISION, STAY, MemorySwitch
+from thrifty.refresh import CHOSEN_ANEW
 from thrifty.run_folder import RunFolder
 from thrifty.signals.models import load_model
 
@@ -237,7 +241,7 @@ KILLS = {
     "adapter, saved": lambda patch: runs.kill_at(patch, 26),
     "model being merged": lambda patch: kill_within(patch, training_phase, "write_merged", 2),
 }
-QUICK = {"weights being made", "blocks, not saved", "adapter, saved"}
+QUICK = {"weights being made"}
 
 
 @pytest.mark.parametrize(
@@ -262,3 +266,133 @@ def test_a_killed_run_leaves_the_same_weights(
     kept = {each.name for each in (folder / "checkpoints").glob("[!.]*")}
     assert kept - {"torn-checkpoint-6"} == {"base-18", "checkpoint-24", "checkpoint-30"}
     assert runs.ledger(folder).faults() == []
+
+
+@pytest.mark.long
+def test_what_a_run_goes_over_to_is_weighed(tiny_model, tiny_data, tmp_path, monkeypatch):
+    """Where its user knows that tokens in blocks are worth more; tested, verified, replayed."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    worths = "worth: {lora: {mean: 0.6, stderr: 0.01}, badam: {mean: 0.9, stderr: 0.01}}"
+    (cache / "priors.yaml").write_text(worths, encoding="utf-8")
+    monkeypatch.setenv("THRIFTY_CACHE", str(cache))
+    folder = tmp_path / "run"
+    by_rule = ("training.max_steps", "training.warmup_steps", "training.cooldown_steps")
+    fixed = {key: value for key, value in SETTINGS.items() if key not in by_rule}
+    plan = runs.planned(folder, tiny_model, tiny_data, fixed=fixed, budget=Budget(flops=4e9))
+    # Steps may come to take fewer FLOPs, and the schedule has some for what that saves.
+    assert plan.why["training.max_steps"].startswith(f"{plan.training.max_steps}: a cap")
+    with stages.at_work(RunFolder(folder), runs.silent) as work:
+        stages.select(work, work.main)
+        stages.train(work, work.main)
+        stages.test(work, work.main)
+        twice = 2 * dataclasses.replace(work.yardstick(work.plan), shape=work.shape).flops(
+            work.rows("test")
+        )
+    ledger = runs.ledger(folder)
+    taken = [d for d in ledger.decisions() if d["name"] == DECISION and d["chosen"] != STAY]
+    assert taken[0]["chosen"] == "badam 4x1 keep"
+    assert 1 <= len(taken) <= 2
+    for decision in taken:
+        assert replay(decision["choice"]).chosen == decision["chosen"]
+    assert "the optimizer's states begin anew" in taken[0]["reason"]
+    assert ledger.spent().flops <= plan.budget.flops
+    # What is left is whole, and is tested as that.
+    assert ledger.spent(stage="test").flops == twice
+    assert all(part.is_well for part in verify_command.parts_of(RunFolder(folder)))
+
+
+OTHERS = {
+    "hift": {"training.switch": {"when": "governed", "trained": ["hift"]}},
+    "lisa": {
+        "training.switch": {
+            "when": "governed",
+            "trained": [{"lisa": {"layers": 1, "switch_steps": 3}}],
+        }
+    },
+    "full": {"training.switch": {"when": "governed", "trained": ["full"]}},
+    "rslora": {"training.switch": {"when": "governed", "trained": ["rslora"]}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_a_run_goes_over_and_back(name, weights, tiny_model, tiny_data, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    forced(monkeypatch, {6: name, 18: "lora"})
+    planned(folder, tiny_model, tiny_data, **OTHERS[name], **{"training.memory.weights": weights})
+    runs.finish(folder)
+    evaluations = runs.ledger(folder).evaluations()
+    assert evaluations[-1]["objective"] < evaluations[0]["objective"]
+    if weights == "float32":
+        assert "model.safetensors" in {each.name for each in (folder / "model").iterdir()}
+
+
+@pytest.mark.slow
+def test_rows_are_chosen_anew_beside(tiny_model, tiny_data, tmp_path, monkeypatch):
+    """By what a scorer sees in the forward; resumed within the second phase all the same."""
+    found = []
+    for cut in (None, 14):
+        folder = tmp_path / f"run-{cut}"
+        with monkeypatch.context() as patch:
+            forced(patch, TURNS)
+            anew = {"when": "fixed", "times": 2, "probe_rows": 32, "shortlist": 0.3}
+            changes = {f"selection.refresh.{key}": value for key, value in anew.items()}
+            changes |= {"selection.scorer": "perplexity", "selection.max_tokens": 1500}
+            planned(folder, tiny_model, tiny_data, **changes)
+            if cut is not None:
+                with patch.context() as interrupting:
+                    runs.interrupt_at(interrupting, cut)
+                    with pytest.raises(Interrupted):
+                        runs.finish(folder)
+            runs.finish(folder)
+        chosen = [d for d in runs.ledger(folder).decisions() if d["name"] == CHOSEN_ANEW]
+        assert len(chosen) == 2
+        found.append(runs.weights(folder / "model"))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.long
+def test_an_adapter_on_other_weights_is_refused(tiny_model, tiny_data, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    forced(monkeypatch, {6: "badam", 12: "lora"})
+    planned(folder, tiny_model, tiny_data)
+    with monkeypatch.context() as patch:
+        runs.interrupt_at(patch, 14)
+        with pytest.raises(Interrupted):
+            runs.finish(folder)
+    weights = folder / "checkpoints" / "base-12" / "model.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), None):
+        weights.unlink() if damaged is None else weights.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"base-12.*\nhint: put that folder back"):
+            runs.finish(folder)
+    weights.write_bytes(whole)
+    runs.finish(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training.switch": {"when": "governed", "trained": ["badam"]}}, "to come round once"),
+        (
+            {"training.switch": {"when": "governed", "trained": [{"lisa": {"layers": 9}}]}},
+            "a block of 9 layers is more than the model's 2",
+        ),
+        (
+            {
+                "training.memory.trained": "full",
+                "training.memory.states": "lomo",
+                "training.switch": {"when": "governed", "trained": [LORA]},
+            },
+            "an adapter's gradients are small",
+        ),
+    ],
+)
+def test_what_does_not_go_with_the_rest_is_refused_when_planning(
+    changes, message, tiny_model, tiny_data, tmp_path
+):
+    with pytest.raises(ValueError, match=rf"training\.switch\.trained: .*{message}"):
+        planned(tmp_path / "run", tiny_model, tiny_data, **changes)
+    assert not (tmp_path / "run").exists()

@@ -7,8 +7,10 @@ from functools import partial
 
 from thrifty.core.budget import Cost
 from thrifty.core.plan import Plan, Training
-from thrifty.core.plan_switch import others_trained
+from thrifty.core.plan_switch import others_trained, trained_as
+from thrifty.core.resolve import name_of
 from thrifty.costs.flops import dearest_step_flops, step_flops
+from thrifty.costs.setting import MemorySetting
 from thrifty.held import worths_of
 from thrifty.memory_plan import Techniques
 from thrifty.memory_switch import Holding, MemorySwitch
@@ -30,6 +32,7 @@ def _holding(work: Work, plan: Plan, settings: Training) -> Holding:
     """A way to hold the plan's steps. Raises ValueError where techniques refuse one another."""
     plan = replace(plan, training=settings)
     costs, techniques = work.predicted(plan), Techniques.of(settings.memory)
+    parts = techniques.in_order
     return Holding(
         training=settings,
         setting=setting_of(settings, work.shape, work.device),
@@ -38,19 +41,25 @@ def _holding(work: Work, plan: Plan, settings: Training) -> Holding:
         evaluation=costs.evaluation,
         checkpoint=costs.checkpoint,
         shape=work.yardstick(plan).shape,
-        worths=tuple(worths_of(techniques.in_order, load_priors())),
+        worths=tuple(zip(map(name_of, parts), worths_of(parts, load_priors()), strict=True)),
         cycle_steps=techniques.trained.cycle_steps(work.shape),
     )
 
 
-def last_merge(work: Work, switch: MemorySwitch | None) -> Cost:
+def settings_of_others(work: Work, training: Training) -> list[MemorySetting]:
+    """How the steps are held where something else is trained on the way."""
+    others = (trained_as(training, each) for each in others_trained(training))
+    return [setting_of(each, work.shape, work.device) for each in others]
+
+
+def last_merge(work: Work, plan: Plan) -> Cost:
     """Of merging the adapter that a run may end with: on weights of its own, which nobody has."""
-    if switch is None or not others_trained(switch.plan):
+    others = settings_of_others(work, plan.training)
+    if not others:
         return Cost()
-    ends = [setting_of(way, work.shape, work.device) for way in switch.ways()]
-    load = work.predicted(work.plan).load
-    costs = [turning_cost(work.shape, each, load) for each in ends if each.adapter is not None]
-    return max(costs, key=lambda cost: cost.flops, default=Cost())
+    ends = [setting_of(plan.training, work.shape, work.device), *others]
+    load = work.predicted(plan).load
+    return max((turning_cost(work.shape, each, load) for each in ends), key=lambda cost: cost.flops)
 
 
 def dearest_step(work: Work, plan: Plan, step: Cost) -> Cost:

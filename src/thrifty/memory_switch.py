@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from thrifty.core.budget import Cost
@@ -62,8 +63,8 @@ class Holding:
     checkpoint: Cost
     shape: ModelShape
     """Of the model as it is trained, an adapter on it included."""
-    worths: tuple[Worth, ...] = ()
-    """Of a token under each of its techniques."""
+    worths: tuple[tuple[str, Worth], ...] = ()
+    """Of each of its techniques the name, and what a token under it is worth."""
     cycle_steps: int = 1
     """After which all that it trains was trained."""
 
@@ -92,10 +93,19 @@ class Holding:
         """Of a token, in tokens under ``other``, and its standard error: what both have in common
         is no matter."""
         pairs = zip(self.worths, other.worths, strict=True)
-        differing = [(own, its) for own, its in pairs if own != its]
+        differing = [(own[1], its[1]) for own, its in pairs if own != its]
         ratio = math.prod(own.mean / its.mean for own, its in differing)
         errors = [each.stderr / each.mean for pair in differing for each in pair]
         return ratio, ratio * math.hypot(*errors)
+
+
+def _differing(one: Training, other: Training) -> int:
+    """In how many ways their steps are held otherwise."""
+    return (
+        (one.memory.trained != other.memory.trained)
+        + (one.per_device_train_batch_size != other.per_device_train_batch_size)
+        + (one.memory.activations != other.memory.activations)
+    )
 
 
 def held_as(training: Training, facts: dict[str, Any]) -> Training:
@@ -156,6 +166,7 @@ class MemorySwitch:
     """Times in a run."""
     measured: dict[str, Cost] = field(default_factory=dict)
     """Name -> a step and its peak, of the ways that were at work."""
+    _known: dict[str, Holding | None] = field(default_factory=dict)
 
     def consider(self, standing: Standing, stage: Stage) -> Holding | None:
         """The way to go on; None: as it is."""
@@ -183,16 +194,26 @@ class MemorySwitch:
             yield trained_as(self.plan, trained)
 
     def _others(self, now: Holding, measured: Cost) -> Iterator[Holding]:
-        """Those that fit, as far as can be told from what the one at work takes."""
-        for training in (each for way in self.ways() for each in alike(way)):
-            try:
-                other = self.holding_of(training)
-            except ValueError:
-                continue
-            if other.name == now.name:
+        """Those that fit, as far as can be told from what the one at work takes; those that differ
+        less from it come first, for of equals the first is taken."""
+        every = (each for way in self.ways() for each in alike(way))
+        for training in sorted(every, key=partial(_differing, now.training)):
+            other = self._priced(training)
+            if other is None or other.name == now.name:
                 continue
             if self._expected(other, now, measured).peak_memory_bytes <= self.memory_limit:
                 yield other
+
+    def _priced(self, training: Training) -> Holding | None:
+        """None where its techniques refuse one another. Once a run: what it takes to work out is
+        milliseconds, of dozens of ways."""
+        key = repr(training)
+        if key not in self._known:
+            try:
+                self._known[key] = self.holding_of(training)
+            except ValueError:
+                self._known[key] = None
+        return self._known[key]
 
     def _expected(self, other: Holding, now: Holding, measured: Cost) -> Cost:
         """A step held so, on this machine."""

@@ -31,7 +31,7 @@ from thrifty.core.plan_refresh import Refresh
 from thrifty.core.resolve import parse_spec, resolve
 from thrifty.evaluation import Measured
 from thrifty.floors import Floors
-from thrifty.holdings import dearest_step, last_merge, memory_switch_of
+from thrifty.holdings import dearest_step, last_merge, memory_switch_of, settings_of_others
 from thrifty.memory_plan import Techniques, dtype_of, trained_name
 from thrifty.open_run import Branch, Work, at_work
 from thrifty.pair_evaluation import PairLosses, log_probs_of, share_likelier, share_right
@@ -132,7 +132,8 @@ def _disk_needs(work: Work, branch: Branch) -> tuple[float, str]:
     """Of the training that is still to be done."""
     settings, saved = branch.plan.training, work.run.checkpoints(branch.folder)
     setting = setting_of(settings, work.shape, work.device)
-    return disk_space.training_needs(settings, work.shape, setting, work.base, saved)
+    others = settings_of_others(work, settings)
+    return disk_space.training_needs(settings, work.shape, setting, work.base, saved, others)
 
 
 def training_job(work: Work, branch: Branch, stage: Stage, predicted: Cost) -> training.TrainingJob:
@@ -173,7 +174,7 @@ def training_job(work: Work, branch: Branch, stage: Stage, predicted: Cost) -> t
         refresher=refresher,
         mark=mark,
         phase=Phase(trained=plan.training.memory.trained if switch is not None else None),
-        reserved=costs.test + costs.serving + last_merge(work, switch),
+        reserved=costs.test + costs.serving + last_merge(work, plan),
         answering=costs.serving,
         checkpoints=work.run.checkpoints(branch.folder),
         model=work.run.model(branch.folder),

@@ -3,7 +3,6 @@ weighs that."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from thrifty.budget_callback import BudgetCallback
@@ -19,15 +18,13 @@ from thrifty.training_phase import turning_cost
 
 @dataclass(frozen=True)
 class Switching:
-    """The training of ``job``, by ``governor``, ``budget`` and ``schedule``; ``checkpoint()`` tells
-    what leaving one takes."""
+    """The training of ``job``, by ``governor``, ``budget`` and ``schedule``."""
 
     job: TrainingJob
     stage: Stage
     governor: Governor
     budget: BudgetCallback
     schedule: WarmupStableDecay
-    checkpoint: Callable[[], Cost]
 
     def after_evaluation(self, step: int) -> Holding | None:
         """How the steps are to be held from here on, by a trainer of their own that begins with the
@@ -66,7 +63,7 @@ class Switching:
         )
 
     def _transition(self, now: Holding, other: Holding, step: int) -> Cost | None:
-        cost = self.checkpoint() + self.job.predicted_load
+        cost = self.governor.checkpoint_cost() + self.job.predicted_load
         if other.trains_as(now):
             return cost
         whole = turning_cost(read_shape(self.job.base), now.setting, self.job.predicted_load)

@@ -120,14 +120,7 @@ class BudgetedTrainer(PiecewiseTrainer):
         )
         self._freeze = freezing(job.training.grad_freeze, stage, self.budget, newest)
         self._refreshing = Refreshing(job, stage, self.governor, self.budget, self._steps_left)
-        self._switching = Switching(
-            job,
-            stage,
-            self.governor,
-            self.budget,
-            self._schedule,
-            lambda: self._cost_of("checkpoint", job.predicted_checkpoint),
-        )
+        self._switching = Switching(job, stage, self.governor, self.budget, self._schedule)
         self.pause = PauseCallback(job.pause_at)
         self._ranks = AgreeingCallback(self._schedule)
         self.progress = TrainingProgress(job.say, self._steps_left)

@@ -97,11 +97,11 @@ def as_left(job: TrainingJob, stage: Stage, newest: Checkpoint | None) -> Traini
 
 
 def _check(folder: Path, sha256: str, newest: Checkpoint) -> None:
-    found = weights_sha256(folder) if folder.is_dir() else "not there"
-    if found != sha256:
+    found = weights_sha256(folder)[:12] if any(folder.glob("*.safetensors")) else "of nothing"
+    if found != sha256[:12]:
         raise ValueError(
             f"{newest.path} holds an adapter on other weights than {folder} has: their hash was "
-            f"{sha256[:12]}..., it is now {found[:12]}\n"
+            f"{sha256[:12]}, it is now {found}\n"
             f"hint: put that folder back, or delete {folder.parent} to train anew"
         )
 

@@ -8,13 +8,14 @@ what is trained among it, and what stands against that.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from thrifty.core import typed
 from thrifty.core.method_specs import TrainedSpec
-from thrifty.core.resolve import Spec, method_class, method_names, parse_spec, resolve
+from thrifty.core.plan_refresh import looks_again, may_take_over
+from thrifty.core.resolve import Spec, method_class, method_names, name_of, parse_spec, resolve
 
 if TYPE_CHECKING:
     from thrifty.core.plan import Plan, Training
@@ -47,6 +48,13 @@ def others_trained(training: Training) -> list[Spec]:
     """What may be trained in place of what ``training.memory`` says."""
     own = parse_spec("trained", training.memory.trained)[0]
     return [each for each in training.switch.trained if parse_spec("trained", each)[0] != own]
+
+
+def asks_others(fixed: Mapping[str, Any]) -> bool:
+    """Whether something else may be trained on the way under the keys that a user set."""
+    switch = fixed.get("training.switch")
+    whole = switch.get("trained") if isinstance(switch, Mapping) else None
+    return bool(fixed.get("training.switch.trained", whole))
 
 
 def trained_as(training: Training, trained: Spec) -> Training:
@@ -100,10 +108,13 @@ def _wrong_trained(plan: Plan) -> Iterator[str]:
     if training.grad_freeze is not None:
         yield f"{key}: training.grad_freeze follows the matrices of one way to the end"
     if plan.selection.refresh.when != "never":
-        yield (
-            f"{key}: selection.refresh compares looks at the gradients of what is trained, which "
-            "would be others: one of the two"
-        )
+        looking = (looks_again(plan), *may_take_over(plan))
+        for scorer in (each for each in looking if each.cost_class == "gradient"):
+            yield (
+                f"{key}: selection.refresh compares looks of {name_of(scorer)}, which are at the "
+                "gradients of what is trained and would be at others: a scorer that goes by the "
+                "forward alone, such as perplexity"
+            )
 
 
 def _switches(name: str) -> bool:

@@ -20,6 +20,7 @@ from thrifty.memory_plan import Techniques
 from thrifty.memory_switch import DECISION, STAY, MemorySwitch
 from thrifty.refresh import CHOSEN_ANEW
 from thrifty.run_folder import RunFolder
+from thrifty.schedule import WarmupStableDecay
 from thrifty.signals.models import load_model
 
 pytestmark = pytest.mark.xdist_group("training_phase")
@@ -263,7 +264,7 @@ def test_a_killed_run_leaves_the_same_weights(
     runs.finish(folder)
     whole, resumed = (runs.weights(each / "model") for each in (turned[0], folder))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    kept = {each.name for each in (folder / "checkpoints").glob("[!.]*")}
+    kept = {each.name for each in (folder / "checkpoints").iterdir()}
     assert kept - {"torn-checkpoint-6"} == {"base-18", "checkpoint-24", "checkpoint-30"}
     assert runs.ledger(folder).faults() == []
 
@@ -370,6 +371,34 @@ def test_an_adapter_on_other_weights_is_refused(tiny_model, tiny_data, tmp_path,
             runs.finish(folder)
     weights.write_bytes(whole)
     runs.finish(folder)
+
+
+def test_new_states_are_warmed_up_again():
+    """Beside the schedule, which goes on; a cool-down that begins in the midst of it too."""
+    plain = WarmupStableDecay(max_steps=100, warmup_steps=4, cooldown_steps=10)
+    anew = WarmupStableDecay(max_steps=100, warmup_steps=4, cooldown_steps=10, anew=30)
+    assert [anew(step) for step in (30, 31, 32, 33, 34)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert [anew(step) for step in range(40, 101)] == [plain(step) for step in range(40, 101)]
+    anew.cool_down_from(31)
+    plain.cool_down_from(31)
+    assert anew(31) == 0.5 * plain(31)
+    none = WarmupStableDecay(max_steps=100, warmup_steps=0, cooldown_steps=10, anew=30)
+    assert none(30) == 1.0
+
+
+@pytest.mark.long
+def test_the_learning_rate_may_be_edited_on_the_way(tiny_model, tiny_data, tmp_path, monkeypatch):
+    """What is trained by then has its share of the new one."""
+    folder = tmp_path / "run"
+    forced(monkeypatch, TURNS)
+    planned(folder, tiny_model, tiny_data)
+    with monkeypatch.context() as patch:
+        runs.interrupt_at(patch, 10)
+        with pytest.raises(Interrupted):
+            runs.finish(folder)
+    with stages.at_work(RunFolder(folder), runs.silent, ("training.learning_rate=0.002",)) as work:
+        stages.train(work, work.main)
+    assert rates(folder / "checkpoints", 24) == {2e-3}
 
 
 @pytest.mark.parametrize(

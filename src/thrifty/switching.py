@@ -32,17 +32,19 @@ class Switching:
         job = self.job
         if job.switch is None or job.holding is None or step == 0 or self.governor.is_cooling(step):
             return None
-        now = job.holding
+        now, seen = job.holding, self.budget.step_cost()
+        # Where blocks take turns, the last few steps are of one or two of them.
+        round_it = now.step.flops / seen.flops if now.cycle_steps > 1 else 1.0
         standing = Standing(
             step=step,
             now=now,
-            measured=replace(self.budget.step_cost(), peak_memory_bytes=self._peak(step)),
+            measured=replace(seen * round_it, peak_memory_bytes=self._peak(step)),
             schedule_steps=float(self.schedule.end - step),
-            budget_steps=self.budget.steps_left(step),
+            budget_steps=self.budget.steps_left(step) / round_it,
             transition=lambda other: self._transition(now, other, step),
             prospect=None,
         )
-        left = self.budget.step_cost() * standing.steps_left
+        left = seen * round_it * standing.steps_left
         standing = replace(standing, prospect=self.governor.prospect(left))
         found = job.switch.consider(standing, self.stage)
         if found is not None:

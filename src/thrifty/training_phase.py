@@ -158,6 +158,6 @@ def turning_cost(shape: ModelShape, setting: MemorySetting, load: Cost) -> Cost:
 def retain(checkpoints: Path) -> None:
     """Delete the weights that no committed checkpoint's adapter is on."""
     needed = {c.manifest.get("phase", {}).get("base") for c in committed(checkpoints)}
-    for folder in checkpoints.glob(f"{_PREFIX}*"):
+    for folder in (*checkpoints.glob(f"{_PREFIX}*"), *checkpoints.glob(f".{_PREFIX}*")):
         if folder.name not in needed:
             shutil.rmtree(folder)

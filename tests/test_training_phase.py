@@ -173,6 +173,8 @@ def test_going_over_is_charged_and_said(turned, tiny_model):
     assert "from 0.003 to 0.0003" in told[0]
     assert "from 0.0003 to 0.003" in told[1]
     assert "warmed up over 3 steps" in told[0]
+    assert "the adapter merged in float32;" in told[0]
+    assert "merged" not in told[1]
 
 
 def test_steps_are_charged_as_what_is_trained_takes(turned):

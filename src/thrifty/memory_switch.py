@@ -183,7 +183,7 @@ class MemorySwitch:
         chosen = None if choice.chosen is None else others[choice.chosen]
         reason = choice.reason
         if chosen is not None and not chosen.trains_as(now):
-            reason += f"; {new_states(now.training, chosen.training)}"
+            reason += f"; {new_states(now, chosen)}"
         stage.decide(DECISION, choice.chosen or STAY, reason, choice=choice, step=standing.step)
         return chosen
 
@@ -288,10 +288,13 @@ def lost_steps(training: Training) -> float:
     return max(training.warmup_steps - 1, 0) / 2
 
 
-def new_states(now: Training, then: Training) -> str:
+def new_states(now: Holding, then: Holding) -> str:
     """What is carried over where what is trained changes, in words."""
-    rise = f", warmed up over {then.warmup_steps:,} steps" if then.warmup_steps else ""
+    rates, warmup = [each.training.learning_rate for each in (now, then)], now.training.warmup_steps
+    merged = f", the adapter merged in {now.setting.dtype}" if now.setting.adapter else ""
+    rounded = ", which rounds each weight once" if merged and now.setting.dtype != "float32" else ""
+    rise = f", warmed up over {warmup:,} steps" if warmup else ""
     return (
-        "the weights are carried over and the schedule goes on; the optimizer's states begin anew"
-        f"{rise}; the learning rate goes from {now.learning_rate:.3g} to {then.learning_rate:.3g}"
+        f"the weights are carried over{merged}{rounded}; the schedule goes on; the optimizer's "
+        f"states begin anew{rise}; the learning rate goes from {rates[0]:.3g} to {rates[1]:.3g}"
     )

@@ -50,7 +50,7 @@ class Switching:
         if found is not None:
             job.say(f"step {step:>5}  steps are held as {found.name} from here on")
             if not found.trains_as(now):
-                job.say(f"  {new_states(now.training, found.training)}")
+                job.say(f"  {new_states(now, found)}")
         return found
 
     def _peak(self, step: int) -> float:

@@ -18,7 +18,7 @@ from thrifty.core.ledger import BudgetExceeded, Ledger, Stage
 from thrifty.divergence import NonFiniteGradient
 from thrifty.in_pieces import ran_out
 from thrifty.interruption import Interrupted, signals_asking
-from thrifty.memory_plan import trained_name
+from thrifty.memory_plan import dtype_of, trained_name
 from thrifty.publication import is_done, publish
 from thrifty.rewinding import NOT_FINITE, rewind, skipped_steps
 from thrifty.signals.peak_memory import memory_bytes, release_free_memory
@@ -193,7 +193,10 @@ def _keep_the_best(job: TrainingJob, stage: Stage) -> None:
     stage.detail.update(steps=last.step, best_step=step)
     phase = Phase(**best.manifest.get("phase", {})) if best is not None else Phase()
     if best is not None and folder == best.path and phase.base:
-        job.say(f"the model's adapter is merged into the weights of step {phase.since}")
+        job.say(
+            f"the model's adapter is merged into the weights of step {phase.since}, in "
+            f"{dtype_of(job.training.memory)}"
+        )
         publish_merged(job, stage, best, phase)
     else:
         publish(folder, job.model, mark=job.mark, step=step)

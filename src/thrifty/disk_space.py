@@ -89,13 +89,15 @@ def training_needs(
     at_once = min(saves, KEPT + 2)
     # The model is a copy of a checkpoint's, made once the last one is written.
     whole = max(at_once * each, kept * each + model)
+    beside = ""
     if others:  # the weights that the last adapter was on, and those of going over again
-        whole += 2 * model_size(shape, replace(setting, adapter=None), base)
+        twice = 2 * model_size(shape, replace(setting, adapter=None), base)
+        whole, beside = whole + twice, f", {show(twice)} of whole weights on the way"
     needs = max(whole - sum(size_of(each.path) for each in found), 0.0)
     return (
         needs,
         f"training takes {show(needs)} more on the disk: {at_once} checkpoints of {show(each)} at "
-        f"a time, then the model of {show(model)}",
+        f"a time{beside}, then the model of {show(model)}",
     )
 
 

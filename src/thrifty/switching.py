@@ -34,7 +34,7 @@ class Switching:
             return None
         now, seen = job.holding, self.budget.step_cost()
         # Where blocks take turns, the last few steps are of one or two of them.
-        round_it = now.step.flops / seen.flops if now.cycle_steps > 1 else 1.0
+        round_it = now.step.flops / seen.flops if now.cycle_steps > 1 and seen.flops else 1.0
         standing = Standing(
             step=step,
             now=now,
@@ -57,11 +57,14 @@ class Switching:
         """Of the training as it is held now."""
         since = max(switches(self.stage, step), default=0)
         return max(
-            charge["peak_memory_bytes"]
-            for charge in self.stage.ledger.charges()
-            if charge["stage_id"] == self.stage.id
-            and charge["activity"] == "train"
-            and charge["step_from"] >= since
+            (
+                charge["peak_memory_bytes"]
+                for charge in self.stage.ledger.charges()
+                if charge["stage_id"] == self.stage.id
+                and charge["activity"] == "train"
+                and charge["step_from"] >= since
+            ),
+            default=0.0,
         )
 
     def _transition(self, now: Holding, other: Holding, step: int) -> Cost | None:

@@ -1,5 +1,6 @@
 """Whether to train something else from here on, weighed without a model."""
 
+import json
 import math
 
 import pytest
@@ -169,6 +170,14 @@ def test_a_run_goes_over_twice_at_most(stage):
     assert consider(stage, switch_of(training()), step=300) == (STAY, stage.ledger.decisions())
     # Before the second, as after a rollback, it may.
     assert consider(stage, switch_of(training()), step=150)[0] == "badam"
+
+
+def test_what_was_measured_is_kept_in_a_checkpoint(stage):
+    """A way that was at work counts as it was then, also after a resume."""
+    switch, again = switch_of(training()), switch_of(training())
+    consider(stage, switch)
+    again.recall(json.loads(json.dumps(switch.remembered)))
+    assert again.measured == switch.measured == {"lora 1x1 keep": switch.measured["lora 1x1 keep"]}
 
 
 def test_seconds_bring_an_error_that_flops_do_not(stage):

@@ -168,6 +168,15 @@ class MemorySwitch:
     """Name -> a step and its peak, of the ways that were at work."""
     _known: dict[str, Holding | None] = field(default_factory=dict)
 
+    @property
+    def remembered(self) -> dict[str, Any]:
+        """What a checkpoint keeps of what was measured."""
+        return {name: cost.to_dict() for name, cost in self.measured.items()}
+
+    def recall(self, remembered: dict[str, Any]) -> None:
+        """Go on with what was measured when a checkpoint was left."""
+        self.measured = {name: Cost.from_dict(each) for name, each in remembered.items()}
+
     def consider(self, standing: Standing, stage: Stage) -> Holding | None:
         """The way to go on; None: as it is."""
         now, measured = standing.now, standing.measured

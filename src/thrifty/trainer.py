@@ -519,6 +519,8 @@ class BudgetedTrainer(PiecewiseTrainer):
         if (holding := self.next_holding or self.job.holding) is not None:
             details["held"] = holding.facts
             details["phase"] = self.job.phase.facts(self.job.setting)
+        if self.job.switch is not None:
+            details["measured"] = self.job.switch.remembered
         if self._measured is not None:
             self._measured.save(folder / "dev_losses.npz")
             history = self.governor.history()

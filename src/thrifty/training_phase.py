@@ -78,6 +78,7 @@ def as_left(job: TrainingJob, stage: Stage, newest: Checkpoint | None) -> Traini
     """
     if newest is None or job.switch is None or "held" not in newest.manifest:
         return job
+    job.switch.recall(newest.manifest.get("measured", {}))
     job = job.held_as(job.switch.holding_of(held_as(job.training, newest.manifest["held"])))
     if "phase" not in newest.manifest:
         return job

@@ -190,7 +190,7 @@ def test_what_was_trained_is_loaded_by_stock_libraries(trained, base, tmp_path):
     made.mkdir()
     if not techniques.trained.save(model, saved):
         model.save_pretrained(saved)
-    left = made if techniques.trained.publish(saved, base, made) else saved
+    left = made if techniques.trained.publish(saved, made, base) else saved
     if (left / "adapter_config.json").exists():
         plain = techniques.weights_of(base, "cpu")
         again: Any = PeftModel.from_pretrained(plain, str(left)).eval()

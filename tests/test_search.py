@@ -15,6 +15,7 @@ from thrifty.answers import Purposes
 from thrifty.choices import combinations_of
 from thrifty.core.budget import Budget, PoolStats
 from thrifty.core.contracts import MEMORY_KINDS
+from thrifty.core.resolve import name_of
 from thrifty.costs.allocator import allocatable, device_memory
 from thrifty.costs.hardware import load_device
 from thrifty.costs.job import job_account, job_peaks
@@ -118,6 +119,22 @@ def test_priced_peaks_are_those_of_one_account_after_another(planned, num_device
                     setting = replace(setting, gradient_accumulation_steps=2)
                     peak = job_account(shape, setting).peak_memory_bytes
                     assert block.accumulating[state, index] == pytest.approx(peak, rel=1e-9)
+
+
+def test_where_something_else_may_be_trained_later_the_first_can_be_gone_over_from(planned):
+    """Though weights in few bits, which an adapter does not merge into, take less memory."""
+    switch = {"training.switch": {"when": "governed", "trained": ["badam"]}}
+    found = []
+    for fixed in ({}, switch):
+        _, request = planned(SMALL, fixed=fixed)
+        blocks = combinations_of(request, 256).blocks
+        kinds = [{name_of(block.techniques[at]) for block in blocks} for at in (0, 1)]
+        found.append(kinds)
+    free, switching = found
+    assert "nf4" in free[1]
+    assert switching == [{"badam", "full", "lora"}, {"bfloat16", "float32"}]
+    with pytest.raises(ValueError, match="merged into weights held as nf4"):
+        planned(SMALL, fixed=switch | {"training.memory.weights": "nf4"})
 
 
 def test_a_sharded_job_never_holds_the_whole_model(planned):

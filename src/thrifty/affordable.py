@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from thrifty.core.budget import Budget, Cost
+from thrifty.core.plan_switch import asks_others
 from thrifty.costs.time import SECONDS_MARGIN
 from thrifty.effective_tokens import MAX_EPOCHS
 
@@ -79,11 +80,13 @@ def watched_apart(
 def ceiling(
     request: Request, step: Cost, left: Budget, pool_tokens: float, steps: int, binding: str
 ) -> int:
-    """Twice as many steps where time or what follows from it binds, if all else allows."""
-    if binding not in CLOCKED or request.fixed.get("training.max_steps"):
+    """Twice as many steps, if all else allows, where time or what follows from it binds; or FLOPs,
+    of which a step may come to take fewer where something else is trained on the way."""
+    varying = (*CLOCKED, "flops") if asks_others(request.fixed) else CLOCKED
+    if binding not in varying or request.fixed.get("training.max_steps"):
         return steps
-    timeless = replace(left, **dict.fromkeys(CLOCKED))
-    possible, _ = affordable(request, step, timeless, pool_tokens)
+    without = replace(left, **dict.fromkeys(varying))
+    possible, _ = affordable(request, step, without, pool_tokens)
     return max(steps, int(min(FASTER * steps, possible)))
 
 

@@ -16,6 +16,7 @@ from thrifty.combinations import (
 )
 from thrifty.core.contracts import MEMORY_KINDS, MemoryTechnique, Scorer
 from thrifty.core.plan import put
+from thrifty.core.plan_switch import asks_others
 from thrifty.core.quantities import show
 from thrifty.core.resolve import Spec, all_names, method_class, name_of, parse_spec, resolve
 from thrifty.costs.setting import MemorySetting
@@ -66,12 +67,13 @@ def combinations_of(request: Request, sequence: int) -> Combinations:
         accumulated=int(fixed.get("training.gradient_accumulation_steps", 1)),
         generated_context=request.generated_context,
     )
+    allowed = {**_switching(request), **wanted}
     if "weights" in wanted or _bf16_pays(request):
-        found = price(wanted=wanted)
+        found = price(wanted=allowed)
     else:
-        found = price(wanted={**wanted, "weights": variants("weights", ["float32"])})
+        found = price(wanted={**allowed, "weights": variants("weights", ["float32"])})
         if not found.fits(request.most_allocated):
-            found = price(wanted=wanted)
+            found = price(wanted=allowed)
     if not found.blocks:
         raise ValueError(_cannot_be_combined(_names(request), found.refused))
     return found
@@ -123,6 +125,19 @@ def _wanted(request: Request) -> dict[str, list[MemoryTechnique]]:
     if request.preference is not None and "loss" not in chosen:
         chosen["loss"] = {"chunked": {"tokens": LOGITS_AT_A_TIME}}
     return {kind: alternatives(kind, spec) for kind, spec in chosen.items()}
+
+
+def _switching(request: Request) -> dict[str, list[MemoryTechnique]]:
+    """Kind -> techniques that a search may choose where something else may be trained on the way:
+    those that a run can go over from, on weights that an adapter merges into."""
+    if not asks_others(request.fixed):
+        return {}
+    trained: list[Any] = variants("trained")
+    weights: list[Any] = variants("weights")
+    return {
+        "trained": [each for each in trained if each.switches],
+        "weights": [each for each in weights if each.merges],
+    }
 
 
 def _named(request: Request) -> dict[str, Spec]:

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import errno
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from thrifty.checkpoints import KEPT, committed
@@ -68,11 +69,18 @@ def require(folder: Path, needs: float, what: str) -> None:
 
 
 def training_needs(
-    training: Training, shape: ModelShape, setting: MemorySetting, base: Path, checkpoints: Path
+    training: Training,
+    shape: ModelShape,
+    setting: MemorySetting,
+    base: Path,
+    checkpoints: Path,
+    others: Sequence[MemorySetting] = (),
 ) -> tuple[float, str]:
-    """Bytes beside the checkpoints that are there already, and what they are in words."""
+    """Bytes beside the checkpoints that are there already, and what they are in words. ``others``:
+    how else a step may come to be held, where something else is trained then."""
     found = committed(checkpoints)
-    each, model = checkpoint_size(shape, setting, base), model_size(shape, setting, base)
+    each = max(checkpoint_size(shape, way, base) for way in (setting, *others))
+    model = max(model_size(shape, way, base) for way in (setting, *others))
     show = quantities.format_bytes
     if found and found[-1].manifest.get("over"):
         return model, f"the model takes {show(model)} on the disk"
@@ -81,11 +89,15 @@ def training_needs(
     at_once = min(saves, KEPT + 2)
     # The model is a copy of a checkpoint's, made once the last one is written.
     whole = max(at_once * each, kept * each + model)
+    beside = ""
+    if others:  # the weights that the last adapter was on, and those of going over again
+        twice = 2 * model_size(shape, replace(setting, adapter=None), base)
+        whole, beside = whole + twice, f", {show(twice)} of whole weights on the way"
     needs = max(whole - sum(size_of(each.path) for each in found), 0.0)
     return (
         needs,
         f"training takes {show(needs)} more on the disk: {at_once} checkpoints of {show(each)} at "
-        f"a time, then the model of {show(model)}",
+        f"a time{beside}, then the model of {show(model)}",
     )
 
 

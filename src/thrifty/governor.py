@@ -52,7 +52,8 @@ class Governor:
         self._objective = objective
         self._step_cost = step_cost
         self._evaluation_cost = evaluation_cost
-        self._checkpoint_cost = checkpoint_cost
+        self.checkpoint_cost = checkpoint_cost
+        """Of the next one, an upper bound."""
         self._reserved = reserved
         self._eval_steps = eval_steps
         self._cut = False
@@ -88,7 +89,7 @@ class Governor:
         times = max(end // every - step // every, 0) + (end % every != 0)
         if step % every == 0 and not self._has_evaluated(step):
             times += 1
-        watching = (self._evaluation_cost() + self._checkpoint_cost()) * times
+        watching = (self._evaluation_cost() + self.checkpoint_cost()) * times
         return max(end - step - (not cooling), 0), watching + self._reserved()
 
     def _has_evaluated(self, step: int) -> bool:

@@ -178,10 +178,15 @@ class Held:
 def quality_of(techniques: tuple[MemoryTechnique, ...], priors: Priors) -> Worth:
     """Of a token trained on under these, in tokens under the reference: the product of the priors
     of what departs from it."""
-    setting = techniques[0].rewrite(MemorySetting())
-    trains_weights = setting.adapter is None and not setting.zeroth_order
-    worths = [priors.of(technique, trained=trains_weights) for technique in techniques]
+    worths = worths_of(techniques, priors)
     mean = math.prod(worth.mean for worth in worths)
     relative = math.hypot(*(worth.stderr / worth.mean for worth in worths))
     sources = [worth.source for worth in worths if worth.mean != 1.0]
     return Worth(mean, mean * relative, "; ".join(sources) or "reference")
+
+
+def worths_of(techniques: tuple[MemoryTechnique, ...], priors: Priors) -> list[Worth]:
+    """Of each, what is trained first among them."""
+    setting = techniques[0].rewrite(MemorySetting())
+    trains_weights = setting.adapter is None and not setting.zeroth_order
+    return [priors.of(technique, trained=trains_weights) for technique in techniques]

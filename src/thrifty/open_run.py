@@ -30,7 +30,7 @@ from thrifty.frontier_price import frontier_price
 from thrifty.memory_plan import dtype_of
 from thrifty.origins import LARGE_BYTES, check_origins, weights_size
 from thrifty.pair_evaluation import log_probs_flops
-from thrifty.predictions import Predictions, predictions, setting_of
+from thrifty.predictions import Predictions, check_others_trained, predictions, setting_of
 from thrifty.preparation import Say, what_was_read
 from thrifty.run_folder import RunFolder
 from thrifty.score_names import ScoreNames
@@ -136,7 +136,7 @@ class Work:
             metric.check()
         if plan.training.replay_share:
             open_store(self.run.replay)
-        _ = self.device, self.shape
+        check_others_trained(plan.training, self.shape, self.device)
         check_origins(self.run, self.base, marks, self.say)
 
     @cached_property

@@ -9,6 +9,7 @@ from thrifty.core.budget import Cost, PoolStats
 from thrifty.core.contracts import OnlineMethod
 from thrifty.core.plan import Training
 from thrifty.core.plan_serving import Serving
+from thrifty.core.plan_switch import others_trained, trained_as
 from thrifty.core.resolve import resolve
 from thrifty.costs.allocator import device_memory
 from thrifty.costs.flops import step_flops
@@ -77,6 +78,17 @@ def setting_of(training: Training, shape: ModelShape, device: Device) -> MemoryS
     if reason := why_no_pairs(setting):
         raise ValueError(f"task preference: {reason}\nhint: other techniques, training.memory")
     return replace(setting, loss_chunk=LOGITS_AT_A_TIME)
+
+
+def check_others_trained(training: Training, shape: ModelShape, device: Device) -> None:
+    """Raise ValueError where something that may be trained on the way does not go with the rest."""
+    for trained in others_trained(training):
+        try:
+            setting = setting_of(trained_as(training, trained), shape, device)
+            if why := why_unsuited(resolve("online", training.online), shape, setting):
+                raise ValueError(f"training.online {training.online} does not do there: {why}")
+        except ValueError as error:
+            raise ValueError(f"training.switch.trained: {trained}: {error}") from None
 
 
 def predictions(

@@ -34,7 +34,7 @@ from thrifty.costs.hardware import Device, dollars_per_hour, load_device
 from thrifty.costs.shape import ModelShape, read_config, read_shape
 from thrifty.in_sequence import in_sequence
 from thrifty.pilot_plan import with_pilot
-from thrifty.predictions import generated_context
+from thrifty.predictions import check_others_trained, generated_context
 from thrifty.run_folder import RunFolder
 from thrifty.signals.models import locate
 from thrifty.signals.weight_files import check_weights
@@ -369,7 +369,9 @@ def _plan(
         # Of which the candidates were made, and what a pilot tries.
         if not key.startswith(("training.memory.", "pilot")):
             plans.put(values, key, value)
-    return plans.from_dict(_without_secrets(values))
+    plan = plans.from_dict(_without_secrets(values))
+    check_others_trained(plan.training, request.shape, request.device)
+    return plan
 
 
 def _check_lengths(plan: Plan, draft: RunFolder) -> None:

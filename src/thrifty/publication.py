@@ -12,10 +12,11 @@ from pathlib import Path
 from thrifty import checkpoints
 from thrifty.core import sums
 from thrifty.core.durable import make_folder, replace_folder
-from thrifty.signals.model_folder import TRAINED
+from thrifty.signals.model_folder import ADAPTER, TRAINED
 
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md")
 _NOT_MODEL = ("trainer_state.json", checkpoints.MANIFEST, TRAINED)
+_OF_ADAPTER = (ADAPTER, "adapter_model.safetensors", "README.md")
 _NOTE = "thrifty.json"
 
 
@@ -25,26 +26,35 @@ def publish(
     *,
     mark: str,
     step: int,
-    make: Callable[[Path], object] | None = None,
+    make: Callable[[Path, Path], bool] | None = None,
 ) -> None:
-    """Copy the model's own files of ``checkpoint``, which is of ``step``, to ``folder``, beside
-    what ``make`` leaves there of the files that a checkpoint lacks."""
+    """Copy the model's own files of ``checkpoint``, which is of ``step``, to ``folder``. ``make``:
+    leaves in another folder, of the checkpoint's, whole weights in place of an adapter; whether it
+    did."""
     if (checkpoint / checkpoints.FOR_OTHERS).is_dir():
         checkpoint /= checkpoints.FOR_OTHERS
     draft = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(draft, ignore_errors=True)
     make_folder(folder.parent)
     draft.mkdir()
-    if make is not None:
-        make(draft)
+    made = make is not None and make(checkpoint, draft)
+    left = (*_NOT_MODEL, *(_OF_ADAPTER if made else ()))
     for pattern in _MODEL_FILES:
         for file in checkpoint.glob(pattern):
-            if file.name not in _NOT_MODEL:
+            if file.name not in left:
                 shutil.copy2(file, draft / file.name)
     note = json.dumps({"settings": mark, "step": step})
     (draft / _NOTE).write_text(note, encoding="utf-8")
     sums.note_all(draft)
     replace_folder(draft, folder)
+
+
+def is_of(folder: Path, mark: str) -> bool:
+    """Whether ``folder`` holds, whole, what was published with ``mark``."""
+    note = folder / _NOTE
+    if not note.is_file() or list(sums.faults(folder)):
+        return False
+    return bool(json.loads(note.read_text(encoding="utf-8"))["settings"] == mark)
 
 
 def is_done(model: Path, mark: str) -> bool:

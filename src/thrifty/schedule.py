@@ -17,13 +17,20 @@ class WarmupStableDecay:
     An object, not a function, so that the scheduler's own checkpoint keeps its state.
     """
 
-    def __init__(self, *, max_steps: int, warmup_steps: int, cooldown_steps: int) -> None:
+    def __init__(
+        self, *, max_steps: int, warmup_steps: int, cooldown_steps: int, anew: int = 0
+    ) -> None:
+        """``anew``: the step from which the rate rises once more, for states that begin there."""
+        self.anew = anew
         self.warmup_steps = warmup_steps
         self.cooldown_steps = cooldown_steps
         self.cooldown_start = max_steps - cooldown_steps
 
     def __call__(self, step: int) -> float:
-        return float(self.shape.share(step, self.cooldown_start))
+        share = float(self.shape.share(step, self.cooldown_start))
+        if self.anew and self.warmup_steps:
+            share *= min(1.0, (max(step - self.anew, 0) + 1) / self.warmup_steps)
+        return share
 
     @property
     def shape(self) -> WarmupStable:

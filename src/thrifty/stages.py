@@ -29,19 +29,20 @@ from thrifty.core.ledger import BudgetExceeded, Ledger, Stage
 from thrifty.core.plan import Plan, Training
 from thrifty.core.plan_refresh import Refresh
 from thrifty.core.resolve import parse_spec, resolve
-from thrifty.costs.flops import dearest_step_flops, step_flops
 from thrifty.evaluation import Measured
 from thrifty.floors import Floors
+from thrifty.holdings import dearest_step, last_merge, memory_switch_of, settings_of_others
 from thrifty.memory_plan import Techniques, dtype_of, trained_name
-from thrifty.memory_switch import Holding, MemorySwitch
 from thrifty.open_run import Branch, Work, at_work
 from thrifty.pair_evaluation import PairLosses, log_probs_of, share_likelier, share_right
 from thrifty.predictions import setting_of
 from thrifty.report.words import in_targets
 from thrifty.scoring_engines import Engine, on_ranks
 from thrifty.sharded_test import ShardedTest
+from thrifty.signals.model_folder import ADAPTER
 from thrifty.signals.models import load_model, local_device, locate, weights_sha256
 from thrifty.signals.peak_memory import peak_noted, release_free_memory
+from thrifty.training_phase import Phase
 
 __all__ = ["Branch", "Work", "at_work", "control", "select", "test", "train"]
 
@@ -131,7 +132,8 @@ def _disk_needs(work: Work, branch: Branch) -> tuple[float, str]:
     """Of the training that is still to be done."""
     settings, saved = branch.plan.training, work.run.checkpoints(branch.folder)
     setting = setting_of(settings, work.shape, work.device)
-    return disk_space.training_needs(settings, work.shape, setting, work.base, saved)
+    others = settings_of_others(work, settings)
+    return disk_space.training_needs(settings, work.shape, setting, work.base, saved, others)
 
 
 def training_job(work: Work, branch: Branch, stage: Stage, predicted: Cost) -> training.TrainingJob:
@@ -144,7 +146,7 @@ def training_job(work: Work, branch: Branch, stage: Stage, predicted: Cost) -> t
     refresher = refreshes.refresher_of(
         work, branch, stage, rounds, predicted, partial(selection_job, work, branch)
     )
-    switch = _memory_switch(work, plan)
+    switch = memory_switch_of(work, plan)
     return training.TrainingJob(
         training=plan.training,
         base=work.base,
@@ -159,7 +161,7 @@ def training_job(work: Work, branch: Branch, stage: Stage, predicted: Cost) -> t
         yardstick=work.yardstick(plan),
         floors=Floors.of(plan),
         setting=setting_of(plan.training, work.shape, work.device),
-        predicted_step=_dearest_step(work, plan, costs.step),
+        predicted_step=dearest_step(work, plan, costs.step),
         choosing_flops=_choosing_flops(work, plan),
         predicted_evaluation=costs.evaluation,
         predicted_checkpoint=costs.checkpoint,
@@ -171,7 +173,8 @@ def training_job(work: Work, branch: Branch, stage: Stage, predicted: Cost) -> t
         switch=switch,
         refresher=refresher,
         mark=mark,
-        reserved=costs.test + costs.serving,
+        phase=Phase(trained=plan.training.memory.trained if switch is not None else None),
+        reserved=costs.test + costs.serving + last_merge(work, plan),
         answering=costs.serving,
         checkpoints=work.run.checkpoints(branch.folder),
         model=work.run.model(branch.folder),
@@ -179,38 +182,6 @@ def training_job(work: Work, branch: Branch, stage: Stage, predicted: Cost) -> t
         device_name=plan.device,
         say=work.say,
     )
-
-
-def _holding(work: Work, plan: Plan, settings: Training) -> Holding:
-    """A way to hold the plan's steps. Raises ValueError where techniques refuse one another."""
-    plan = replace(plan, training=settings)
-    costs = work.predicted(plan)
-    return Holding(
-        training=settings,
-        setting=setting_of(settings, work.shape, work.device),
-        step=costs.step,
-        dearest=_dearest_step(work, plan, costs.step),
-        evaluation=costs.evaluation,
-    )
-
-
-def _memory_switch(work: Work, plan: Plan) -> MemorySwitch | None:
-    if plan.training.switch == "never":
-        return None
-    limit = plan.budget.memory_bytes or work.device.memory_bytes
-    return MemorySwitch(partial(_holding, work, plan), limit)
-
-
-def _dearest_step(work: Work, plan: Plan, step: Cost) -> Cost:
-    """No step may take more: where what is trained changes, or how long its rows are, ``step`` is
-    their mean."""
-    setting = setting_of(plan.training, work.shape, work.device)
-    if plan.training.preference is not None:
-        times = plan.training.gradient_accumulation_steps
-        flops = dearest_step_flops(work.shape, setting) * times
-        return replace(step, flops=flops, tokens=float(setting.tokens * times))
-    dearer = dearest_step_flops(work.shape, setting) / step_flops(work.shape, setting)
-    return replace(step, flops=step.flops * dearer)
 
 
 def _choosing_flops(work: Work, plan: Plan) -> float:
@@ -313,7 +284,8 @@ def _test(work: Work, branch: Branch, stage: Stage, part: str, upper: Cost) -> N
             more |= {"likelier": share_likelier(now), "likelier_before": share_likelier(first)}
         else:
             of_base = replace(work.yardstick(branch.plan), shape=work.shape)
-            of_trained = replace(of_base, shape=work.left(branch.plan))
+            worn = (work.run.model(branch.folder) / ADAPTER).is_file()
+            of_trained = replace(of_base, shape=work.left(branch.plan) if worn else work.shape)
             if model is None:
                 publication.check(folder := work.run.model(branch.folder))
                 together = ShardedTest(
@@ -374,7 +346,7 @@ def _trained(work: Work, branch: Branch) -> Any:
         model = techniques.trained.prepare(base, work.shape, branch.plan.training.seed)
         techniques.trained.restore(model, folder)
         return model
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / ADAPTER).is_file():
         return load_model(folder, dtype_of(memory), local_device())
     from peft import PeftModel
 

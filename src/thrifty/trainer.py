@@ -17,7 +17,7 @@ from transformers import (
     default_data_collator,
 )
 
-from thrifty import checkpoints, evaluation_words, ranks
+from thrifty import checkpoints, evaluation_words, ranks, training_phase
 from thrifty.agreement import AgreeingCallback
 from thrifty.budget_callback import BudgetCallback
 from thrifty.core.budget import Cost
@@ -34,6 +34,7 @@ from thrifty.frontier_price import frontier_price
 from thrifty.governor import Governor
 from thrifty.grad_freeze import freezing
 from thrifty.guarding import Guarding
+from thrifty.holding.adapters import load_adapter
 from thrifty.holding.blockwise import load_on_host
 from thrifty.holding.sharded_states import save_whole
 from thrifty.in_pieces import OutOfMemory, ran_out
@@ -82,7 +83,10 @@ class BudgetedTrainer(PiecewiseTrainer):
             max_steps=job.training.max_steps,
             warmup_steps=job.training.warmup_steps,
             cooldown_steps=job.training.cooldown_steps,
+            anew=job.phase.since,
         )
+        self._begins = newest if job.phase.begins_with(newest) else None
+        """The checkpoint of what was trained before, from which something else is trained."""
         self.next_holding: Holding | None = None
         """How the steps are to be held from the last checkpoint on, by a trainer of their own."""
         self._seconds = {"evaluate": 0.0, "checkpoint": 0.0}
@@ -117,14 +121,7 @@ class BudgetedTrainer(PiecewiseTrainer):
         )
         self._freeze = freezing(job.training.grad_freeze, stage, self.budget, newest)
         self._refreshing = Refreshing(job, stage, self.governor, self.budget, self._steps_left)
-        self._switching = Switching(
-            job,
-            stage,
-            self.governor,
-            self.budget,
-            self._steps_left,
-            lambda: self._cost_of("checkpoint", job.predicted_checkpoint),
-        )
+        self._switching = Switching(job, stage, self.governor, self.budget, self._schedule)
         self.pause = PauseCallback(job.pause_at)
         self._ranks = AgreeingCallback(self._schedule)
         self.progress = TrainingProgress(job.say, self._steps_left)
@@ -138,7 +135,7 @@ class BudgetedTrainer(PiecewiseTrainer):
         super().__init__(
             folder=job.checkpoints,
             model=self._techniques.build(
-                self._reads_from or job.base,
+                self._reads_from or job.starts_from,
                 self._shape,
                 job.device,
                 seed,
@@ -237,22 +234,21 @@ class BudgetedTrainer(PiecewiseTrainer):
         """As ever; an adapter's weights alone, where the Trainer would begin it anew first, which
         changes what some begin with."""
         model = self.model if model is None else model
-        if self._reads_from is not None:
+        if self._reads_from is not None or self._begins is not None:
             return  # as it is
         if self._trained.restore(model, Path(resume_from_checkpoint)):
             return
         if not hasattr(model, "peft_config"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        from peft import set_peft_model_state_dict
-        from safetensors.torch import load_file
-
-        saved = load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors")
-        set_peft_model_state_dict(model, saved)
+        load_adapter(model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As saved, but at the learning rate that the plan has now."""
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._begins is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            self.lr_scheduler.last_epoch = self._begins.step  # whose states are of something else
         if checkpoint is None or self.optimizer is None:
             return
         rate = self.job.training.learning_rate
@@ -531,6 +527,9 @@ class BudgetedTrainer(PiecewiseTrainer):
         }
         if (holding := self.next_holding or self.job.holding) is not None:
             details["held"] = holding.facts
+            details["phase"] = self.job.phase.facts(self.job.setting)
+        if self.job.switch is not None:
+            details["measured"] = self.job.switch.remembered
         if self._measured is not None:
             self._measured.save(folder / "dev_losses.npz")
             history = self.governor.history()
@@ -543,3 +542,4 @@ class BudgetedTrainer(PiecewiseTrainer):
             freeze.save(folder)
         checkpoints.commit(folder, details)
         checkpoints.retain(self.job.checkpoints, newest=checkpoints.KEPT)
+        training_phase.retain(self.job.checkpoints)

@@ -19,13 +19,13 @@ from thrifty.core.ledger import BudgetExceeded, Ledger, Stage
 from thrifty.divergence import NonFiniteGradient
 from thrifty.in_pieces import ran_out
 from thrifty.interruption import Interrupted, signals_asking
-from thrifty.memory_plan import Techniques, trained_name
-from thrifty.memory_switch import held_as
+from thrifty.memory_plan import Techniques, dtype_of, trained_name
 from thrifty.publication import is_done, publish
 from thrifty.rewinding import NOT_FINITE, rewind, skipped_steps
 from thrifty.signals.peak_memory import memory_bytes, release_free_memory
 from thrifty.trainer import BudgetedTrainer
 from thrifty.training_job import TrainingJob
+from thrifty.training_phase import Phase, as_left, publish_merged
 
 __all__ = ["Interrupted", "TrainingJob", "is_done", "train"]
 
@@ -55,24 +55,17 @@ def train(job: TrainingJob, stage: Stage) -> None:
             "weights training.learning_rate alone may change on the way, and training.devices if "
             "gradient_accumulation_steps makes up for it"
         )
-    job = replace(job, skipped=skipped_steps(stage))
     there = newest is not None and (newest.manifest.get("over") or newest.step == job.pause_at)
-    if newest is not None and job.switch is not None and "held" in newest.manifest:
-        facts = newest.manifest["held"]
-        job = job.held_as(job.switch.holding_of(held_as(job.training, facts)))
-    going = None if there else job
-    while going is not None:
-        going = _go_on(going, stage, newest)
+    while not there:
+        there = _go_on(replace(job, skipped=skipped_steps(stage)), stage, newest)
         newest = checkpoints.newest_whole(job.checkpoints)[0]
     if job.pause_at is None:
         _keep_the_best(job, stage)
 
 
-def _go_on(
-    job: TrainingJob, stage: Stage, newest: checkpoints.Checkpoint | None
-) -> TrainingJob | None:
-    """Train from ``newest`` to the end of the run; or until its steps are to be held otherwise,
-    then what it is to be from the checkpoint on that was left."""
+def _go_on(job: TrainingJob, stage: Stage, newest: checkpoints.Checkpoint | None) -> bool:
+    """Train from ``newest``, held as that says, and say whether the run came to its end; or else it
+    goes on from the checkpoint that was left, otherwise."""
     # Without a checkpoint nothing is kept, what was measured at step 0 neither.
     step = newest.step if newest else -1
     goes_on = f"training goes on from step {step}" if newest else "training starts over"
@@ -83,6 +76,11 @@ def _go_on(
         job.say("no whole checkpoint is left: training starts over from the base model")
     if lost.flops:
         job.say(f"lost with the interruption, and charged: {lost}")
+    try:
+        job = as_left(job, stage, newest)
+    except BudgetExceeded as refusal:
+        _end_here(job, stage, refusal, step)
+        return True
     job.say("  loading the model ...")
     ranks.tell(SameTraining(replace(job, say=_unsaid, refresher=None), newest))
     with stage.spending("load", job.predicted_load, step=max(step, 0)):
@@ -95,21 +93,18 @@ def _go_on(
         saved, most = _last_step(job), job.training.rewinds
         if rewind(stage, error, trainer.state.global_step, saved, most):
             job.say(f"not finite: {str(error).partition(chr(10))[0]}")
-            return replace(job, skipped=skipped_steps(stage))
+            return False
         if isinstance(error, FloatingPointError):  # of an optimizer that is shown no gradient first
             raise NonFiniteGradient(str(error)) from error
         raise
     except BudgetExceeded as refusal:
-        if all(c.dev_loss is None for c in checkpoints.committed(job.checkpoints)):
-            raise
-        # Lost work used up what the rest of the run needed: end here, with what there is.
-        stage.decide("train on or stop", "stop now", str(refusal).partition("\n")[0], step=step)
+        _end_here(job, stage, refusal, step)
     except Exception as error:
         if not ran_out(error):
             raise
         # Not where its passes are made, which begin anew by themselves: in an update, say.
         trainer.shrink(f"step {trainer.state.global_step + 1}", str(error), even_so=True)
-        return job
+        return False
     finally:
         trainer.close()
     if trainer.pause.asked and not trainer.over:
@@ -117,7 +112,15 @@ def _go_on(
             f"stopped after step {trainer.state.global_step}, which is saved\n"
             "hint: the same command goes on from there"
         )
-    return None if trainer.next_holding is None else job.held_as(trainer.next_holding)
+    return trainer.next_holding is None
+
+
+def _end_here(job: TrainingJob, stage: Stage, refusal: BudgetExceeded, step: int) -> None:
+    """Lost work used up what the rest of the run needed: end with what there is; raises ``refusal``
+    where that is nothing."""
+    if all(c.dev_loss is None for c in checkpoints.committed(job.checkpoints)):
+        raise refusal
+    stage.decide("train on or stop", "stop now", str(refusal).partition("\n")[0], step=step)
 
 
 def _trainer_of(job: TrainingJob) -> type[BudgetedTrainer]:
@@ -189,7 +192,15 @@ def _keep_the_best(job: TrainingJob, stage: Stage) -> None:
             reason += f", where {'; '.join(broken)}"
         stage.decide("which model to keep", chosen, reason, step=last.step)
     stage.detail.update(steps=last.step, best_step=step)
-    trained = Techniques.of(job.training.memory).trained
     release_free_memory()  # the model that was trained is needed no more
-    make = None if folder == job.base else partial(trained.publish, folder, job.base)
+    phase = Phase(**best.manifest.get("phase", {})) if best is not None else Phase()
+    if best is not None and folder == best.path and phase.base:
+        job.say(
+            f"the model's adapter is merged into the weights of step {phase.since}, in "
+            f"{dtype_of(job.training.memory)}"
+        )
+        publish_merged(job, stage, best, phase)
+        return
+    trained = Techniques.of(job.training.memory).trained
+    make = None if folder == job.base else partial(trained.publish, base=job.base)
     publish(folder, job.model, mark=job.mark, step=step, make=make)

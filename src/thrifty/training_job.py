@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from thrifty.floors import Floors
 from thrifty.memory_switch import Holding, MemorySwitch
 from thrifty.refresh import Refresher
 from thrifty.rounds import Rounds
+from thrifty.training_phase import Phase
 from thrifty.yardstick import Yardstick
 
 
@@ -78,6 +79,9 @@ class TrainingJob:
     """The step after which it pauses, saved, to be gone on with: a pilot's. No model is left then,
     and what is evaluated on the way is not saved."""
 
+    phase: Phase = field(default_factory=Phase)
+    """What is trained from when on, and on which weights, where that may change."""
+
     skipped: frozenset[int] = frozenset()
     """Steps that are passed over without an update."""
 
@@ -89,5 +93,12 @@ class TrainingJob:
             setting=holding.setting,
             predicted_step=holding.dearest,
             predicted_evaluation=holding.evaluation,
+            predicted_checkpoint=holding.checkpoint,
+            yardstick=replace(self.yardstick, shape=holding.shape),
             holding=holding,
         )
+
+    @property
+    def starts_from(self) -> Path:
+        """The weights that it is built on."""
+        return self.checkpoints / self.phase.base if self.phase.base else self.base

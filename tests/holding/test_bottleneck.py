@@ -71,7 +71,7 @@ def shaken(folder: Path) -> Any:
 def published(model: Any, base: Path, to: Path) -> Path:
     model.save_pretrained(to / "checkpoint")
     (to / "model").mkdir()
-    assert technique().publish(to / "checkpoint", base, to / "model")
+    assert technique().publish(to / "checkpoint", to / "model", base)
     return to / "model"
 
 
@@ -353,4 +353,4 @@ def test_bad_input(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model").mkdir()
     with pytest.raises(ValueError, match=r"(?s)0 weights called gate_proj and 2 layers\nhint"):
-        technique().publish(tmp_path / "checkpoint", tmp_path, tmp_path / "model")
+        technique().publish(tmp_path / "checkpoint", tmp_path / "model", tmp_path)

@@ -138,7 +138,7 @@ def test_stock_libraries_load_what_it_saves(folder, tmp_path, name):
     made.mkdir()
     if not chosen.save(model, saved):
         model.save_pretrained(saved)
-    left = made if chosen.publish(saved, folder, made) else saved
+    left = made if chosen.publish(saved, made, folder) else saved
     if (left / "adapter_config.json").exists():
         base = technique("weights", beside(name)).load(folder, "cpu")
         again = PeftModel.from_pretrained(base, str(left))

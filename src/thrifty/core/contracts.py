@@ -534,6 +534,9 @@ class Trainable(MemoryTechnique):
     short: int = 0
     """An option of those whose rows have two packs: the tokens of the first, which alone gets a
     backward."""
+    switches: ClassVar[bool] = False
+    """Whether a run may go over to it, or from it, on the way: it begins as the model is, whatever
+    that was trained by, and what it leaves merges into the model's weights."""
 
     def prepare(self, model: Any, shape: ModelShape, seed: int) -> Any:
         """The model to train: ``model`` itself or what is wrapped around it, what is to be trained
@@ -550,7 +553,7 @@ class Trainable(MemoryTechnique):
         model that a run left, where neither the Trainer nor PEFT can; whether there was need to."""
         return False
 
-    def publish(self, checkpoint: Path, base: Path, folder: Path) -> bool:
+    def publish(self, checkpoint: Path, folder: Path, base: Path) -> bool:
         """Leave in ``folder`` what stock libraries load, made of a checkpoint and of the base
         model's files, where the checkpoint holds no such; whether there was need to."""
         return False
@@ -583,6 +586,9 @@ class Trainable(MemoryTechnique):
 
 class WeightStorage(MemoryTechnique):
     """How the weights lie in memory."""
+
+    merges: ClassVar[bool] = False
+    """Whether an adapter can be merged into them, to within their own rounding."""
 
     @abstractmethod
     def load(self, folder: Path, device: str) -> Any:

@@ -35,6 +35,7 @@ from thrifty.core.plan_checks import contradictions
 from thrifty.core.plan_freeze import GradFreeze
 from thrifty.core.plan_pilot import Pilot, wrong_pilot
 from thrifty.core.plan_refresh import Refresh
+from thrifty.core.plan_switch import Switch, SwitchSpec
 from thrifty.core.quantities import Dollars, Tokens, show
 
 PLAN_VERSION = 1
@@ -157,9 +158,9 @@ class Training:
     replay_share: float = 0.0
     """Continued pretraining: the share of every epoch's tokens drawn from ``replay``."""
     replay: tuple[str, ...] = ()
-    switch: Literal["never", "governed"] = "never"
+    switch: SwitchSpec = field(default_factory=Switch)
     """Whether the steps may be held otherwise from some evaluation on (another micro-batch, more or
-    less recomputed) where that takes less of what is scarce."""
+    less recomputed; something else trained) where that takes less of what is scarce."""
     rewinds: int = 0
     """Times that training may go back to its last checkpoint, and on without the batch that a loss
     or gradient was not finite of; then, and with 0 at once, it stops there."""

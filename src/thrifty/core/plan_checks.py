@@ -10,6 +10,7 @@ from thrifty.core.plan_freeze import wrong_freeze
 from thrifty.core.plan_pilot import wrong_pilot
 from thrifty.core.plan_refresh import wrong_refresh
 from thrifty.core.plan_serving import wrong_serving
+from thrifty.core.plan_switch import wrong_switch
 from thrifty.core.resolve import name_of, resolve
 
 if TYPE_CHECKING:
@@ -56,8 +57,7 @@ def contradictions(plan: Plan) -> Iterator[str]:
         yield from _not_on_several(plan)
     yield from wrong_refresh(plan)
     yield from wrong_freeze(plan)
-    if training.switch != "never" and (training.devices > 1 or plan.task == "preference"):
-        yield "training.switch: a run on several devices, or on pairs, is held as planned"
+    yield from wrong_switch(plan)
     if training.preference is not None:
         yield from _wrong_on_pairs(plan, training.preference)
     for kind in MEMORY_KINDS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thrifty.costs.adapted import scales_input
@@ -32,6 +33,14 @@ def with_adapter(
     for weight in adapter_weights(found):
         weight.data = weight.data.to(getattr(torch, dtype))
     return found
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Have the adapter on ``model`` be the one that was saved in ``folder``."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
 
 
 def refusal(adapter: Adapter, shape: ModelShape) -> str | None:

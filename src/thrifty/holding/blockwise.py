@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class Blockwise(Trainable):
     """Parts of the model take turns in being trained."""
 
+    switches = True
+
     @property
     @abstractmethod
     def blocks(self) -> Blocks: ...

@@ -76,7 +76,7 @@ class Adapters(Trainable):
         restore(model, folder)
         return True
 
-    def publish(self, checkpoint: Path, base: Path, folder: Path) -> bool:
+    def publish(self, checkpoint: Path, folder: Path, base: Path) -> bool:
         from thrifty.holding.wider_mlp import publish
 
         publish(checkpoint, base, folder)

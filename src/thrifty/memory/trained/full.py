@@ -15,6 +15,7 @@ class Full(Trainable):
     makes = "faster"
     runs = True
     shards = True
+    switches = True
     source = "the reference"
     worth = Worth(1.0, 0.0, "reference")
 

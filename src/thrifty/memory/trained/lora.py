@@ -17,5 +17,6 @@ class LoRA(LowRank):
     """Low-rank adapters on every linear of the layers, the weights frozen."""
 
     shards = True
+    switches = True
     source = "arXiv:2106.09685"
     worth = Worth(0.6, 0.15, "LoRA learns less per token, arXiv:2405.09673")

@@ -20,6 +20,7 @@ class RsLoRA(LowRank):
 
     searched = False  # it holds a step as LoRA does
     shards = True
+    switches = True
     source = "arXiv:2312.03732"
     worth = Worth(0.6, 0.15, "as LoRA at rank 16; arXiv:2312.03732 gains at ranks above 64")
     learning_rate = 10.0  # as LoRA: at rank 16 it is LoRA

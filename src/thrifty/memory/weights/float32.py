@@ -20,6 +20,7 @@ class Float32(WeightStorage):
     makes = "faster"
     runs = True
     shards = True
+    merges = True
     source = "the reference"
     worth = Worth(1.0, 0.0, "reference")
 

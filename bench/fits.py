@@ -40,8 +40,9 @@ from thrifty.costs.shape import ModelShape
 from thrifty.costs.time import step_seconds
 from thrifty.held import PACKING_FILL, quality_of
 from thrifty.memory_plan import Techniques
-from thrifty.pricing import Candidate, Request
+from thrifty.pricing import Candidate
 from thrifty.priors import load_priors
+from thrifty.request import Request
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "costs"))
 

@@ -40,7 +40,7 @@ from thrifty.costs.memory import account
 from thrifty.costs.setting import MemorySetting
 from thrifty.costs.shape import ModelShape, read_shape
 from thrifty.memory_plan import Techniques, memory_plan_of
-from thrifty.pricing import MEMORY_MARGIN
+from thrifty.request import MEMORY_MARGIN
 
 TINY = CONFIGS["Llama-3-8B"] | dict(
     hidden_size=64,

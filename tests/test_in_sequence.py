@@ -13,7 +13,7 @@ from thrifty.costs.shape import ModelShape
 from thrifty.effective_tokens import tokens_behind
 from thrifty.in_sequence import in_sequence
 from thrifty.plan_display import plan_json, plan_text
-from thrifty.pricing import Request
+from thrifty.request import Request
 
 ROWS = PoolStats(num_examples=200, num_tokens=40_000, max_tokens=900, num_loss_tokens=20_000)
 

@@ -25,7 +25,8 @@ from thrifty.pareto import pareto_front, thinned
 from thrifty.plan_display import plan_json, plan_text
 from thrifty.planner import NoPlanFits
 from thrifty.preparation import Asked, quick_plan
-from thrifty.pricing import MEMORY_MARGIN, Pricing
+from thrifty.pricing import Pricing
+from thrifty.request import MEMORY_MARGIN
 
 LLAMA = {
     "model_type": "llama",

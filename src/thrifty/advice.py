@@ -18,7 +18,8 @@ from thrifty.costs.hardware import DEVICES
 from thrifty.costs.job import job_account
 from thrifty.costs.memory import MemoryAccount
 from thrifty.predictions import DISK_BYTES_PER_SECOND
-from thrifty.pricing import MEMORY_MARGIN, Candidate, Request
+from thrifty.pricing import Candidate
+from thrifty.request import MEMORY_MARGIN, Request
 
 WORTH_A_LINE = 0.01
 """Of the peak: what frees less is not told."""

@@ -16,7 +16,7 @@ from thrifty.effective_tokens import MAX_EPOCHS
 
 if TYPE_CHECKING:
     from thrifty.predictions import Predictions
-    from thrifty.pricing import Request
+    from thrifty.request import Request
 
 STEPS_WANTED = 300
 MAX_BATCH = 128

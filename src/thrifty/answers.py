@@ -17,7 +17,8 @@ from thrifty.combinations import Combinations, Neighbours, variants
 from thrifty.core.contracts import MEMORY_KINDS
 from thrifty.core.resolve import name_of
 from thrifty.held import REFERENCE, Held
-from thrifty.pricing import Candidate, Request
+from thrifty.pricing import Candidate
+from thrifty.request import Request
 
 CLEARLY = 0.995
 """Less than this much of the reference's cost."""

@@ -21,7 +21,7 @@ from thrifty.core.quantities import show
 from thrifty.core.resolve import Spec, all_names, method_class, name_of, parse_spec, resolve
 from thrifty.costs.setting import MemorySetting
 from thrifty.pair_costs import LOGITS_AT_A_TIME, SIDES, why_no_pairs
-from thrifty.pricing import Request
+from thrifty.request import Request
 
 
 def combinations_of(request: Request, sequence: int) -> Combinations:

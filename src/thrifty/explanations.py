@@ -13,7 +13,8 @@ from thrifty.core import quantities
 from thrifty.core.marginal import Choice
 from thrifty.core.plan import Training
 from thrifty.held import REFERENCE
-from thrifty.pricing import Candidate, Refused, Request, excesses
+from thrifty.pricing import Candidate, Refused, excesses
+from thrifty.request import Request
 
 SHORTEST = 64
 """Tokens of a sequence that is worth offering."""

@@ -17,8 +17,9 @@ from thrifty.core.quantities import format_seconds, format_tokens
 from thrifty.core.resolve import name_of
 from thrifty.effective_tokens import tokens_behind
 from thrifty.planner import Planned
-from thrifty.pricing import Candidate, Request
+from thrifty.pricing import Candidate
 from thrifty.priors import load_priors
+from thrifty.request import Request
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from thrifty.costs.time import rate
 from thrifty.measured import Flops, Measured, MeasuredStep, NotTraced
 from thrifty.planner import NoPlanFits
 from thrifty.preparation import Asked
-from thrifty.pricing import MEMORY_MARGIN
+from thrifty.request import MEMORY_MARGIN
 from thrifty.signals.models import locate
 
 DEFAULT_LENGTH = 1024

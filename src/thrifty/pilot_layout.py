@@ -19,7 +19,8 @@ from thrifty.core.contracts import Scorer
 from thrifty.core.plan_pilot import PilotCandidate, PilotRung
 from thrifty.core.resolve import resolve
 from thrifty.predictions import Predictions
-from thrifty.pricing import Candidate, Pricing, Request, never_before
+from thrifty.pricing import Candidate, Pricing
+from thrifty.request import Request, never_before
 from thrifty.scaling import halving
 
 SCORING_SHARE = 0.5

@@ -26,7 +26,8 @@ from thrifty.core.quantities import show
 from thrifty.core.resolve import Spec, name_of, parse_spec, resolve
 from thrifty.pilot_layout import LEAST_STEPS, PLANNED_SHARE, Layout, amounts_of, lay_out
 from thrifty.planner import Planned
-from thrifty.pricing import Candidate, Request
+from thrifty.pricing import Candidate
+from thrifty.request import Request
 
 SHARE = 0.1
 """Of the budget, at most, where the user says nothing."""

@@ -23,7 +23,8 @@ from thrifty.held import Held
 from thrifty.in_sequence import in_sequence
 from thrifty.pareto import Point, pareto_front, thinned
 from thrifty.planner import Planned
-from thrifty.pricing import Candidate, Request
+from thrifty.pricing import Candidate
+from thrifty.request import Request
 
 _SHOWN_CANDIDATES = 10
 _SHOWN_SWAPS = 8

@@ -30,7 +30,8 @@ from thrifty.costs.hardware import DEVICES, dollars_per_hour
 from thrifty.explanations import least_that_would_do, reasons
 from thrifty.held import REFERENCE, Held
 from thrifty.memory_plan import memory_plan_of
-from thrifty.pricing import MEMORY_MARGIN, Candidate, Pricing, Refused, Request
+from thrifty.pricing import Candidate, Pricing, Refused
+from thrifty.request import MEMORY_MARGIN, Request
 
 COOLDOWN_SHARE = 0.2
 WARMUP_SHARE = 0.05

@@ -7,7 +7,7 @@ import pytest
 from thrifty.core.budget import Budget, Rates
 from thrifty.costs.hardware import learn_memory_factor, load_device
 from thrifty.costs.shape import ModelShape
-from thrifty.pricing import MEMORY_MARGIN, Request
+from thrifty.request import MEMORY_MARGIN, Request
 
 GIB = 2.0**30
 

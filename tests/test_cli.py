@@ -18,6 +18,7 @@ from tests.runs import ledger, planned
 from thrifty.cli import main
 from thrifty.core.budget import Budget
 from thrifty.core.contracts import KINDS
+from thrifty.data.store import open_store
 
 
 @pytest.fixture
@@ -514,6 +515,28 @@ def test_ctrl_c_while_planning_leaves_nothing(tiny_model, tmp_path):
     assert "interrupted" in err
     assert "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["pool.jsonl"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are POSIX here")
+@pytest.mark.long
+def test_a_plan_that_was_killed_is_gone_on_with(tiny_model, tmp_path, monkeypatch):
+    """By SIGKILL, as memory that ran out does: the next one tokenises what is left, says so, and
+    leaves nothing else."""
+    monkeypatch.setenv("THRIFTY_ROWS_CACHE_GIB", "1")
+    rows = [{"prompt": f"say {n}", "completion": " plum" * 40} for n in range(60_000)]
+    pool = write_jsonl(tmp_path / "pool.jsonl", rows)
+    run = tmp_path / "runs" / "run"
+    asked = ("plan", "--model", str(tiny_model), "--pool", str(pool), "--tokens", "1M")
+    process = start(*asked, "-o", str(run))
+    wait_for((run.with_name(".run.draft") / "pool" / "shard-00003.parquet").is_file)
+    process.kill()
+    process.communicate()
+    again = start(*asked, "-o", str(run))
+    _, err = again.communicate(timeout=240)
+    assert again.returncode == 0, err
+    assert "rows were tokenised by a plan that was killed" in err
+    assert [path.name for path in run.parent.iterdir()] == ["run"]
+    assert open_store(run / "pool").manifest.num_examples == 60_000
 
 
 _WITHOUT_POSIX = """

@@ -69,24 +69,37 @@ def read_asked(
     model_folder: Path,
     run: RunFolder,
     say: Say,
+    before: Path | None = None,
 ) -> Stores:
-    """Read, check and tokenise all rows that were asked for, into the folder of ``run``. Raises
-    ValueError that says of which rows."""
+    """Read, check and tokenise all rows that were asked for, into the folder of ``run``.
+    ``before``: what a plan that was killed left of the pool. Raises ValueError that says of which
+    rows."""
     from thrifty.data import store_cache
     from thrifty.data.pool import read_rows
     from thrifty.data.sources import shown
     from thrifty.data.store import build_store, open_store
     from thrifty.data.tokens import load_tokenizer, tokenizer_fingerprint
+    from thrifty.data.unfinished import num_known
 
     tokenizer = load_tokenizer(str(model_folder))
     wish = asked.fixed.get("training.max_length")
     max_length = int(wish or min(DEFAULT_MAX_LENGTH, shape.max_position_embeddings))
     mark = tokenizer_fingerprint(tokenizer)
 
-    def store(rows: Iterable[Row | BadRow], directory: Path) -> StoreManifest:
-        told = counted(rows, say)
+    def store(
+        rows: Iterable[Row | BadRow], directory: Path, key: str | None = None
+    ) -> StoreManifest:
+        if count := num_known(before, key):
+            say(f"  {count:,} rows were tokenised by a plan that was killed")
         return build_store(
-            told, directory, tokenizer, max_length, tokenizer_fingerprint=mark, task=asked.task
+            counted(rows, say),
+            directory,
+            tokenizer,
+            max_length,
+            tokenizer_fingerprint=mark,
+            task=asked.task,
+            key=key,
+            before=before,
         )
 
     def large_store(sources: tuple[str, ...], directory: Path) -> StoreManifest:
@@ -99,7 +112,7 @@ def read_asked(
         if found is not None:
             say(f"  as read and tokenised before ({store_cache.VARIABLE}=0 reads anew)")
             return found
-        found = store(rows, directory)
+        found = store(rows, directory, key)
         if parts and key == store_cache.key_of(sources, *parts):  # else written to meanwhile
             store_cache.keep(key, directory)
         return found

@@ -122,11 +122,14 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
     new_parents = [parent for parent in folder.parents if not parent.exists()]
     make_folder(folder.parent)
     draft = RunFolder(folder.with_name(f".{folder.name}.draft"))
+    killed = folder.with_name(f".{folder.name}.killed")
+    _set_aside(draft, killed)
     shutil.rmtree(draft.path, ignore_errors=True)
     draft.path.mkdir()
     try:
         files = origins.files_of_rows(skeleton)
-        stores = read_asked(asked, objective, shape, model_folder, draft, say)
+        stores = read_asked(asked, objective, shape, model_folder, draft, say, killed)
+        shutil.rmtree(killed, ignore_errors=True)
         origins.note_sources(draft, files, say)
         check_masked(stores.pool, skeleton.pool.most_masked)
         if asked.strict:
@@ -177,6 +180,14 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
                 parent.rmdir()
         raise
     return planned, request, plan
+
+
+def _set_aside(draft: RunFolder, killed: Path) -> None:
+    """What a plan that was killed left of the pool, for this one."""
+    if draft.pool.is_dir():
+        from thrifty.data.unfinished import set_aside
+
+        set_aside(draft.pool, killed)
 
 
 def _exists(folder: Path) -> ValueError:

@@ -5,7 +5,7 @@
     manifest.json             counts, hashes, tokenizer; written last
 
 The manifest is the commit mark: it is written to a temporary name, synced and renamed after all
-else is on disk. A folder without one is the remains of a killed build and is built from scratch.
+else is on disk. A folder without one is the remains of a killed build (``unfinished.py``).
 Building and reading hold one shard in memory, whatever the size of the pool.
 
 Limits: a store is written once; changed data or another tokenizer mean a new one.
@@ -35,6 +35,7 @@ from thrifty.core.sums import is_as, sha256_of
 from thrifty.data.pool import BadRow, Row
 from thrifty.data.shard import SCHEMA, Shard, ShardFile, read_shard, write_shard
 from thrifty.data.tokens import Tokens, tokenize_rows
+from thrifty.data.unfinished import PROGRESS, Known, Progress, known_rows
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -114,19 +115,24 @@ def build_store(
     shard_rows: int = 4096,
     tokenizer_fingerprint: str,
     task: str = "sft",
+    key: str | None = None,
+    before: Path | None = None,
 ) -> StoreManifest:
-    """Tokenise ``rows`` and write them to ``directory``, replacing a store that is there.
+    """Tokenise ``rows`` and write them to ``directory``, replacing a store that is there. ``key``:
+    decides all that it holds; of the same key, rows that were tokenised in ``before`` are not
+    tokenised again.
 
     Rows whose answer is cut off, or that the chat template refuses, join the bad ones. No valid row
     at all is a ``ValueError`` that names the first reasons, and what the rows of ``task`` are.
     """
     return write_store(
-        _tokenized(rows, tokenizer, max_length),
+        _tokenized(rows, tokenizer, max_length, known_rows(before, key)),
         directory,
         max_length,
         shard_rows=shard_rows,
         tokenizer_fingerprint=tokenizer_fingerprint,
         task=task,
+        key=key,
     )
 
 
@@ -138,13 +144,15 @@ def write_store(
     shard_rows: int = 4096,
     tokenizer_fingerprint: str,
     task: str = "sft",
+    key: str | None = None,
 ) -> StoreManifest:
     """``build_store`` of rows that are tokenised; a bad one has its reason for tokens."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    for remains in folder.glob("shard-*.parquet"):
-        remains.unlink()
+    for remains in (*folder.glob("shard-*.parquet"), folder / PROGRESS):
+        remains.unlink(missing_ok=True)
+    progress = Progress(folder, key)
     totals = _Totals()
     shards: list[ShardFile] = []
     waiting: list[tuple[Row, Tokens]] = []
@@ -159,6 +167,7 @@ def write_store(
             waiting.append((row, result))
             if len(waiting) == shard_rows:
                 shards.append(write_shard(folder, len(shards), waiting))
+                progress.add(shards[-1])
                 waiting = []
         if waiting:
             shards.append(write_shard(folder, len(shards), waiting))
@@ -169,6 +178,7 @@ def write_store(
     manifest = totals.manifest(tuple(shards), tokenizer_fingerprint, max_length)
     manifest = replace(manifest, quarantine_sha256=sha256_of(folder / QUARANTINE))
     write_atomically(folder / MANIFEST, json.dumps(sealed(asdict(manifest)), indent=1))
+    progress.done()
     return manifest
 
 
@@ -190,16 +200,24 @@ def open_store(directory: str | Path) -> Store:
 
 
 def _tokenized(
-    rows: Iterable[Row | BadRow], tokenizer: Any, max_length: int
+    rows: Iterable[Row | BadRow], tokenizer: Any, max_length: int, known: Iterator[Known]
 ) -> Iterator[tuple[Row | None, Tokens | BadRow]]:
-    """The rows in order, tokenised ``BATCH_ROWS`` at a time."""
-    stream = iter(rows)
+    """The rows in order, tokenised ``BATCH_ROWS`` at a time, but for those that are ``known``."""
+    stream, head = iter(rows), next(known, None)
     while batch := list(islice(stream, BATCH_ROWS)):
-        results = iter(
-            tokenize_rows([row for row in batch if isinstance(row, Row)], tokenizer, max_length)
-        )
+        found: dict[int, Tokens] = {}
         for row in batch:
-            yield (row, next(results)) if isinstance(row, Row) else (None, row)
+            while head is not None and head.id < row.id:  # bad when it was tokenised
+                head = next(known, None)
+            if head is not None and isinstance(row, Row) and head[:2] == (row.id, row.fingerprint):
+                found[row.id] = head.tokens
+        new = [row for row in batch if isinstance(row, Row) and row.id not in found]
+        results = iter(tokenize_rows(new, tokenizer, max_length))
+        for row in batch:
+            if not isinstance(row, Row):
+                yield None, row
+            else:
+                yield row, found[row.id] if row.id in found else next(results)
 
 
 class _Totals:

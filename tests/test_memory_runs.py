@@ -77,11 +77,12 @@ def test_a_run_is_charged_as_priced_and_resumes_bit_for_bit(
     plan = made(whole, tiny_model, tiny_data, memory)
     finish(whole)
     with stages.at_work(RunFolder(whole), str) as work:
-        step = work.predicted(work.plan).step.flops
-    spent = ledger(whole).spent(activity="train").flops
+        step = work.predicted(work.plan).step
+    spent = ledger(whole).spent(activity="train")
     turns = "trained" in memory and any(n in str(memory["trained"]) for n in ("badam", "hift"))
     # Of whole cycles the mean is what was priced; three turns of four are none.
-    assert spent == pytest.approx(STEPS * step, rel=0.15 if turns else 1e-9)
+    assert spent.flops == pytest.approx(STEPS * step.flops, rel=0.15 if turns else 1e-9)
+    assert spent.tokens == STEPS * step.tokens
     assert ledger(whole).spent().flops <= plan.budget.flops
     made(cut, tiny_model, tiny_data, memory)
     with monkeypatch.context() as patched:

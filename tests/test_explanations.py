@@ -39,6 +39,12 @@ def planned(tmp_path, monkeypatch):
     return plan
 
 
+def test_an_optimizer_that_has_to_be_is_not_said_to_be_as_good(planned):
+    found, _ = planned(device="h100", flops=1e16, using=("addax",))
+    why = found.why["training.memory.states"]
+    assert why == "lomo: adamw does not go with the rest of it"
+
+
 def test_a_gpu_without_bfloat16_takes_it_only_where_float32_does_not_fit(planned):
     small, _ = planned(device="t4", flops=1e16, using=("lora",))
     assert {c.dtype for c in small.candidates} == {"float32"}

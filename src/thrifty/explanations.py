@@ -171,8 +171,9 @@ def _purpose(kind: str, c: Candidate, answers: Answers) -> str:
         return f"this micro-batch does not fit with {instead} in its place"
     if name in answers.better_per_flop:
         return f"for what it is worth, a token costs less than under {instead}"
-    frees = answers.frees_bytes.get(name, 0.0)
-    if frees > 0:
+    if name not in answers.frees_bytes:
+        return f"{instead} does not go with the rest of it"
+    if (frees := answers.frees_bytes[name]) > 0:
         return f"as good as {instead}, and frees {quantities.format_bytes(frees)}"
     return f"about as good as {instead}"
 

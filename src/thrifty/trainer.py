@@ -27,7 +27,6 @@ from thrifty.costs.flops import forward_flops
 from thrifty.costs.hardware import learn_memory_factor
 from thrifty.costs.shape import read_shape
 from thrifty.data.packed_attention import attention_of, check_isolation
-from thrifty.data.two_lengths import cut_at, num_labels
 from thrifty.divergence import NonFiniteGradient
 from thrifty.evaluation import Measured
 from thrifty.frontier_price import frontier_price
@@ -42,7 +41,6 @@ from thrifty.interruption import PauseCallback
 from thrifty.larger_batch import LargerBatch
 from thrifty.memory_plan import Techniques
 from thrifty.memory_switch import Holding
-from thrifty.piecewise_trainer import PiecewiseTrainer
 from thrifty.refreshing import Refreshing, go_on
 from thrifty.reporters import Fenced, is_reporter
 from thrifty.sampling_price import SamplingPrice
@@ -59,6 +57,7 @@ from thrifty.training_progress import TrainingProgress
 from thrifty.turns import TurnCallback
 from thrifty.vote_evaluation import votes_of
 from thrifty.weighed_loss import weighed_loss
+from thrifty.zeroth_order_trainer import ZerothOrderTrainer
 
 ACTIVITY_MARGIN = 1.5
 """Reserved for an evaluation or a checkpoint over what the last one took."""
@@ -66,7 +65,7 @@ ACTIVITY_MARGIN = 1.5
 Found = TypeVar("Found")
 
 
-class BudgetedTrainer(PiecewiseTrainer):
+class BudgetedTrainer(ZerothOrderTrainer):
     """The one Trainer of this project. Its own: the objective, the schedule, committed saves."""
 
     control: TrainerControl
@@ -265,7 +264,7 @@ class BudgetedTrainer(PiecewiseTrainer):
         for freeze in self._freeze:
             freeze.watch(self.state.global_step + 1, self.state.max_steps, self.optimizer)
         if self.job.setting.in_backward:  # which clips by the norm of the step before
-            return torch.tensor(self._inner_optimizer.norm)
+            return torch.tensor(self.inner_optimizer.norm)
         norm = super()._clip_grad_norm(model)
         if not bool(torch.isfinite(torch.as_tensor(norm))):
             raise NonFiniteGradient.at(self.state.global_step + 1)
@@ -352,20 +351,8 @@ class BudgetedTrainer(PiecewiseTrainer):
         self.budget.count(Cost(flops=once - seen, tokens=float(batch * sequence)))
         return loss
 
-    def make_pass(self, model: Any, inputs: Any, num_items: Any) -> Any:
-        """As ever, or what the optimizer needs of it where that is the loss alone: of all of it, or
-        of what has more than ``short`` tokens."""
-        estimate, short = getattr(self._inner_optimizer, "estimate", None), self.job.setting.short
-        if estimate is None:
-            return super().make_pass(model, inputs, num_items)
-        if not short:
-            return self._estimated(estimate, self._prepare_inputs(inputs), num_items)
-        first, other = cut_at(short, self._prepare_inputs(inputs))
-        beside = self._estimated(estimate, other, num_labels(other))
-        return super().make_pass(model, first, num_labels(first)) / 2 + beside / 2
-
     def begin_anew(self) -> None:
-        self._inner_optimizer.zero_grad()
+        self.inner_optimizer.zero_grad()
         self.budget.throw_away(self.args, self.state)
 
     def shrink(self, where: str, why: str, *, even_so: bool = False) -> None:
@@ -392,20 +379,6 @@ class BudgetedTrainer(PiecewiseTrainer):
                 f"rank {ranks.rank()} ran out of memory at {where}, and the others wait for it\n"
                 f"hint: the same command goes on from the last checkpoint, {each} rows at a time"
             )
-
-    @property
-    def _inner_optimizer(self) -> Any:
-        """Without what accelerate puts around it."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
-
-    def _estimated(self, estimate: Any, inputs: Any, num_items: Any) -> Any:
-        """A micro-batch of which the optimizer needs losses alone."""
-        self.model.eval()  # the same weights drop out on both sides of a direction: none
-        loss = estimate(
-            lambda: self.compute_loss(self.model, inputs, num_items_in_batch=num_items).detach()
-        )
-        self.budget.count(Cost(tokens=float(inputs["input_ids"].numel())))
-        return loss
 
     @cached_property
     def _choice(self) -> StepChoice:

@@ -77,12 +77,16 @@ def test_a_run_is_charged_as_priced_and_resumes_bit_for_bit(
     plan = made(whole, tiny_model, tiny_data, memory)
     finish(whole)
     with stages.at_work(RunFolder(whole), str) as work:
-        step = work.predicted(work.plan).step
+        predicted = work.predicted(work.plan)
+        step = predicted.step
+        stages.test(work, work.main)
     spent = ledger(whole).spent(activity="train")
     turns = "trained" in memory and any(n in str(memory["trained"]) for n in ("badam", "hift"))
     # Of whole cycles the mean is what was priced; three turns of four are none.
     assert spent.flops == pytest.approx(STEPS * step.flops, rel=0.15 if turns else 1e-9)
     assert spent.tokens == STEPS * step.tokens
+    tested = ledger(whole).spent(activity="test").flops
+    assert tested == pytest.approx(predicted.test.flops, rel=0.01)
     assert ledger(whole).spent().flops <= plan.budget.flops
     made(cut, tiny_model, tiny_data, memory)
     with monkeypatch.context() as patched:
@@ -119,3 +123,11 @@ def test_what_cannot_be_says_so_when_planning(memory, message, tiny_model, tiny_
     with pytest.raises(ValueError, match=message):
         made(tmp_path / "run", tiny_model, tiny_data, memory)
     assert not (tmp_path / "run").exists()
+
+
+def test_methods_that_pace_the_rows_refuse_two_lengths(tiny_model, tiny_data, tmp_path):
+    memory = {"trained": {"addax": {"short": 64}}, "states": "lomo"}
+    fixed = {f"training.memory.{kind}": technique for kind, technique in memory.items()}
+    fixed["training.online"] = "curriculum"
+    with pytest.raises(ValueError, match="epochs of their own: use shuffled or ordered"):
+        planned(tmp_path / "run", tiny_model, tiny_data, fixed=fixed)

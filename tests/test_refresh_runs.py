@@ -110,6 +110,8 @@ def test_the_governed_one_weighs_it_and_says_why(tiny_model, tiny_data, tmp_path
     decisions = runs.ledger(folder).decisions()
     weighed = [d for d in decisions if d["name"] in (DECISION, WIDTH)]
     assert any(d["name"] == DECISION for d in weighed)
+    looked = [d["detail"]["standing"] for d in weighed if d["name"] == DECISION]
+    assert all(standing["tokens_since_look"] > 0 for standing in looked)
     for decision in weighed:
         assert replay(decision["choice"]).chosen == decision["choice"]["chosen"]
     won = {d["step"] for d in weighed if d["choice"]["chosen"] is not None}

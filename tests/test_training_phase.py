@@ -427,3 +427,22 @@ def test_what_does_not_go_with_the_rest_is_refused_when_planning(
     with pytest.raises(ValueError, match=rf"training\.switch\.trained: .*{message}"):
         planned(tmp_path / "run", tiny_model, tiny_data, **changes)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
+def test_the_control_of_a_run_that_ended_early_trains_what_the_run_began_with(
+    tiny_model, tiny_data, tmp_path
+):
+    """It has too few steps for a round of the blocks that the run might have gone over to."""
+    folder, slow = tmp_path / "run", {"badam": {"switch_steps": 7}}
+    fixed = {**SETTINGS, "training.switch": {"when": "governed", "trained": [slow]}}
+    runs.planned(folder, tiny_model, tiny_data, fixed=fixed, budget=Budget(flops=1e9), control=True)
+    runs.finish(folder)
+    with stages.at_work(RunFolder(folder), runs.silent) as work:
+        steps = max(each["step"] for each in work.ledger.evaluations())
+        branch = stages.control(work)
+        assert not branch.plan.training.switch.trained
+        assert branch.plan.training.max_steps <= steps < SETTINGS["training.max_steps"]
+        stages.select(work, branch)
+        stages.train(work, branch)
+    assert (folder / "control" / "model").is_dir()

@@ -38,12 +38,20 @@ def _holding(work: Work, plan: Plan, settings: Training) -> Holding:
         setting=setting_of(settings, work.shape, work.device),
         step=costs.step,
         dearest=dearest_step(work, plan, costs.step),
+        choosing_flops=choosing_flops(work, plan),
         evaluation=costs.evaluation,
         checkpoint=costs.checkpoint,
         shape=work.yardstick(plan).shape,
         worths=tuple(zip(map(name_of, parts), worths_of(parts, load_priors()), strict=True)),
         cycle_steps=techniques.trained.cycle_steps(work.shape),
     )
+
+
+def choosing_flops(work: Work, plan: Plan) -> float:
+    """Of a micro-batch, those that the online method adds to it."""
+    plain = replace(plan, training=replace(plan.training, online=Training().online))
+    more = work.predicted(plan).step.flops - work.predicted(plain).step.flops
+    return more / plan.training.gradient_accumulation_steps
 
 
 def settings_of_others(work: Work, training: Training) -> list[MemorySetting]:

@@ -59,6 +59,8 @@ class Holding:
     step: Cost
     """On average, as predicted; its peak is the device's."""
     dearest: Cost
+    choosing_flops: float
+    """Of a micro-batch, those of an online method that chooses rows in it."""
     evaluation: Cost
     checkpoint: Cost
     shape: ModelShape

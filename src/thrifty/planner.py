@@ -24,6 +24,7 @@ from thrifty.core import quantities
 from thrifty.core.ledger import Rates
 from thrifty.core.marginal import Choice, Option, choose
 from thrifty.core.plan import Training
+from thrifty.core.resolve import name_of
 from thrifty.core.uncollected import uncollected
 from thrifty.costs.allocator import allocatable
 from thrifty.costs.hardware import DEVICES, dollars_per_hour
@@ -95,6 +96,11 @@ def _search(request: Request) -> Planned | list[Refused]:
                 refused.append(found)
     if not fitting and not refused and pricing.too_short:
         raise ValueError(pricing.too_short)
+    if not fitting and not refused and pricing.unsuited:
+        raise ValueError(
+            f"training.online: {name_of(pricing.online)} does not do here: {pricing.unsuited}\n"
+            "hint: another method, or another technique of training.memory"
+        )
     if not fitting and not refused:
         tokens = request.pool.num_tokens if request.pool else UNLIMITED_TOKENS
         whose = "the pool's " if request.pool else ""

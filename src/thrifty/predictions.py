@@ -10,7 +10,7 @@ from thrifty.core.contracts import OnlineMethod
 from thrifty.core.plan import Training
 from thrifty.core.plan_serving import Serving
 from thrifty.core.plan_switch import others_trained, trained_as
-from thrifty.core.resolve import resolve
+from thrifty.core.resolve import name_of, resolve
 from thrifty.costs.allocator import device_memory
 from thrifty.costs.flops import step_flops
 from thrifty.costs.hardware import Device
@@ -149,8 +149,8 @@ def why_unsuited(online: OnlineMethod, shape: ModelShape, setting: MemorySetting
     blockwise = setting.blocks is not None
     if online.chooses and (setting.zeroth_order or setting.in_backward or blockwise):
         return "it chooses by the gradients of all that is trained, which this step never has whole"
-    if setting.short and (online.watches or online.weighs_tokens):
-        return "it looks at every token's loss, which long rows have beside the weights alone"
+    if setting.short and name_of(online) not in ("shuffled", "ordered"):
+        return "short and long rows go through epochs of their own: use shuffled or ordered"
     if (online.chooses or online.watches or online.weighs_tokens) and setting.loss_chunk:
         return "it looks at every token's logits, which a loss in chunks does not keep"
     return online.refuses(shape, setting)

@@ -174,7 +174,8 @@ def plan_run(asked: Asked, folder: Path, say: Say) -> tuple[planner.Planned, pla
                 folder.rmdir()
             rename_durably(draft.path, folder)
     except BaseException:
-        shutil.rmtree(draft.path, ignore_errors=True)
+        for remains in (draft.path, killed):
+            shutil.rmtree(remains, ignore_errors=True)
         with contextlib.suppress(OSError):  # the error itself is what matters
             for parent in new_parents:
                 parent.rmdir()

@@ -191,6 +191,8 @@ class Pricing:
         )
         self._scoring: dict[tuple[Any, str, int], Cost] = {}
         self.too_short = ""
+        self.unsuited = ""
+        """Why the online method cannot run on steps held in some way."""
         """Why a run of what was priced last would end too early, where one would."""
         named = request.fixed.get("training.online", Training().online)
         self.online: OnlineMethod = resolve("online", named)
@@ -217,7 +219,8 @@ class Pricing:
         micro_batch = held.micro_batches[index]
         pool_tokens = float(request.pool.num_tokens) if request.pool else math.inf
         setting = held.setting(index)
-        if why_unsuited(self.online, request.shape, setting):
+        if why := why_unsuited(self.online, request.shape, setting):
+            self.unsuited = why
             return None
         plain = held.micro(index)
         if self.preference is not None:

@@ -165,12 +165,12 @@ class Refresher:
         if not file.is_file():
             return
         saved = load_arrays(file)
-        if not choices and saved["looked_at"] > tokens_given:  # by a process that was killed
-            return
         self._beliefs = Beliefs(saved["scores"], int(saved["reversals"]))
-        self._chosen_at, self._looked_at = int(saved["step"]), float(saved["looked_at"])
-        self._probe_then = saved.get("probe", self._probe_then)
-        self._direction_then = saved.get("direction", self._direction_then)
+        self._chosen_at = int(saved["step"])
+        if saved["looked_at"] <= tokens_given:  # or else a killed process looked later
+            self._looked_at = float(saved["looked_at"])
+            self._probe_then = saved.get("probe", self._probe_then)
+            self._direction_then = saved.get("direction", self._direction_then)
         if (looking := str(saved.get("looking", self._looking))) != self._looking:
             self._take_over(looking)
 

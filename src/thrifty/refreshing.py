@@ -23,13 +23,19 @@ from thrifty.signals.models import ModelInTraining
 from thrifty.training_job import TrainingJob
 
 
-def go_on(job: TrainingJob) -> None:
-    """Have ``job`` read the rows that its rounds say were chosen by now."""
+def go_on(job: TrainingJob, step: int) -> None:
+    """Have ``job`` read the rows that its rounds say were chosen by ``step``."""
     if job.rounds.leg_of is not None:
         job.data.restore(job.rounds.tokens, job.rounds.cuts)
     if job.refresher is not None:
-        own = 1 - job.training.replay_share
-        job.refresher.restore(job.rounds.legs, job.rounds.tokens_given * own)
+        job.refresher.restore(job.rounds.legs, _tokens_by(job, step))
+
+
+def _tokens_by(job: TrainingJob, step: int) -> float:
+    """Trained on until then, of the rows that are chosen."""
+    training = job.training
+    packs = step * training.step_sequences * training.max_length
+    return packs * PACKING_FILL * (1 - training.replay_share)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Refreshing:
         own = 1 - self.job.training.replay_share
         return Outlook(
             tokens_left=left.tokens * PACKING_FILL * own,
-            tokens_given=self.job.rounds.tokens_given * own,
+            tokens_given=_tokens_by(self.job, step),
             drawn=self.job.rounds.drawn,
             firsts=self.job.rounds.firsts,
             prospect=self.governor.prospect(left),

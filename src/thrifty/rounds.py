@@ -126,11 +126,6 @@ class Rounds:
         return self._drawn
 
     @property
-    def tokens_given(self) -> float:
-        """Of all legs."""
-        return float(self._drawn @ self._num_tokens)
-
-    @property
     def all_known(self) -> Mapping[str, NDArray[Any]]:
         return {**self.known, **self.renewed}
 

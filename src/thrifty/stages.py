@@ -31,7 +31,13 @@ from thrifty.core.plan_refresh import Refresh
 from thrifty.core.resolve import parse_spec, resolve
 from thrifty.evaluation import Measured
 from thrifty.floors import Floors
-from thrifty.holdings import dearest_step, last_merge, memory_switch_of, settings_of_others
+from thrifty.holdings import (
+    choosing_flops,
+    dearest_step,
+    last_merge,
+    memory_switch_of,
+    settings_of_others,
+)
 from thrifty.memory_plan import Techniques, dtype_of, trained_name
 from thrifty.open_run import Branch, Work, at_work
 from thrifty.pair_evaluation import PairLosses, log_probs_of, share_likelier, share_right
@@ -162,7 +168,7 @@ def training_job(work: Work, branch: Branch, stage: Stage, predicted: Cost) -> t
         floors=Floors.of(plan),
         setting=setting_of(plan.training, work.shape, work.device),
         predicted_step=dearest_step(work, plan, costs.step),
-        choosing_flops=_choosing_flops(work, plan),
+        choosing_flops=choosing_flops(work, plan),
         predicted_evaluation=costs.evaluation,
         predicted_checkpoint=costs.checkpoint,
         predicted_load=costs.load,
@@ -182,13 +188,6 @@ def training_job(work: Work, branch: Branch, stage: Stage, predicted: Cost) -> t
         device_name=plan.device,
         say=work.say,
     )
-
-
-def _choosing_flops(work: Work, plan: Plan) -> float:
-    """Of a micro-batch, those that the online method adds to it."""
-    plain = replace(plan, training=replace(plan.training, online=Training().online))
-    more = work.predicted(plan).step.flops - work.predicted(plain).step.flops
-    return more / plan.training.gradient_accumulation_steps
 
 
 def _steps(settings: Training, predicted: Cost, per_step: float) -> str:
@@ -284,10 +283,12 @@ def _test(work: Work, branch: Branch, stage: Stage, part: str, upper: Cost) -> N
             more |= {"likelier": share_likelier(now), "likelier_before": share_likelier(first)}
         else:
             of_base = replace(work.yardstick(branch.plan), shape=work.shape)
-            worn = (work.run.model(branch.folder) / ADAPTER).is_file()
-            of_trained = replace(of_base, shape=work.left(branch.plan) if worn else work.shape)
+            left, folder = work.left(branch.plan), work.run.model(branch.folder)
+            merged = left.adapter is not None and left.adapter.merged
+            worn = merged or (folder / ADAPTER).is_file()
+            of_trained = replace(of_base, shape=left if worn else work.shape)
             if model is None:
-                publication.check(folder := work.run.model(branch.folder))
+                publication.check(folder)
                 together = ShardedTest(
                     memory=branch.plan.training.memory,
                     base=work.base,
@@ -375,7 +376,8 @@ def control(work: Work) -> Branch:
     plan, costs = work.plan, work.predicted(work.plan)
     evaluations = sum(each["stage"] == "train" for each in work.ledger.evaluations())
     watching = work.ledger.spent(stage="train", activity="evaluate", lost=False).flops
-    steps = max(1, int((spent - watching) / costs.step.flops))
+    round_once = Techniques.of(plan.training.memory).trained.cycle_steps(work.shape)
+    steps = max(1, int((spent - watching) / costs.step.flops), round_once)
     settings = replace(
         plan.training,
         max_steps=steps,
@@ -385,6 +387,7 @@ def control(work: Work) -> Branch:
         save_steps=max(1, math.ceil(steps / max(evaluations - 1, 1))),
         report_to=(),
         online=Training().online,
+        switch=replace(plan.training.switch, trained=()),
     )
     tokens = float(steps * costs.step.tokens)
     choice = replace(

@@ -95,7 +95,7 @@ class BudgetedTrainer(ZerothOrderTrainer):
         self._guarding = Guarding(job, stage, resumed=newest is not None)
         if newest is not None and job.rounds.remembers:
             job.rounds.load(newest.path)
-            go_on(job)
+            go_on(job, newest.step)
         self.governor = Governor(
             job.rule,
             self._schedule,

@@ -92,6 +92,7 @@ class TrainingJob:
             training=holding.training,
             setting=holding.setting,
             predicted_step=holding.dearest,
+            choosing_flops=holding.choosing_flops,
             predicted_evaluation=holding.evaluation,
             predicted_checkpoint=holding.checkpoint,
             yardstick=replace(self.yardstick, shape=holding.shape),

@@ -130,3 +130,7 @@ def test_of_two_killed_plans_the_one_that_came_further_is_kept(killed, tmp_path,
         build(folder, tokenizer, few(), key="k")
     set_aside(folder, aside)
     assert num_known(aside, "k") == count
+    with pytest.raises(KeyboardInterrupt):
+        build(folder, tokenizer, few(), key="other")
+    set_aside(folder, aside)  # what is asked for now
+    assert 0 < num_known(aside, "other") < count

@@ -67,7 +67,8 @@ def short_ones(lengths: NDArray[np.int64], short: int) -> NDArray[np.bool_]:
     raise ValueError(
         f"none of {len(lengths):,} rows has at most {short} tokens, so that none would get a "
         f"gradient: the shortest has {lengths.min()}\n"
-        f"hint: --set training.memory.trained.addax.short={int(np.median(lengths))}"
+        f"hint: --set training.memory.trained.addax.short={int(np.median(lengths))}, or another "
+        "selection, that keeps shorter ones"
     )
 
 

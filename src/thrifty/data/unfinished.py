@@ -56,8 +56,10 @@ class Known(NamedTuple):
 
 
 def set_aside(folder: Path, aside: Path) -> None:
-    """Move what a killed plan left in ``folder`` to ``aside``, unless more lies there already."""
-    if len(_lines(folder)) > len(_lines(aside)):
+    """Move what a killed plan left in ``folder`` to ``aside``, unless more of the same lies there
+    already."""
+    new, old = _lines(folder), _lines(aside)
+    if new and (len(new) > len(old) or new[0] != old[0]):
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
 

@@ -62,7 +62,7 @@ def _starts(
     """k-means++: each start with probability as its squared distance from those before it; fewer
     where there are fewer different vectors."""
     squares = np.einsum("nd,nd->n", sample, sample, dtype=np.float64)
-    noise = 1e-6 * squares.max() if sample.dtype == np.float32 else 0.0
+    noise = (1e-6 if sample.dtype == np.float32 else 1e-13) * squares.max()
     means = [place := int(rng.integers(len(sample)))]
     distance = np.full(len(sample), np.inf)
     while len(means) < count:

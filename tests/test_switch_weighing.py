@@ -51,6 +51,7 @@ def switch_of(plan, worths=SURE, peaks=(), cycles=(), limit=8e9):
             setting=MemorySetting(),
             step=step,
             dearest=step,
+            choosing_flops=0.0,
             evaluation=Cost(),
             checkpoint=Cost(),
             shape=None,

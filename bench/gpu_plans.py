@@ -163,7 +163,8 @@ class Watch:
 
         from thrifty.signals.peak_memory import peak_memory_bytes
 
-        peak = peak_memory_bytes(self.kind) - self.level
+        # A tiny step may fit into what a CPU's process held before.
+        peak = max(peak_memory_bytes(self.kind) - self.level, 1.0)
         reserved = float(torch.cuda.max_memory_reserved()) if self.kind == "cuda" else peak
         seconds = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
         return {"allocated": peak, "reserved": reserved, "tokens_per_second": tokens / seconds}

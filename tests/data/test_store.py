@@ -41,9 +41,11 @@ def make_rows(count: int) -> Iterator[Row | BadRow]:
             yield Row(i, "pool.jsonl", i + 1, "prompt_completion", pair, {"n": i, "x": None})
 
 
-def build(folder: Path, tokenizer: Any, count: int = 100, **options: Any) -> StoreManifest:
+def build(
+    folder: Path, tokenizer: Any, count: int = 100, *, rows: Any = None, **options: Any
+) -> StoreManifest:
     return build_store(
-        make_rows(count),
+        make_rows(count) if rows is None else rows,
         folder,
         tokenizer,
         100,

@@ -5,24 +5,12 @@ from __future__ import annotations
 from itertools import islice
 
 import pytest
-from tests.data.test_store import make_rows
+from tests.data.test_store import build, make_rows
 
 from thrifty.data import store as store_module
 from thrifty.data.pool import BadRow, Row
-from thrifty.data.store import build_store, open_store
+from thrifty.data.store import open_store
 from thrifty.data.unfinished import PROGRESS, known_rows, num_known, set_aside
-
-
-def build(folder, tokenizer, rows=None, **options):
-    return build_store(
-        make_rows(100) if rows is None else rows,
-        folder,
-        tokenizer,
-        100,
-        tokenizer_fingerprint="t",
-        shard_rows=16,
-        **options,
-    )
 
 
 @pytest.fixture
@@ -37,7 +25,7 @@ def killed(tmp_path, tokenizer, monkeypatch):
     whole = build(tmp_path / "whole", tokenizer)
     folder = tmp_path / "killed"
     with pytest.raises(KeyboardInterrupt):
-        build(folder, tokenizer, rows(), key="k")
+        build(folder, tokenizer, rows=rows(), key="k")
     return folder, whole
 
 
@@ -110,9 +98,9 @@ def test_rows_that_changed_under_the_same_key_are_tokenised(killed, tokenizer, t
         else Row(9, row.file, row.number, row.kind, {**row.content, "completion": "no"}, {})
         for row in make_rows(100)
     ]
-    manifest = build(tmp_path / "again", tokenizer, rows, key="k", before=folder)
+    manifest = build(tmp_path / "again", tokenizer, rows=rows, key="k", before=folder)
     assert manifest.content_sha256 != whole.content_sha256
-    assert manifest == build(tmp_path / "plain", tokenizer, rows)
+    assert manifest == build(tmp_path / "plain", tokenizer, rows=rows)
 
 
 def test_of_two_killed_plans_the_one_that_came_further_is_kept(killed, tmp_path, tokenizer):
@@ -127,10 +115,10 @@ def test_of_two_killed_plans_the_one_that_came_further_is_kept(killed, tmp_path,
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(folder, tokenizer, few(), key="k")
+        build(folder, tokenizer, rows=few(), key="k")
     set_aside(folder, aside)
     assert num_known(aside, "k") == count
     with pytest.raises(KeyboardInterrupt):
-        build(folder, tokenizer, few(), key="other")
+        build(folder, tokenizer, rows=few(), key="other")
     set_aside(folder, aside)  # what is asked for now
     assert 0 < num_known(aside, "other") < count

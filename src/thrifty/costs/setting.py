@@ -240,9 +240,16 @@ def parts_of(setting: MemorySetting) -> tuple[MemorySetting, ...]:
         return (setting,)
     first = setting.changed(sequence=setting.short, short=0)
     # Nothing is kept, so that nothing is made again or put away.
-    nothing = {"recompute": 0, "selective": False, "offload": False, "mlp_chunk": 0}
-    nothing |= {"loss_fused": False}
-    zeroth = setting.changed(short=0, zeroth_order=True, in_backward=False, **nothing)
+    zeroth = setting.changed(
+        short=0,
+        zeroth_order=True,
+        in_backward=False,
+        recompute=0,
+        selective=False,
+        offload=False,
+        mlp_chunk=0,
+        loss_fused=False,
+    )
     return first, zeroth
 
 

@@ -67,12 +67,8 @@ def set_aside(folder: Path, aside: Path) -> None:
 def known_rows(folder: Path | None, key: str | None) -> Iterator[Known]:
     """Of what was left in ``folder``, in the order of the rows; nothing where it is of another
     ``key``."""
-    if folder is None or key is None:
-        return
-    first, *shards = _lines(folder) or [{}]
-    if first.get("key") != key:
-        return
-    for each in shards:
+    for each in _shards(folder, key):
+        assert folder is not None
         try:
             file = ShardFile(**each)
             shard = Shard(folder / file.name, file.sha256)
@@ -84,10 +80,13 @@ def known_rows(folder: Path | None, key: str | None) -> Iterator[Known]:
 
 def num_known(folder: Path | None, key: str | None) -> int:
     """How many rows those are, as far as the notes go."""
-    if folder is None or key is None:
-        return 0
-    first, *shards = _lines(folder) or [{}]
-    return sum(int(each.get("num_rows", 0)) for each in shards) if first.get("key") == key else 0
+    return sum(int(each.get("num_rows", 0)) for each in _shards(folder, key))
+
+
+def _shards(folder: Path | None, key: str | None) -> list[dict[str, Any]]:
+    """As they were noted; none where they are of another key."""
+    first, *shards = (_lines(folder) if folder and key else []) or [{}]
+    return shards if first.get("key") == key else []
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
